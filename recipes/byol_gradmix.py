@@ -1,0 +1,65 @@
+"""Pretrains an encoder with BYOL and GradMix views.
+
+accelerate launch recipes/byol_gradmix.py trains on digits, a few minutes on a laptop.
+accelerate launch recipes/byol_gradmix.py --data.name folder --data.root IMAGES --backbone.name resnet18_small trains on your images.
+--extra_view augmented is the control, a plain third view; --extra_view none is plain BYOL.
+
+The same command again resumes an unfinished run. What ran is written to config.yaml in the run folder; --config reads it.
+"""
+
+from ssl_gradmix import command_line
+from ssl_gradmix.settings import BYOLSettings
+
+
+def main() -> None:
+    parser = command_line.recipe_parser(BYOLSettings, __doc__, recipe="byol")
+    settings, plain = command_line.read(parser)
+
+    # These take seconds to import: after parsing, so that --help is quick.
+    import torch
+
+    from ssl_gradmix import backbones
+    from ssl_gradmix.data.datasets import known_classes, load
+    from ssl_gradmix.methods.byol import BYOL
+    from ssl_gradmix.training.loop import Trainer, check_images, create_accelerator
+    from ssl_gradmix.training.run_folder import RunFolder
+
+    folder = RunFolder(settings.run)
+    folder.check(plain, settings.overwrite)
+    accelerator = create_accelerator(settings.training, settings.expect_processes, settings.run)
+    images = load(settings.data, "train")
+    known = known_classes(settings.data, images.classes)
+    images = images if known is None else images.only(known)
+
+    torch.manual_seed(settings.training.seed)
+    backbone = backbones.create(settings.backbone.name, settings.backbone.pretrained, **(settings.backbone.kwargs or {}))
+    method = BYOL(
+        backbone,
+        backbones.num_features(backbone),
+        hidden_dim=settings.method.hidden_dim,
+        output_dim=settings.method.output_dim,
+        momentum=settings.method.momentum,
+        gradmix=settings.gradmix if settings.extra_view == "gradmix" else None,
+        weight=settings.method.weight,
+    )
+    check_images(method, settings.data.size, accelerator.device)
+    trainer = Trainer(
+        method,
+        images,
+        folder,
+        accelerator,
+        size=settings.data.size,
+        augmentation=settings.augmentation,
+        optimiser=settings.optimiser,
+        training=settings.training,
+        n_views=3 if settings.extra_view == "augmented" else 2,
+        backbone_kwargs=settings.backbone.kwargs,
+    )
+    if accelerator.is_main_process:
+        folder.start(plain, settings.overwrite)
+    accelerator.wait_for_everyone()
+    trainer.run()
+
+
+if __name__ == "__main__":
+    command_line.run(main)

@@ -1,0 +1,92 @@
+"""What the command lines share: settings read by jsonargparse, and errors of one line."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from argparse import RawDescriptionHelpFormatter
+from collections.abc import Callable
+from typing import Any, Literal
+
+import yaml
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
+
+from ssl_gradmix.gradmix import GradMix
+from ssl_gradmix.settings import Augmentation, Backbone, Data, Optimiser, Training
+
+
+class Formatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
+    """Keeps the lines of a description."""
+
+
+def recipe_parser(method_settings: type, description: str, recipe: str) -> ArgumentParser:
+    """The settings of a pretraining recipe, read off their dataclasses.
+
+    Args:
+        method_settings: Dataclass of the method's own settings.
+        description: Shown by `--help`.
+        recipe: Names the run folder where the user does not.
+    """
+    parser = ArgumentParser(description=description, usage="%(prog)s [options]", formatter_class=Formatter)
+    parser.add_argument("--config", action="config", help="YAML file of settings, such as another run's config.yaml; what follows it wins.")
+    parser.add_argument("--run", type=str, default=f"runs/{recipe}", help="Run folder, where everything is written.")
+    parser.add_argument("--overwrite", type=bool, default=False, help="Start anew in a folder that holds a run.")
+    parser.add_argument("--expect-processes", type=int | None, default=None, help="Stop unless so many processes run.")
+    parser.add_argument(
+        "--extra_view",
+        type=Literal["gradmix", "augmented", "none"],
+        default="gradmix",
+        help="The third view: GradMix's, a plain augmentation (the control), or none (the plain method).",
+    )
+    parser.add_argument("--environment", type=dict | None, default=None, help="In config.yaml: what the run ran on. Not read.")
+    for name, settings in (
+        ("data", Data),
+        ("augmentation", Augmentation),
+        ("backbone", Backbone),
+        ("method", method_settings),
+        ("optimiser", Optimiser),
+        ("training", Training),
+    ):
+        parser.add_class_arguments(settings, name)
+    parser.add_class_arguments(GradMix, "gradmix", skip={"generator"})
+    return parser
+
+
+def read(parser: ArgumentParser) -> tuple[Namespace, dict[str, Any]]:
+    """Reads the command line.
+
+    Returns:
+        The settings as dataclasses, and the same as plain values, for YAML.
+    """
+    parsed = parser.parse_args()
+    plain = yaml.safe_load(parser.dump(parsed))
+    plain.pop("environment", None)
+    return parser.instantiate(parsed), plain
+
+
+def run(main: Callable[[], None]) -> None:
+    """Calls a script's main function; what the user can mend is said in one line, with exit status 2.
+
+    Args:
+        main: Raises ValueError, KeyError or OSError for input that will not do, FloatingPointError for a training that broke down.
+    """
+    logging.basicConfig(format="%(message)s")
+    # Every process says the same; one is enough.
+    logging.getLogger("ssl_gradmix").setLevel(logging.INFO if _speaks() else logging.ERROR)
+    try:
+        main()
+    except (ValueError, KeyError, OSError) as error:
+        _fail(str(error.args[0]) if isinstance(error, KeyError) else str(error), 2)
+    except FloatingPointError as error:
+        _fail(str(error), 1)
+
+
+def _speaks() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _fail(message: str, status: int) -> None:
+    if _speaks():
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(status)

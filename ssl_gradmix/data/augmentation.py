@@ -1,0 +1,409 @@
+"""Random views of images: batch by batch on the device, or image by image in loader workers.
+
+Both follow the same settings and the same chain, SimCLR's [0] with BYOL's [1] solarisation: random resized crop,
+horizontal flip, colour jitter, grey, Gaussian blur, solarisation (second view only), normalisation.
+
+- [0]: SimCLR, 2020, https://arxiv.org/abs/2002.05709
+- [1]: BYOL, 2020, https://arxiv.org/abs/2006.07733
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ssl_gradmix.data.datasets import ImageSet
+from ssl_gradmix.settings import Augmentation
+
+BLUR_SIGMA = (0.1, 2.0)
+"""Range of the Gaussian blur's sigma, in pixels of a 224 px image."""
+
+SOLARIZE_FROM = 128 / 255
+"""Solarisation inverts values from here on (Pillow's default)."""
+
+_CROP_TRIES = 10
+_CPU_CHUNK = 64  # images at a time: their intermediate results stay in the processor's cache, which saves a third
+
+
+class Draws(NamedTuple):
+    """The random numbers of one view of N images.
+
+    Args:
+        boxes: (N, 4), top, left, height and width of the crop in whole pixels.
+        flip: (N, 1), 1 where the image is flipped, else 0.
+        jitter: (N, 4), brightness, contrast and saturation factors less 1, and the hue shift; 0 changes nothing.
+        gray: (N, 1), 1 where the image turns grey, else 0.
+        blur: (N, 1), likewise.
+        solarize: (N, 1), likewise.
+        sigma: (N, 1), of the blur, in pixels.
+        order: In which order the columns of `jitter` are applied.
+    """
+
+    boxes: Tensor
+    flip: Tensor
+    jitter: Tensor
+    gray: Tensor
+    blur: Tensor
+    solarize: Tensor
+    sigma: Tensor
+    order: list[int]
+
+
+class DeviceViews(nn.Module):
+    """Makes views of a whole batch where the images lie.
+
+    The distributions are those of torchvision's `RandomResizedCrop` (ratio 3/4 to 4/3, antialiased bilinear),
+    `ColorJitter`, `RandomGrayscale` and `GaussianBlur` (kernel a tenth of the image, odd), with two departures: the
+    order of the four colour changes is drawn once for a view of the batch, not for each image, and nothing is rounded
+    to 8 bits in between. At 32 px the blur's sigma is 0.01 to 0.29 pixels in a 3x3 kernel, which is hardly visible: as
+    in SimCLR, which leaves it out on CIFAR-10, it is meant for larger images.
+
+    Every random number comes from torch's global CPU generator, so the same seed gives the same views on every device.
+    Every operation is applied to all images and takes effect where it was drawn: nothing waits for the device.
+
+    Args:
+        augmentation: The settings.
+        size: Side of the views in pixels.
+        mean: Of the red, green and blue channel, of images in [0, 1].
+        std: Likewise.
+    """
+
+    def __init__(self, augmentation: Augmentation, size: int, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.augmentation = augmentation
+        self.size = size
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor, n_views: int) -> list[Tensor]:
+        """Draws `n_views` views of every image.
+
+        Args:
+            images: uint8 (N, 3, H, W), on this module's device.
+            n_views: How many; only the second (index 1) is ever solarised.
+
+        Returns:
+            `n_views` float32 tensors (N, 3, size, size), normalised.
+
+        Raises:
+            ValueError: The images are not uint8 (N, 3, H, W).
+        """
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"images must be uint8 (N, 3, H, W), got {images.dtype} {tuple(images.shape)}")
+        with torch.autocast(images.device.type, enabled=False):
+            return [self.apply_draws(images, self.draw(images, second=view == 1)) for view in range(n_views)]
+
+    def draw(self, images: Tensor, second: bool) -> Draws:
+        """Draws the random numbers of one view, on the CPU."""
+        settings, n = self.augmentation, len(images)
+        strengths = torch.tensor([settings.brightness, settings.contrast, settings.saturation, settings.hue])
+        chances = [settings.flip, settings.jitter, settings.gray, settings.blur, settings.solarize if second else 0.0]
+        flip, jittered, gray, blur, solarize = (torch.rand(n, 5) < torch.tensor(chances)).float().split(1, dim=1)
+        return Draws(
+            boxes=crop_boxes(n, images.shape[-2], images.shape[-1], settings.min_scale),
+            flip=flip,
+            jitter=torch.empty(n, 4).uniform_(-1, 1) * strengths * jittered,
+            gray=gray,
+            blur=blur,
+            solarize=solarize,
+            sigma=torch.empty(n, 1).uniform_(*BLUR_SIGMA) * self.size / 224,
+            order=torch.randperm(4).tolist(),
+        )
+
+    def apply_draws(self, images: Tensor, draws: Draws) -> Tensor:
+        """Makes the view that `draws` describe, float32 (N, 3, size, size)."""
+        *tensors, order = draws
+        chunk = _CPU_CHUNK if images.device.type == "cpu" else len(images)
+        parts = zip(images.split(chunk), *(numbers.split(chunk) for numbers in tensors), strict=True)
+        return torch.cat([self._augment(part, Draws(*numbers, order)) for part, *numbers in parts])
+
+    def _augment(self, images: Tensor, draws: Draws) -> Tensor:
+        settings = self.augmentation
+        packed = torch.cat(draws[:6], dim=1).to(images.device, non_blocking=True)  # one copy in place of six
+        boxes, flip, jitter, *masks = packed.split([4, 1, 4, 1, 1, 1], dim=1)
+        gray, blur, solarize = (mask.view(-1, 1, 1, 1) for mask in masks)
+        views = resized_crop(images, boxes, flip, self.size).div_(255)
+        views = color_jitter(views, jitter, draws.order)
+        # lerp with a weight of 0 or 1 chooses as torch.where does, in a fraction of its time on the CPU.
+        if settings.gray > 0:
+            views = torch.lerp(views, luma(views), gray)
+        if settings.blur > 0:
+            views = torch.lerp(views, gaussian_blur(views, draws.sigma), blur)
+        if settings.solarize > 0:
+            views = torch.where(solarize * views >= SOLARIZE_FROM, 1 - views, views)
+        return views.sub_(self.mean).div_(self.std)
+
+
+def crop_boxes(n: int, height: int, width: int, min_scale: float) -> Tensor:
+    """Draws crops as torchvision's `RandomResizedCrop` does.
+
+    The area is uniform in [min_scale, 1] of the image's, the logarithm of the aspect ratio in [log 3/4, log 4/3]. The
+    first of ten draws that fits in the image is taken, placed anywhere; where none does, the largest centred crop with
+    such a ratio.
+
+    Args:
+        n: How many.
+        height: Of the images, in pixels.
+        width: Likewise.
+        min_scale: In (0, 1].
+
+    Returns:
+        (n, 4), top, left, height and width in whole pixels.
+    """
+    area = height * width * torch.empty(n, _CROP_TRIES).uniform_(min_scale, 1)
+    ratio = torch.empty(n, _CROP_TRIES).uniform_(math.log(3 / 4), math.log(4 / 3)).exp()
+    heights, widths = (area / ratio).sqrt().round(), (area * ratio).sqrt().round()
+    fits = (heights >= 1) & (heights <= height) & (widths >= 1) & (widths <= width)
+    found, first = fits.any(1, keepdim=True), fits.int().argmax(1, keepdim=True)
+    box_height = torch.where(found, heights.gather(1, first), min(height, round(width * 4 / 3)))
+    box_width = torch.where(found, widths.gather(1, first), min(width, round(height * 4 / 3)))
+    top = torch.where(found, torch.rand(n, 1) * (height - box_height + 1), (height - box_height) / 2).floor()
+    left = torch.where(found, torch.rand(n, 1) * (width - box_width + 1), (width - box_width) / 2).floor()
+    return torch.cat([top, left, box_height, box_width], dim=1)
+
+
+def resized_crop(images: Tensor, boxes: Tensor, flip: Tensor, size: int) -> Tensor:
+    """Crops each image to its own box, resizes and flips it: bilinear, antialiased where it shrinks, as torchvision.
+
+    Bilinear resampling is linear and separable, so each image is multiplied by one matrix for its rows and one for its
+    columns. `grid_sample` would alias where a crop shrinks.
+
+    Args:
+        images: (N, 3, H, W).
+        boxes: (N, 4), top, left, height and width in whole pixels.
+        flip: (N, 1), 1 where the crop is flipped from left to right, else 0.
+        size: Side of the result in pixels.
+
+    Returns:
+        float32 (N, 3, size, size), in the range of `images`.
+    """
+    n, channels, height, width = images.shape
+    top, left, box_height, box_width = boxes.view(n, 4, 1, 1).unbind(1)
+    target = torch.arange(size, device=images.device).view(1, size, 1)
+    flipped_target = target + flip.view(n, 1, 1) * (size - 1 - 2 * target)
+    rows = _resampling_matrix(top, box_height, height, target)
+    columns = _resampling_matrix(left, box_width, width, flipped_target)
+    views = torch.bmm(rows, images.transpose(1, 2).float().reshape(n, height, channels * width))
+    views = torch.bmm(views.view(n, size * channels, width), columns.transpose(1, 2))
+    return views.view(n, size, channels, size).transpose(1, 2).contiguous()
+
+
+def _resampling_matrix(start: Tensor, length: Tensor, extent: int, target: Tensor) -> Tensor:
+    """Weights (N, size, extent) of `extent` pixels in each target pixel, for a crop of `length` pixels from `start` on.
+
+    A triangle around the target's centre, as wide as the larger of both kinds of pixel, cut off at the crop's edges.
+    """
+    scale = length / target.shape[1]
+    pixel = torch.arange(extent, device=start.device)
+    centre = start + (target + 0.5) * scale - 0.5
+    inside = ((pixel >= start) & (pixel < start + length)).float()
+    weights = (1 - (pixel - centre).abs() / scale.clamp(min=1)).clamp(min=0) * inside
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def color_jitter(images: Tensor, jitter: Tensor, order: Sequence[int]) -> Tensor:
+    """Changes brightness, contrast, saturation and hue of each image by its own factors, as torchvision's `adjust_*`.
+
+    Args:
+        images: (N, 3, H, W) in [0, 1].
+        jitter: (N, 4), brightness, contrast and saturation factors less 1, and the hue shift as a share of the colour
+            circle; 0 leaves an image exactly as it is.
+        order: The columns of `jitter` in the order to apply them.
+
+    Returns:
+        (N, 3, H, W) in [0, 1].
+    """
+    brightness, contrast, saturation, hue = jitter.view(-1, 4, 1, 1, 1).unbind(1)
+    for column in order:
+        if column == 0:
+            images = (images * (1 + brightness)).clamp_(0, 1)
+        elif column == 1:
+            images = torch.lerp(luma(images).mean((-2, -1), keepdim=True), images, 1 + contrast).clamp_(0, 1)
+        elif column == 2:
+            images = torch.lerp(luma(images), images, 1 + saturation).clamp_(0, 1)
+        else:
+            images = torch.lerp(images, shift_hue(images, hue), (hue != 0).float())
+    return images
+
+
+def luma(images: Tensor) -> Tensor:
+    """Brightness of RGB images (N, 3, H, W) as seen, (N, 1, H, W), with torchvision's weights (ITU-R BT.601)."""
+    red, green, blue = images.split(1, dim=1)
+    return 0.2989 * red + 0.587 * green + 0.114 * blue
+
+
+def shift_hue(images: Tensor, shift: Tensor) -> Tensor:
+    """Turns the hue in HSV, saturation and value kept.
+
+    The same function as torchvision's and kornia's `adjust_hue`. Written without masks, in differences, minima and
+    maxima, it takes a fraction of their time on the CPU. The hue comes from sorting the channels [0].
+
+    - [0]: Fast branchless RGB to HSV conversion, 2013, http://lolengine.net/blog/2013/01/13/fast-rgb-to-hsv
+
+    Args:
+        images: (N, 3, H, W) in [0, 1].
+        shift: Share of the colour circle in [-0.5, 0.5], (N, 1, 1, 1).
+
+    Returns:
+        (N, 3, H, W) in [0, 1].
+    """
+    red, green, blue = images.split(1, dim=1)
+    higher, lower = torch.maximum(green, blue), torch.minimum(green, blue)
+    most, middle = torch.maximum(red, higher), torch.minimum(red, higher)
+    least = torch.minimum(red, lower)
+    chroma = most - least
+    blue_leads = (blue - green).sign_().clamp_(min=0)  # 1 where blue > green, else 0
+    red_trails = (higher - red).sign_().clamp_(min=0)
+    sextant = red_trails * (12 * blue_leads - 2) - 6 * blue_leads
+    hue = (sextant + (middle - lower) / chroma.clamp(min=1e-12)).abs_()  # [0, 6)
+    hue = hue + 6 * shift
+    hue = hue - 6 * (hue / 6).floor_()
+    share = torch.cat([(hue - 3).abs_() - 1, 2 - (hue - 2).abs_(), 2 - (hue - 4).abs_()], dim=1).clamp_(0, 1)
+    return least + chroma * share
+
+
+def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:
+    """Blurs each image with its own sigma, the kernel a tenth of the image and odd, edges reflected.
+
+    Args:
+        images: (N, 3, H, W).
+        sigma: (N, 1) in pixels. On the CPU: kornia reads it there without waiting for the device.
+
+    Returns:
+        (N, 3, H, W).
+    """
+    from kornia.filters import gaussian_blur2d
+
+    return gaussian_blur2d(images, 2 * (images.shape[-1] // 20) + 1, sigma.expand(-1, 2))
+
+
+def worker_transform(
+    augmentation: Augmentation, size: int, mean: Sequence[float], std: Sequence[float], n_views: int
+) -> Callable[[Image.Image], list[Tensor]]:
+    """Builds lightly's transform of one image into `n_views` views, of which only the second is ever solarised.
+
+    It draws from torch's and numpy's global generators. Unlike `DeviceViews`, it works on 8-bit images, draws the order
+    of the colour changes for each image, blurs with Pillow's approximation of a Gaussian, and crops from the image at
+    its own resolution and shape.
+
+    Args:
+        augmentation: The settings.
+        size: Side of the views in pixels.
+        mean: Of the red, green and blue channel, of images in [0, 1].
+        std: Likewise.
+        n_views: How many views.
+
+    Returns:
+        A function from an RGB image to float32 tensors (3, size, size), normalised.
+    """
+    from lightly.transforms.byol_transform import BYOLView2Transform
+    from lightly.transforms.multi_view_transform import MultiViewTransform
+
+    def view_transform(solarize: float) -> BYOLView2Transform:
+        return BYOLView2Transform(
+            input_size=size,
+            cj_prob=augmentation.jitter,
+            cj_strength=1.0,
+            cj_bright=augmentation.brightness,
+            cj_contrast=augmentation.contrast,
+            cj_sat=augmentation.saturation,
+            cj_hue=augmentation.hue,
+            min_scale=augmentation.min_scale,
+            random_gray_scale=augmentation.gray,
+            gaussian_blur=augmentation.blur,
+            solarization_prob=solarize,
+            sigmas=(BLUR_SIGMA[0] * size / 224, BLUR_SIGMA[1] * size / 224),
+            hf_prob=augmentation.flip,
+            normalize={"mean": list(mean), "std": list(std)},
+        )
+
+    return MultiViewTransform([view_transform(augmentation.solarize if view == 1 else 0.0) for view in range(n_views)])
+
+
+class WorkerViews(torch.utils.data.Dataset):
+    """Views of single images, for the worker processes of a `DataLoader`.
+
+    An item is asked for by (epoch, index), which the sampler yields. It depends on (seed, epoch, index) alone, whatever
+    the number of workers and the order, and leaves the global generators as they were.
+
+    Args:
+        images: The images.
+        augmentation: The settings.
+        size: Side of the views in pixels.
+        mean: Of the red, green and blue channel, of images in [0, 1].
+        std: Likewise.
+        n_views: Views of each image.
+        seed: Of the random numbers.
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        augmentation: Augmentation,
+        size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        n_views: int,
+        seed: int,
+    ) -> None:
+        self.images = images
+        self.transform = worker_transform(augmentation, size, mean, std, n_views)
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, place: tuple[int, int]) -> list[Tensor]:
+        """Views of image `index` in `epoch`, float32 (3, size, size) each."""
+        epoch, index = place
+        image, _ = self.images[index]
+        with _seeded(self.seed, epoch, index):
+            return [view.as_subclass(Tensor) for view in self.transform(image)]
+
+
+@contextmanager
+def _seeded(*entropy: int) -> Iterator[None]:
+    """Seeds Python's, numpy's and torch's global CPU generators for a while: lightly draws from numpy's and torch's."""
+    python_seed, numpy_seed, torch_seed = np.random.SeedSequence(entropy).generate_state(3).tolist()
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        random.seed(python_seed)
+        np.random.seed(numpy_seed)
+        torch.default_generator.manual_seed(torch_seed)
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+
+
+def eval_transform(size: int, mean: Sequence[float], std: Sequence[float]) -> Callable[[Tensor], Tensor]:
+    """Builds the function that normalises images without changing them.
+
+    Args:
+        size: Side of the images in pixels.
+        mean: Of the red, green and blue channel, of images in [0, 1].
+        std: Likewise.
+
+    Returns:
+        A function from uint8 (N, 3, size, size) to float32 of that shape, normalised, on the same device. It raises
+        ValueError for any other dtype or size.
+    """
+    mean_of_channel, std_of_channel = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
+
+    def normalise(images: Tensor) -> Tensor:
+        if images.dtype != torch.uint8 or images.shape[1:] != (3, size, size):
+            raise ValueError(f"images must be uint8 (N, 3, {size}, {size}), got {images.dtype} {tuple(images.shape)}")
+        device = images.device
+        return images.float().div_(255).sub_(mean_of_channel.to(device)).div_(std_of_channel.to(device))
+
+    return normalise

@@ -1,0 +1,125 @@
+"""Image files: which there are in a folder, and what one of them shows in 8-bit RGB."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+"""File names that count as images, upper or lower case."""
+
+_THREADS = min(8, os.cpu_count() or 1)
+_CHUNK = 64
+
+
+def find(folder: Path) -> list[Path]:
+    """Lists the image files in a folder, at any depth, in the order of their names.
+
+    Hidden files and folders (a leading dot) and other endings are passed over. Links are followed; a folder that is
+    reached twice, as through a link to its own parent, is read once.
+
+    Args:
+        folder: Where to look.
+
+    Returns:
+        Paths that begin with `folder`, ending as one of `ENDINGS`; empty where there is none.
+
+    Raises:
+        OSError: A folder cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    found, seen = [], set()
+    for place, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        status = os.stat(place)
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [Path(place, name) for name in files if not name.startswith(".") and name.lower().endswith(ENDINGS)]
+    return sorted(found)
+
+
+def decode(path: Path) -> Image.Image:
+    """Reads an image file as upright 8-bit RGB.
+
+    The first frame of an animation is taken, the EXIF orientation applied, transparency laid on white, and 16-bit grey
+    divided by 257 so that its whole range is kept (Pillow's own conversion clips at 255).
+
+    Args:
+        path: Any file that Pillow opens.
+
+    Returns:
+        An image in mode `RGB`.
+
+    Raises:
+        ValueError: The file cannot be read, is truncated, or has more pixels than `PIL.Image.MAX_IMAGE_PIXELS`; the
+            message names the path.
+    """
+    try:
+        with Image.open(path) as image:
+            limit = Image.MAX_IMAGE_PIXELS
+            if limit and image.width * image.height > limit:
+                raise ValueError(f"{image.width}x{image.height} pixels, more than PIL.Image.MAX_IMAGE_PIXELS = {limit}")
+            return to_rgb(ImageOps.exif_transpose(image))
+    except Exception as error:  # Pillow's decoders raise nearly every type there is on a broken file
+        raise ValueError(f"cannot read the image {str(path)!r}: {error or type(error).__name__}") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Converts an image of any mode to 8-bit RGB, transparency laid on white.
+
+    Raises:
+        ValueError: The mode has no fixed range (`F`, or `I` with values outside 16 bits) or no conversion.
+    """
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError(
+                f"grey values from {values.min()} to {values.max()} do not fit 16 bits, save it with 8 or 16"
+            )
+        image = Image.fromarray(np.round(values / 257).astype(np.uint8))
+    elif image.mode == "F":
+        raise ValueError("floating-point pixels have no fixed range, save it with 8 or 16 bits")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def fit(image: Image.Image, size: int) -> Image.Image:
+    """Resizes the shorter side to `size` (bilinear, antialiased) and crops the centre square of (size, size)."""
+    return ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
+
+
+def for_each(count: int, work: Callable[[int], None], description: str, progress: bool = True) -> None:
+    """Calls `work(i)` for every i below `count` in a few threads: Pillow decodes outside the interpreter lock.
+
+    Args:
+        count: Number of calls.
+        work: What to do; an exception in it ends the rest and is raised here, the lowest i first.
+        description: Said beside the progress bar.
+        progress: Show a bar, once it has taken some seconds.
+    """
+
+    def chunk(start: int) -> int:
+        indices = range(start, min(start + _CHUNK, count))
+        for i in indices:
+            work(i)
+        return len(indices)
+
+    with (
+        ThreadPoolExecutor(_THREADS) as pool,
+        tqdm(total=count, desc=description, unit="image", delay=3, disable=not progress) as bar,
+    ):
+        for done in pool.map(chunk, range(0, count, _CHUNK)):
+            bar.update(done)

@@ -1,0 +1,181 @@
+"""Which classes are known and which are not: the trials of the literature, and random ones.
+
+The five trials of each data set are those of ARPL (Chen et al., 2021), copied by "Open-Set Recognition: a Good
+Closed-Set Classifier is All You Need?" (Vaze et al., 2022) and by GradMix's authors; the class lists of the three were
+compared and are the same. Train on the training images of the known classes; test on the test images of the known and
+the unknown classes (for TinyImageNet, its validation images).
+
+| data set       | known                   | unknown               |
+|----------------|-------------------------|-----------------------|
+| `mnist`        | 6 of 10 digits          | the other 4           |
+| `svhn`         | 6 of 10 digits          | the other 4           |
+| `cifar10`      | 6 of 10 classes         | the other 4           |
+| `cifar+10`     | 4 classes of CIFAR-10   | 10 of CIFAR-100       |
+| `cifar+50`     | 4 classes of CIFAR-10   | 50 of CIFAR-100       |
+| `tinyimagenet` | 20 of 200 classes       | the other 180         |
+
+Some trials coincide, see `distinct_trials`: a mean over all five counts a set of classes twice, and its spread is too
+small. CIFAR+10 and CIFAR+50 are often described as vehicles against animals; only trial 4 is. Trials 0 to 3 have
+animals among the known classes, and vehicles among the unknown ones.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+
+# In the order of the papers' code, where a class's place in the list is the label it is trained with.
+# fmt: off
+_KNOWN: dict[str, tuple[tuple[int, ...], ...]] = {
+    "mnist": (
+        (2, 4, 5, 9, 8, 3),
+        (3, 2, 6, 9, 4, 0),
+        (5, 8, 3, 2, 4, 6),
+        (3, 7, 8, 4, 0, 5),
+        (6, 3, 4, 9, 8, 2),
+    ),
+    "svhn": (
+        (5, 3, 7, 2, 8, 6),
+        (3, 8, 7, 6, 2, 5),
+        (8, 9, 4, 7, 2, 1),
+        (3, 8, 2, 5, 0, 6),
+        (4, 9, 2, 7, 1, 0),
+    ),
+    "cifar10": (
+        (0, 6, 4, 9, 1, 7),
+        (7, 6, 4, 9, 0, 1),
+        (1, 5, 7, 3, 9, 4),
+        (8, 6, 1, 9, 0, 7),
+        (2, 4, 1, 7, 9, 6),
+    ),
+    "cifar+10": (
+        (4, 7, 9, 1),
+        (6, 7, 1, 9),
+        (9, 6, 1, 7),
+        (6, 4, 9, 1),
+        (1, 0, 9, 8),
+    ),
+    "cifar+50": (
+        (4, 7, 9, 1),
+        (6, 7, 1, 9),
+        (9, 6, 1, 7),
+        (6, 4, 9, 1),
+        (1, 0, 9, 8),
+    ),
+    "tinyimagenet": (
+        (108, 147, 17, 58, 193, 123, 72, 144, 75, 167, 134, 14, 81, 171, 44, 197, 152, 66, 1, 133),
+        (198, 161, 91, 59, 57, 134, 61, 184, 90, 35, 29, 23, 199, 38, 133, 19, 186, 18, 85, 67),
+        (177, 0, 119, 26, 78, 80, 191, 46, 134, 92, 31, 152, 27, 60, 114, 50, 51, 133, 162, 93),
+        (98, 36, 158, 177, 189, 157, 170, 191, 82, 196, 138, 166, 43, 13, 152, 11, 75, 174, 193, 190),
+        (95, 6, 145, 153, 0, 143, 31, 23, 189, 81, 20, 21, 89, 26, 36, 170, 102, 177, 108, 169),
+    ),
+}
+_CIFAR100_UNKNOWN: dict[str, tuple[tuple[int, ...], ...]] = {
+    "cifar+10": (
+        (30, 25, 1, 9, 8, 0, 46, 52, 49, 71),
+        (41, 9, 49, 40, 73, 60, 48, 30, 95, 71),
+        (8, 9, 49, 40, 73, 60, 48, 95, 30, 71),
+        (95, 60, 30, 73, 46, 49, 68, 99, 8, 71),
+        (33, 2, 3, 97, 46, 21, 64, 63, 88, 43),
+    ),
+    "cifar+50": (
+        (27, 94, 29, 77, 88, 26, 69, 48, 75, 5, 59, 93, 39, 57, 45, 40, 78, 20, 98, 47, 66, 70, 91, 76, 41, 83,
+         99, 32, 53, 72, 2, 95, 21, 73, 84, 68, 35, 11, 55, 60, 30, 25, 1, 9, 8, 0, 46, 52, 49, 71),
+        (65, 97, 86, 24, 45, 67, 2, 3, 91, 98, 79, 29, 62, 82, 33, 76, 0, 35, 5, 16, 54, 11, 99, 52, 85, 1, 25,
+         66, 28, 84, 23, 56, 75, 46, 21, 72, 55, 68, 8, 69, 41, 9, 49, 40, 73, 60, 48, 30, 95, 71),
+        (20, 83, 65, 97, 94, 2, 93, 16, 67, 29, 62, 33, 24, 98, 5, 86, 35, 54, 0, 91, 52, 66, 85, 84, 56, 11, 1,
+         76, 25, 55, 21, 99, 72, 41, 23, 75, 28, 68, 69, 46, 8, 9, 49, 40, 73, 60, 48, 95, 30, 71),
+        (92, 82, 77, 64, 5, 33, 62, 56, 70, 0, 20, 28, 67, 14, 84, 53, 91, 29, 85, 2, 52, 83, 75, 35, 11, 21,
+         72, 98, 55, 1, 41, 76, 25, 66, 69, 9, 48, 54, 40, 23, 95, 60, 30, 73, 46, 49, 68, 99, 8, 71),
+        (47, 6, 19, 0, 62, 93, 59, 65, 54, 70, 34, 55, 23, 38, 72, 76, 53, 31, 78, 96, 77, 27, 92, 18, 82, 50,
+         98, 32, 1, 75, 83, 4, 51, 35, 80, 11, 74, 66, 36, 42, 33, 2, 3, 97, 46, 21, 64, 63, 88, 43),
+    ),
+}
+# fmt: on
+_N_CLASSES = {"mnist": 10, "svhn": 10, "cifar10": 10, "tinyimagenet": 200}
+
+DATASETS = tuple(_KNOWN)
+"""The data sets that have trials."""
+
+N_TRIALS = 5
+
+
+def split(dataset: str, trial: int) -> tuple[list[int], list[int]]:
+    """Known and unknown classes of one of the literature's trials.
+
+    Args:
+        dataset: One of `DATASETS`. `cifar+10` and `cifar+50` take their known classes from CIFAR-10.
+        trial: 0 to 4, in the order of the lists; ARPL runs them from 4 to 0, so column 0 of its results is trial 4.
+
+    Returns:
+        Known classes in the papers' order: the place of a class is its label where labels run from 0. Unknown classes:
+        rising, except for `cifar+10` and `cifar+50`, where they are fine labels of CIFAR-100 in the papers' order.
+
+    Raises:
+        KeyError: If the data set has no trials.
+        ValueError: If there is no such trial.
+
+    Warns:
+        UserWarning: If an earlier trial has the same known classes.
+    """
+    _check(dataset)
+    if trial not in range(N_TRIALS):
+        raise ValueError(f"trial must be 0 to {N_TRIALS - 1}, got {trial!r}")
+    known = _KNOWN[dataset][trial]
+    twin = _first_alike(dataset, trial)
+    if twin != trial:
+        warnings.warn(
+            f"trials {twin} and {trial} of {dataset} have the same known classes, as published: "
+            f"distinct_trials({dataset!r}) leaves repetitions out",
+            stacklevel=2,
+        )
+    if dataset in _CIFAR100_UNKNOWN:
+        return list(known), list(_CIFAR100_UNKNOWN[dataset][trial])
+    return list(known), [label for label in range(_N_CLASSES[dataset]) if label not in known]
+
+
+def distinct_trials(dataset: str) -> list[int]:
+    """The trials whose known classes no earlier trial has.
+
+    Trials 0 and 1 coincide for `cifar10` and for `svhn`. For `cifar+10` and `cifar+50` trials 1 and 2 share their known
+    classes, and their unknown ones differ in one of ten and in four of fifty.
+
+    Args:
+        dataset: One of `DATASETS`.
+
+    Raises:
+        KeyError: If the data set has no trials.
+    """
+    _check(dataset)
+    return [trial for trial in range(N_TRIALS) if _first_alike(dataset, trial) == trial]
+
+
+def random_split(n_classes: int, n_known: int, seed: int) -> tuple[list[int], list[int]]:
+    """Known and unknown classes at random: the first `n_known` of `np.random.default_rng(seed).permutation(n_classes)`.
+
+    Args:
+        n_classes: Number of classes of the data.
+        n_known: How many of them are known, at least 1 and fewer than `n_classes`.
+        seed: The same seed gives the same split, whatever was drawn before.
+
+    Returns:
+        Known classes and the others, both rising.
+
+    Raises:
+        ValueError: If the numbers leave no known or no unknown class.
+    """
+    if not 1 <= n_known < n_classes:
+        raise ValueError(f"n_known must be at least 1 and below n_classes={n_classes}, got {n_known}")
+    order = np.random.default_rng(seed).permutation(n_classes)
+    return sorted(order[:n_known].tolist()), sorted(order[n_known:].tolist())
+
+
+def _check(dataset: str) -> None:
+    if dataset not in _KNOWN:
+        raise KeyError(f"dataset {dataset!r} has no open-set trials: use random_split, or one of {', '.join(DATASETS)}")
+
+
+def _first_alike(dataset: str, trial: int) -> int:
+    sets = [frozenset(known) for known in _KNOWN[dataset]]
+    return sets.index(sets[trial])

@@ -1,0 +1,108 @@
+"""What the command lines of `eval/` share: what they evaluate, on which images, and errors of one line.
+
+Parsing needs no more than the settings; everything heavy is imported once the arguments are understood.
+"""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentError, RawDescriptionHelpFormatter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
+
+from ssl_gradmix.settings import Data
+
+
+@dataclass
+class Subject:
+    """What is evaluated, and where results go.
+
+    Args:
+        encoder: A run folder (`runs/x`), a published timm model (`timm:resnet18.a1_in1k`), or a folder in timm's layout
+            (`local-dir:PATH`). A run is evaluated on its own data, classes included, unless --data says otherwise.
+        weights: Safetensors file for the architecture `timm:NAME`, in place of the published weights.
+        out: Folder for results; a run's is its `eval/`.
+        batch_size: Images that the encoder sees at once, on each process.
+        cache: Keep features in `features/` of the results' folder, and use those kept there.
+    """
+
+    encoder: str
+    weights: str | None = None
+    out: str | None = None
+    batch_size: int = 256
+    cache: bool = True
+
+
+class _Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """Keeps the lines of the description."""
+
+
+def main(evaluate: Callable[..., None], options: type, description: str, argv: Sequence[str] | None = None) -> int:
+    """Runs `evaluate(evaluation, options)` from a command line, with an `ssl_gradmix.evaluation.setup.Evaluation`.
+
+    Args:
+        evaluate: What to do. It runs on every process; the main one should write results.
+        options: Dataclass of the evaluation's own settings; its docstring is their help.
+        description: First lines of the help.
+        argv: Arguments, those of the process by default.
+
+    Returns:
+        The exit status: 0, or 2 with one line on stderr for bad input.
+    """
+    parser = ArgumentParser(description=description, formatter_class=_Formatter, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file of these options.")
+    parser.add_class_arguments(Subject, as_positional=True)
+    parser.add_class_arguments(Data, "data")
+    parser.add_class_arguments(options)
+    try:
+        given = parser.parse_args(argv, defaults=False)
+        evaluation, settings = _resolve(parser, given)
+        evaluate(evaluation, _pick(options, settings))
+    except (ArgumentError, ValueError, OSError) as error:
+        print(f"{parser.prog}: error: {_message(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _resolve(parser: ArgumentParser, given: Namespace) -> tuple[Any, Namespace]:
+    """Fills in what was not given: the data from the run's config, the rest from the defaults."""
+    from accelerate import Accelerator
+
+    from ssl_gradmix.evaluation.encoders import load_encoder
+    from ssl_gradmix.evaluation.setup import Evaluation
+
+    wanted = given.get("data", Namespace())
+    encoder = load_encoder(given.encoder, given.get("weights"), wanted.get("size"))
+    given["data"] = Namespace(_data(wanted, (encoder.config or {}).get("data", {})) | {"size": encoder.size})
+    settings = parser.parse_object(given.as_dict())
+    subject = _pick(Subject, settings)
+    if subject.out is None and encoder.run is None:
+        raise ValueError(f"{encoder.name} is no run, so it has no folder for results: give one with --out")
+    out = Path(subject.out) if subject.out is not None else encoder.run / "eval"
+    cache = out / "features" if subject.cache else None
+    data = Data(**settings.data.as_dict())
+    return Evaluation(encoder, data, out, subject.batch_size, cache, Accelerator()), settings
+
+
+def _pick(options: type, settings: Namespace) -> Any:
+    return options(**{field.name: settings[field.name] for field in fields(options)})
+
+
+def _data(given: Namespace, of_run: dict) -> dict:
+    """The run's data settings where the data set is the same, with what was given on the command line instead."""
+    given = vars(given)
+    if given.get("name", of_run.get("name")) != of_run.get("name"):
+        return given
+    if {"classes", "open_set"} & given.keys():
+        of_run = {name: value for name, value in of_run.items() if name not in ("classes", "open_set")}
+    return of_run | given
+
+
+def _message(error: Exception) -> str:
+    """One line, but for messages that are written in several, such as how to convert a checkpoint."""
+    text = str(error) or type(error).__name__
+    return " ".join(text.split()) if isinstance(error, ArgumentError) else text

@@ -1,0 +1,250 @@
+"""Frozen encoders: from a run folder, from timm, or from a safetensors file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+_PICKLED = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".tar")
+_CONVERT = """\
+{path} is a pickled checkpoint, which can run code when it is read, so it is refused. Where you trust it, convert it:
+    import torch, safetensors.torch
+    weights = torch.load({path!r}, map_location="cpu", weights_only=True)  # perhaps weights["state_dict"]
+    safetensors.torch.save_file({{name: value.contiguous() for name, value in weights.items()}}, "weights.safetensors")
+and give weights.safetensors together with timm:NAME."""
+
+
+@dataclass(eq=False)
+class Encoder:
+    """A frozen model from images to features, and how its images are prepared. Any module makes one.
+
+    Args:
+        model: (N, 3, size, size), normalised by `mean` and `std`, to (N, D). Put in eval mode and frozen here.
+        size: Side of its square images in pixels.
+        mean: Of each colour channel of images in [0, 1].
+        std: Of each colour channel of images in [0, 1].
+        name: What results call it.
+        run: The run folder it comes from, if it does.
+        config: What is in the run's config.yaml, if there is one.
+        fingerprint: SHA-256 of the weights, buffers included, and of the modules that hold them; computed here.
+    """
+
+    model: nn.Module
+    size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    name: str
+    run: Path | None = None
+    config: dict | None = None
+    fingerprint: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.model.eval().requires_grad_(False)
+        self.fingerprint = _fingerprint(self.model)
+
+
+def load_encoder(spec: str | Path, weights: str | Path | None = None, image_size: int | None = None) -> Encoder:
+    """Loads a frozen encoder. Nothing is ever unpickled.
+
+    Args:
+        spec: A run folder (its `backbone/`), `local-dir:PATH` (a folder in timm's layout, config.json and
+            model.safetensors), or `timm:NAME` (timm's published weights, in its cache or downloaded).
+        weights: A safetensors file for the architecture `timm:NAME`, in place of the published weights. It must
+            fit exactly, but for a classification head, which is left out.
+        image_size: Side of the images in pixels, where it is not to be the one the encoder was made for. Vision
+            transformers have their position embeddings resampled.
+
+    Returns:
+        The encoder, without classification head, on the CPU.
+
+    Raises:
+        FileNotFoundError: If the path does not exist, is no run, or is a run without a backbone yet.
+        ValueError: If a file is damaged or pickled, weights do not fit, the name is unknown, or the published weights
+            cannot be had.
+    """
+    spec = str(spec)
+    kind, _, rest = spec.partition(":")
+    if weights is not None and kind != "timm":
+        raise ValueError(f"weights need the architecture they are for: give timm:NAME in place of {spec!r}")
+    if kind == "timm":
+        model = _published(rest) if weights is None else _from_file(rest, Path(weights))
+        name = spec if weights is None else f"{spec}@{Path(weights).name}"
+        return _encoder(model, model.pretrained_cfg, image_size, name)
+    if kind == "local-dir":
+        return _from_folder(Path(rest), image_size, spec)
+
+    run = Path(spec)
+    _check_is_run(run)
+    config = _read_config(run / "config.yaml")
+    return _from_folder(run / "backbone", image_size, run.resolve().name, run, config)
+
+
+def _check_is_run(path: Path) -> None:
+    if path.suffix in _PICKLED and path.is_file():
+        raise ValueError(_CONVERT.format(path=str(path)))
+    if path.suffix == ".safetensors":
+        raise ValueError(f"{path} holds weights only: give them as weights beside the architecture, timm:NAME")
+    if not path.is_dir():
+        raise FileNotFoundError(f"no run folder {str(path)!r}; encoders are a run folder, timm:NAME or local-dir:PATH")
+    if (path / "model.safetensors").exists():
+        raise FileNotFoundError(f"{path} is no run but a folder in timm's layout: give it as local-dir:{path}")
+    if not (path / "config.yaml").exists():
+        raise FileNotFoundError(f"{path} is no run: it has no config.yaml")
+    if not (path / "backbone" / "model.safetensors").exists():
+        raise FileNotFoundError(f"the run {path} has no backbone yet: {path}/backbone/model.safetensors is missing")
+
+
+def _read_config(path: Path) -> dict:
+    import yaml
+
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged: {_one_line(error)}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is damaged: it holds no settings")
+    return config
+
+
+def _from_folder(
+    folder: Path, image_size: int | None, name: str, run: Path | None = None, config: dict | None = None
+) -> Encoder:
+    """Builds what timm's config.json describes and loads model.safetensors, strictly, which timm itself does not."""
+    from ssl_gradmix import backbones
+
+    description = folder / "config.json"
+    if not description.exists():
+        raise FileNotFoundError(f"{folder} is no folder in timm's layout: it has no config.json")
+    try:
+        described = json.loads(description.read_text(encoding="utf-8"))
+        architecture, cfg = described["architecture"], described["pretrained_cfg"]
+        _preparation(cfg)
+    except (ValueError, KeyError, TypeError) as error:  # JSON and Unicode errors are ValueErrors
+        raise ValueError(f"{description} is damaged: {_one_line(error)}") from error
+    model = backbones.create(architecture, **(described.get("model_args") or {}))
+    _load(model, folder / "model.safetensors")
+    return _encoder(model, cfg, image_size, name, run, config)
+
+
+def _from_file(architecture: str, weights: Path) -> nn.Module:
+    from ssl_gradmix import backbones
+
+    model = backbones.create(architecture)
+    _load(model, weights)
+    return model
+
+
+def _published(name: str) -> nn.Module:
+    """Lets timm load its own weights, but in safetensors only: its fallback is a pickle."""
+    import timm
+
+    from ssl_gradmix import backbones
+
+    if ":" in name:
+        raise ValueError(f"timm:NAME takes the name of one of timm's own models, got {name!r}")
+    if not timm.is_model(name):
+        backbones.create(name)  # raises, with near names
+    try:
+        published = timm.get_pretrained_cfg(name)
+    except RuntimeError:
+        tags = sorted(timm.list_models(f"{name.split('.')[0]}.*", pretrained=True))
+        raise ValueError(f"timm has no weights {name!r}, but {', '.join(tags) or 'none of that model'}") from None
+    if published is None or not published.hf_hub_id:
+        raise ValueError(f"timm publishes no safetensors for {name!r}: give a safetensors file as weights")
+    try:
+        return timm.create_model(
+            name, pretrained=True, num_classes=0, pretrained_cfg_overlay={"hf_hub_filename": "model.safetensors"}
+        )
+    except Exception as error:  # huggingface_hub, requests, httpx and the socket have nothing nearer in common
+        raise ValueError(
+            f"the weights of {name!r} are not in the local cache and huggingface.co/{published.hf_hub_id} gave none "
+            f"({_one_line(error)}): connect to the network once, or give a safetensors file as weights"
+        ) from error
+
+
+def _load(model: nn.Module, path: Path) -> None:
+    """Loads a safetensors file into a model without classification head; every weight must fit."""
+    weights = _read_safetensors(path)
+    heads = model.pretrained_cfg.get("classifier") or ()
+    heads = (heads,) if isinstance(heads, str) else heads
+    weights = {key: value for key, value in weights.items() if key.rpartition(".")[0] not in heads}
+    wanted = model.state_dict()
+    missing = [key for key in wanted if key not in weights]
+    unexpected = [key for key in weights if key not in wanted]
+    misshapen = [key for key in wanted if key in weights and weights[key].shape != wanted[key].shape]
+    if missing or unexpected or misshapen:
+        kinds = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
+        raise ValueError(
+            f"{path} does not fit the model: "
+            + "; ".join(f"{_some(keys)} {kind}" for kind, keys in kinds.items() if keys)
+        )
+    model.load_state_dict(weights)
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    if path.suffix in _PICKLED:
+        raise ValueError(_CONVERT.format(path=str(path)))
+    if not path.is_file():
+        pickled = [other for other in path.parent.glob("*") if path.parent.is_dir() and other.suffix in _PICKLED]
+        if pickled:
+            raise ValueError(_CONVERT.format(path=str(pickled[0])))
+        raise FileNotFoundError(f"there are no weights {path}")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        with open(path, "rb") as file:
+            if file.read(2) in (b"PK", b"\x80\x02"):  # how torch.save's archives, new and old, begin
+                raise ValueError(_CONVERT.format(path=str(path))) from error
+        raise ValueError(f"{path} is damaged: {_one_line(error)}") from error
+
+
+def _encoder(
+    model: nn.Module,
+    cfg: dict,
+    image_size: int | None,
+    name: str,
+    run: Path | None = None,
+    config: dict | None = None,
+) -> Encoder:
+    size, mean, std = _preparation(cfg)
+    if image_size is not None and image_size != size:
+        size = image_size
+        if hasattr(model, "set_input_size"):
+            model.set_input_size(img_size=size)
+    return Encoder(model, size, mean, std, name, run, config)
+
+
+def _preparation(cfg: dict) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
+    """Image size, mean and standard deviation from timm's pretrained_cfg."""
+    channels, height, width = cfg["input_size"]
+    if channels != 3 or height != width:
+        raise ValueError(f"input_size must be 3 channels of a square image, got {cfg['input_size']}")
+    mean, std = tuple(map(float, cfg["mean"])), tuple(map(float, cfg["std"]))
+    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        raise ValueError(f"mean and std must be 3 numbers each, std above 0, got {mean} and {std}")
+    return height, mean, std
+
+
+def _fingerprint(model: nn.Module) -> str:
+    digest = hashlib.sha256(re.sub(r" at 0x\w+", "", repr(model)).encode())
+    for key, value in sorted(model.state_dict().items()):
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _some(keys: list[str], shown: int = 3) -> str:
+    return f"{len(keys)} ({', '.join(keys[:shown])}{', ...' if len(keys) > shown else ''})"
+
+
+def _one_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

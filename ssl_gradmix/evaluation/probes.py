@@ -1,0 +1,340 @@
+"""Linear classifiers of frozen features: what a representation makes linearly separable."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ssl_gradmix.data.datasets import ImageSet
+from ssl_gradmix.evaluation.encoders import Encoder
+from ssl_gradmix.settings import Augmentation
+
+LEARNING_RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+"""What the rate of a linear probe is chosen from, for batches of `BATCH_SIZE` features scaled as in `linear_probe`."""
+
+BATCH_SIZE = 256
+
+
+class Accuracy(NamedTuple):
+    """How a probe did on labelled features.
+
+    Attributes:
+        top1: (N,) boolean, whether the first guess is right.
+        top5: (N,) boolean, whether one of the first five is, or None where there are five classes or fewer.
+    """
+
+    top1: Tensor
+    top5: Tensor | None
+
+
+@dataclass(eq=False)
+class LinearProbe:
+    """A linear classifier of features as the encoder gives them.
+
+    Args:
+        classes: (C,) int64, the labels that it knows, ascending.
+        weight: (C, D).
+        bias: (C,).
+        learning_rate: The rate it was trained with, None where there was none.
+        validation: Accuracy on held-out training features by learning rate, empty where none was chosen.
+    """
+
+    classes: Tensor
+    weight: Tensor
+    bias: Tensor
+    learning_rate: float | None
+    validation: dict[float, float]
+
+    def logits(self, features: Tensor) -> Tensor:
+        """(N, C) from features (N, D); column k belongs to `classes[k]`."""
+        return features.to(self.weight) @ self.weight.T + self.bias
+
+    def predict(self, features: Tensor) -> Tensor:
+        """Labels (N,) of features (N, D)."""
+        return self.classes[self.logits(features).argmax(1)]
+
+    def accuracy(self, features: Tensor, labels: Tensor) -> Accuracy:
+        """Compares guesses for features (N, D) with their labels (N,).
+
+        Raises:
+            ValueError: If there are no features, or a label is none of `classes`.
+        """
+        labels = torch.as_tensor(labels, device=self.classes.device)
+        if len(labels) == 0 or len(labels) != len(features):
+            raise ValueError(f"labels must be one a feature and at least one, got {len(labels)} for {len(features)}")
+        strange = sorted(set(labels.tolist()) - set(self.classes.tolist()))
+        if strange:
+            raise ValueError(f"labels must be among the classes of the training features, got {strange} besides")
+        ranked = self.classes[self.logits(features).topk(min(5, len(self.classes))).indices]
+        hits = ranked == labels[:, None]
+        return Accuracy(top1=hits[:, 0], top5=hits.any(1) if len(self.classes) > 5 else None)
+
+
+def linear_probe(
+    features: Tensor,
+    labels: Tensor,
+    learning_rates: Sequence[float] = LEARNING_RATES,
+    epochs: int = 100,
+    held_out: float = 0.1,
+    seed: int = 0,
+) -> LinearProbe:
+    """Trains a linear classifier with SGD, at a learning rate chosen on held-out training features.
+
+    Momentum 0.9, no weight decay, batches of 256, a cosine to 0 by step, zero weights at the start. All learning rates
+    are trained in one pass over the same batches. The rate whose classifier has the best accuracy on the held-out share
+    after the last epoch (where several have, the lowest loss) is trained once more on all features; that classifier
+    after its last epoch is returned. Test features play no part, and no epoch is picked.
+
+    The usual protocol (SimCLR, DINO, solo-learn) trains on raw features. Here each feature is centred and divided by
+    its standard deviation over `features` first, so that one grid of rates serves encoders of any scale; MAE and VISSL
+    do the like with a BatchNorm. The scaling is folded into the classifier that is returned, which reads raw features.
+    A feature that never varies gets weight 0.
+
+    Args:
+        features: (N, D), finite. The classifier is trained and returned on their device, in float32.
+        labels: (N,) integers from 0, not necessarily contiguous.
+        learning_rates: What to choose from, for batches of 256.
+        epochs: Passes over the features, for the choice and for the classifier each.
+        held_out: Share of each class held out for the choice, at least one sample of a class of two or more. If all
+            classes have a single sample, the choice is made on the training features.
+        seed: Of the held-out share and the order of batches; the same seed gives the same classifier.
+
+    Raises:
+        ValueError: If shapes do not fit, features are not finite, labels are missing (-1) or of fewer than two classes,
+            or a setting is out of range.
+    """
+    features, classes, targets = _checked(features, labels)
+    scaling = _Scaling.of(features)
+    scaled = scaling(features)
+    settings = _Settings(learning_rates, epochs, held_out, seed)
+    return _choose_and_train(scaled.__getitem__, scaled, targets, classes, scaling, settings)
+
+
+def augmented_probe(
+    encoder: Encoder,
+    images: ImageSet,
+    features: Tensor,
+    augmentation: Augmentation | None = None,
+    learning_rates: Sequence[float] = LEARNING_RATES,
+    epochs: int = 100,
+    held_out: float = 0.1,
+    seed: int = 0,
+) -> LinearProbe:
+    """Trains a linear classifier as `linear_probe`, on features of images that are cropped and flipped anew each epoch.
+
+    The encoder stays in eval mode, without gradients. The scaling of features and the choice of the rate use the
+    features of the images as they are. The encoder runs over the images 2 x `epochs` times.
+
+    Args:
+        encoder: Moved to the device of `features`.
+        images: Training images, all labelled.
+        features: (N, D), those of `images` as they are, from `extract`.
+        augmentation: None is the usual random resized crop (8% to 100% of the area) and horizontal flip.
+        learning_rates: As in `linear_probe`.
+        epochs: As in `linear_probe`.
+        held_out: As in `linear_probe`.
+        seed: As in `linear_probe`, and of the crops and flips. Global generators are left as they were.
+
+    Raises:
+        ValueError: As `linear_probe`.
+    """
+    from ssl_gradmix.data.augmentation import DeviceViews
+
+    features, classes, targets = _checked(features, torch.from_numpy(images.labels))
+    scaling = _Scaling.of(features)
+    augmentation = augmentation or Augmentation(min_scale=0.08, flip=0.5, jitter=0.0, gray=0.0)
+    views = DeviceViews(augmentation, encoder.size, encoder.mean, encoder.std).to(features.device)
+    model = encoder.model.to(features.device).eval()
+    pixels = images.pixels(encoder.size)
+
+    @torch.no_grad()  # inference mode would not do: the classifier's backward pass reads these features
+    def look(batch: Tensor) -> Tensor:
+        (view,) = views(pixels[batch.cpu()].to(features.device), 1)
+        return scaling(model(view).float())
+
+    settings = _Settings(learning_rates, epochs, held_out, seed)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return _choose_and_train(look, scaling(features), targets, classes, scaling, settings)
+
+
+def logistic_regression(features: Tensor, labels: Tensor, C: float = 1.0) -> LinearProbe:  # noqa: N803
+    """Trains scikit-learn's LogisticRegression on standardised features: a cross-check without learning rate or seed.
+
+    Args:
+        features: (N, D), finite.
+        labels: (N,) integers from 0, not necessarily contiguous.
+        C: Inverse strength of its L2 penalty, as in scikit-learn.
+
+    Raises:
+        ValueError: As `linear_probe`.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+
+    features, classes, _ = _checked(features, labels)
+    scaler = StandardScaler()
+    fitted = LogisticRegression(C=C, max_iter=1000).fit(scaler.fit_transform(features.cpu().double()), labels.cpu())
+    weight, bias = torch.from_numpy(fitted.coef_), torch.from_numpy(fitted.intercept_)
+    if len(classes) == 2:  # scikit-learn keeps one logit for two classes, the difference of theirs
+        weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
+    scaling = _Scaling(torch.from_numpy(scaler.mean_), 1 / torch.from_numpy(scaler.scale_))
+    return LinearProbe(classes, *(part.to(features) for part in scaling.folded(weight, bias)), None, {})
+
+
+def label_subset(labels: Tensor, fraction: float, seed: int = 0) -> Tensor:
+    """Draws the labelled part of a training set for semi-supervised protocols (1%, 10% of the labels).
+
+    Args:
+        labels: (N,) integers.
+        fraction: Share of each class, in (0, 1]; of every class at least one sample is taken.
+        seed: Of the draw. With the same seed, a smaller fraction is part of a larger one.
+
+    Returns:
+        Ascending indices of the samples drawn, on the CPU.
+    """
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction must be above 0 and at most 1, got {fraction}")
+    return _draw(labels, lambda count: max(round(fraction * count), 1), seed)
+
+
+@dataclass(frozen=True)
+class _Settings:
+    learning_rates: Sequence[float]
+    epochs: int
+    held_out: float
+    seed: int
+
+    def __post_init__(self) -> None:
+        if not self.learning_rates or min(self.learning_rates) <= 0:
+            raise ValueError(f"learning_rates must be at least one, all above 0, got {tuple(self.learning_rates)}")
+        if self.epochs < 1:
+            raise ValueError(f"epochs must be at least 1, got {self.epochs}")
+        if not 0 < self.held_out < 1:
+            raise ValueError(f"held_out must be between 0 and 1, got {self.held_out}")
+
+
+class _Scaling(NamedTuple):
+    """The affine change of features that a classifier is trained under."""
+
+    centre: Tensor
+    scale: Tensor
+
+    @classmethod
+    def of(cls, features: Tensor) -> _Scaling:
+        """Makes each feature of mean 0 and variance 1; those that never vary become 0."""
+        std = features.std(0, correction=0)
+        varies = std > 1e-6 * std.max()
+        return cls(features.mean(0), torch.where(varies, 1 / std, 0.0))
+
+    def __call__(self, features: Tensor) -> Tensor:
+        return (features - self.centre) * self.scale
+
+    def folded(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """Turns a classifier of scaled features into the same of raw ones."""
+        weight = weight * self.scale
+        return weight, bias - weight @ self.centre
+
+
+def _choose_and_train(
+    look: Callable[[Tensor], Tensor],
+    scaled: Tensor,
+    targets: Tensor,
+    classes: Tensor,
+    scaling: _Scaling,
+    settings: _Settings,
+) -> LinearProbe:
+    """Trains at all learning rates on a part of the samples, and at the best one on all.
+
+    Args:
+        look: From indices (B,) to the scaled features (B, D) that a training step sees of those samples.
+        scaled: (N, D) scaled features that the choice is made on.
+        targets: (N,) index of each sample's class.
+        classes: (C,) labels.
+        scaling: How features were scaled.
+        settings: Of the training.
+    """
+    rates, shape = settings.learning_rates, (scaled.shape[1], len(classes))
+    everything = torch.arange(len(targets), device=targets.device)
+    held_out = _draw(targets, lambda n: min(max(round(settings.held_out * n), 1), n - 1), settings.seed)
+    held_out = held_out.to(targets.device)
+    rest = everything[~torch.isin(everything, held_out)]
+    judged = held_out if len(held_out) else rest
+
+    weight, bias = _train(look, rest, targets, shape, rates, settings)
+    logits = torch.einsum("bd,dlc->lbc", scaled[judged], weight) + bias[:, None]
+    accuracies = [(each.argmax(1) == targets[judged]).double().mean().item() for each in logits]
+    losses = [functional.cross_entropy(each, targets[judged]).item() for each in logits]
+    best = max(range(len(rates)), key=lambda i: (accuracies[i], -losses[i]))
+
+    weight, bias = _train(look, everything, targets, shape, [rates[best]], settings)
+    validation = dict(zip(rates, accuracies, strict=True))
+    return LinearProbe(classes, *scaling.folded(weight[:, 0].T, bias[0]), rates[best], validation)
+
+
+def _train(
+    look: Callable[[Tensor], Tensor],
+    kept: Tensor,
+    targets: Tensor,
+    shape: tuple[int, int],
+    learning_rates: Sequence[float],
+    settings: _Settings,
+) -> tuple[Tensor, Tensor]:
+    """Trains a classifier of `shape` (D, C) at each of L rates on the samples `kept`: weight (D, L, C), bias (L, C)."""
+    n_features, n_classes = shape
+    rates = torch.tensor(learning_rates, device=targets.device)
+    weight = torch.zeros(n_features, len(rates), n_classes, device=targets.device, requires_grad=True)
+    bias = torch.zeros(len(rates), n_classes, device=targets.device, requires_grad=True)
+    # With neither weight decay nor clipping, a loss times r at rate 1 makes the steps of the loss at rate r.
+    optimiser = torch.optim.SGD([weight, bias], lr=1.0, momentum=0.9)
+    steps = settings.epochs * math.ceil(len(kept) / BATCH_SIZE)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+    for batch in _batches(kept, settings.epochs, settings.seed):
+        logits = torch.einsum("bd,dlc->blc", look(batch), weight) + bias
+        wanted = targets[batch].repeat_interleave(len(rates))
+        losses = functional.cross_entropy(logits.flatten(0, 1), wanted, reduction="none").view(len(batch), -1).mean(0)
+        optimiser.zero_grad()
+        (losses @ rates).backward()
+        optimiser.step()
+        schedule.step()
+    return weight.detach(), bias.detach()
+
+
+def _batches(kept: Tensor, epochs: int, seed: int) -> Iterator[Tensor]:
+    """Shuffles indices anew each epoch; the order is the same on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(epochs):
+        order = torch.randperm(len(kept), generator=generator).to(kept.device)
+        yield from kept[order].split(BATCH_SIZE)
+
+
+def _draw(labels: Tensor, count: Callable[[int], int], seed: int) -> Tensor:
+    """Draws `count(n)` of the n samples of each class: ascending indices, on the CPU."""
+    labels = labels.cpu()
+    generator = torch.Generator().manual_seed(seed)
+    drawn = []
+    for label in labels.unique():
+        members = (labels == label).nonzero().flatten()
+        drawn.append(members[torch.randperm(len(members), generator=generator)[: count(len(members))]])
+    return torch.cat(drawn).sort().values
+
+
+def _checked(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Features in float32, the classes that occur, and the index of each sample's class."""
+    if features.ndim != 2 or labels.shape != features.shape[:1]:
+        raise ValueError(f"features must be (N, D) and labels (N,), got {tuple(features.shape)}, {tuple(labels.shape)}")
+    if not features.isfinite().all():
+        raise ValueError("features must be finite, got NaN or infinite values")
+    unlabelled = (labels < 0).sum().item()
+    if unlabelled:
+        raise ValueError(f"labels must not be missing, got {unlabelled} of {len(labels)} samples without (-1)")
+    classes, targets = labels.to(features.device).unique(return_inverse=True)
+    if len(classes) < 2:
+        raise ValueError(f"labels must be of at least two classes, got {classes.tolist()}")
+    return features.float(), classes, targets

@@ -1,0 +1,123 @@
+"""The one row that every evaluation writes, and the JSON file that holds rows."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass
+class Row:
+    """One measured number.
+
+    Args:
+        task: What was evaluated: `linear_probe`, `osr`, `ood`, `corruption`.
+        dataset: Name of the data set.
+        split: Its part, `test` as a rule.
+        trial: Open-set trial or repetition, None where there is just one.
+        encoder: Name of the encoder.
+        feature: What of the encoder is read, `backbone` as a rule.
+        score: What was computed from features, for instance `linear`, `knn`, `mahalanobis`.
+        metric: What `value` is, for instance `top1`, `auroc`. Shares are in [0, 1].
+        value: The number; finite.
+        ci_low: Lower end of its 95% interval, None where there is none.
+        ci_high: Upper end.
+        n: Number of samples behind it.
+        params: Everything else that the number depends on, such as k and temperature.
+    """
+
+    task: str
+    dataset: str
+    split: str
+    trial: int | None
+    encoder: str
+    feature: str
+    score: str
+    metric: str
+    value: float
+    ci_low: float | None
+    ci_high: float | None
+    n: int
+    params: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("value", "ci_low", "ci_high"):
+            number = getattr(self, name)
+            if number is not None and not math.isfinite(number):
+                raise ValueError(f"{name} of {self.score} {self.metric} must be finite, got {number}")
+
+
+def write_rows(path: str | Path, rows: Sequence[Row], extra: dict[str, Any] | None = None) -> None:
+    """Writes rows, and what else belongs to them, as JSON: whole or not at all.
+
+    Args:
+        path: The file; its folder is made.
+        rows: What was measured.
+        extra: Further entries of the JSON object beside `rows`, such as settings or curves.
+
+    Raises:
+        ValueError: If something is NaN or infinite, or `extra` has an entry `rows`.
+    """
+    if extra and "rows" in extra:
+        raise ValueError("extra must not have an entry 'rows'")
+    try:
+        text = json.dumps({"rows": [asdict(row) for row in rows], **(extra or {})}, indent=1, allow_nan=False)
+    except ValueError as error:
+        raise ValueError(f"results for {path} must be finite numbers: {error}") from error
+    write_whole(path, lambda temporary: temporary.write_text(text + "\n", encoding="utf-8"))
+
+
+def read_rows(path: str | Path) -> tuple[list[Row], dict[str, Any]]:
+    """Reads what `write_rows` wrote: the rows, and the extra entries.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it holds something else.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        rows = [Row(**row) for row in content.pop("rows")]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        wanted = ", ".join(field.name for field in fields(Row))
+        raise ValueError(f"{path} is no file of result rows ({wanted}): {error}") from error
+    return rows, content
+
+
+def write_figure(path: str | Path, figure: Figure) -> None:
+    """Writes a matplotlib figure as PNG: whole or not at all."""
+    write_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight"))
+
+
+def write_whole(path: str | Path, write: Callable[[Path], object]) -> None:
+    """Has `write(temporary path)` write a file in the same folder and renames it, so that no reader sees half of it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def console_table(rows: Sequence[Row]) -> str:
+    """Lays rows out for a terminal: score, metric, value with its interval, sample count, and parameters."""
+    cells = [("score", "metric", "value", "95% interval", "n", "")]
+    for row in rows:
+        interval = "" if row.ci_low is None else f"{row.ci_low:.4f} to {row.ci_high:.4f}"
+        params = ", ".join(f"{name} {_short(value)}" for name, value in row.params.items())
+        cells.append((row.score, row.metric, f"{row.value:.4f}", interval, str(row.n), params))
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in cells)
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

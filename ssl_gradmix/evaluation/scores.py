@@ -1,0 +1,386 @@
+"""How known a sample looks: open-set and out-of-distribution scores on frozen features and on a classifier's logits.
+
+Every score is larger the more a sample looks known; most papers give the negative. The functions are pure. Those that
+compare with the known classes take `train` (N, D), the features of their training images, `labels` (N,), the classes,
+and `test` (M, D), and return (M,) float64. Arrays and tensors are taken; the work is done on the device of `train`.
+
+Similarities are computed in float32 (float64 where the features are), block by block, so that no matrix (M, N) ever
+exists. Means, covariances and what follows from them are computed in float64.
+
+Singular covariances: directions in which the training features vary by less than 1e-6 of their root mean square norm,
+which is the rounding of float32, are left out (a pseudo-inverse). So constant features, a collapsed encoder and more
+dimensions than samples are no trouble, but what a test sample does in those directions goes unseen. `vim` sees it.
+
+All raise ValueError where shapes do not fit, samples are missing, values are not finite, or a class is negative.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+Matrix = np.ndarray | Tensor
+
+_SIMILARITIES_AT_ONCE = 2**24  # 64 MiB of float32
+_ROWS_AT_ONCE = 2**13  # of features, where they are cast to float64
+_NEGLIGIBLE = 1e-6  # of the features' root mean square norm
+
+
+def all_scores(
+    train: Matrix,
+    labels: Matrix,
+    test: Matrix,
+    train_logits: Matrix,
+    test_logits: Matrix,
+    k: int = 50,
+    top_k: int = 3,
+) -> dict[str, np.ndarray]:
+    """Every score of this module by name; the neighbours come from one pass over the similarities.
+
+    Args:
+        train: (N, D) features of the known classes' training images.
+        labels: (N,) integers from 0, their classes.
+        test: (M, D) features to score.
+        train_logits: (N, C) logits of a classifier of the known classes on `train`, for instance the linear probe.
+        test_logits: (M, C) its logits on `test`.
+        k: Neighbours of `knn_distance`.
+        top_k: Neighbours in each class of `top_k_cosine`.
+
+    Returns:
+        (M,) scores under the names of the functions; `top_k_cosine_divided` and `nearest_class_mean_euclidean` are the
+        variants. `parameters_used` says what `k`, `top_k` and the dimension of `vim` came to.
+    """
+    train, classes, test = _checked(train, labels, test)
+    used = parameters_used(train, labels, k, top_k)
+    kth_distance, similarity = _neighbours(train, classes, test, used["knn_distance"]["k"], used["top_k_cosine"]["k"])
+    distance, background = _mahalanobis_distances(train, classes, test)
+    return {
+        "knn_distance": _as_array(-kth_distance),
+        "top_k_cosine": _as_array(similarity.amax(1)),
+        "top_k_cosine_divided": _as_array(_divided(similarity).amax(1)),
+        "nearest_class_mean": nearest_class_mean(train, labels, test),
+        "nearest_class_mean_euclidean": nearest_class_mean(train, labels, test, metric="euclidean"),
+        "mahalanobis": _as_array(-distance),
+        "relative_mahalanobis": _as_array(background - distance),
+        "feature_norm": feature_norm(test),
+        "vim": vim(train, labels, test, train_logits, test_logits),
+        "max_softmax": max_softmax(test_logits),
+        "max_logit": max_logit(test_logits),
+        "energy": energy(test_logits),
+    }
+
+
+def parameters_used(train: Matrix, labels: Matrix, k: int = 50, top_k: int = 3) -> dict[str, dict[str, int]]:
+    """What the parameters of `all_scores` come to on these data, by score, for the record of a result.
+
+    Returns:
+        `k` of `knn_distance`: at most N. `k` of `top_k_cosine` and `top_k_cosine_divided`: at most the size of the
+        smallest class, the same for all classes, so that sums compare. `dim` of `vim`: see there.
+
+    Raises:
+        ValueError: If `k` or `top_k` is below 1.
+    """
+    for name, value in (("k", k), ("top_k", top_k)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    smallest_class = torch.as_tensor(labels).unique(return_counts=True)[1].min().item()
+    neighbours = {"k": min(top_k, smallest_class)}
+    return {
+        "knn_distance": {"k": min(k, len(train))},
+        "top_k_cosine": neighbours,
+        "top_k_cosine_divided": neighbours,
+        "vim": {"dim": _vim_dim(*train.shape)},
+    }
+
+
+def knn_distance(train: Matrix, labels: Matrix, test: Matrix, k: int = 50) -> np.ndarray:
+    """Negative Euclidean distance to the k-th nearest training feature, all features L2-normalised.
+
+    Sun et al., "Out-of-Distribution Detection with Deep Nearest Neighbors", ICML 2022; `k=50` is theirs for CIFAR-10
+    (200 for CIFAR-100, 1000 for ImageNet). The classes play no part.
+
+    Args:
+        train: (N, D) features.
+        labels: (N,) integers from 0.
+        test: (M, D) features.
+        k: Which neighbour, clamped to N.
+    """
+    train, classes, test = _checked(train, labels, test)
+    k = parameters_used(train, labels, k=k)["knn_distance"]["k"]
+    return _as_array(-_neighbours(train, classes, test, k, 1)[0])
+
+
+def top_k_cosine(train: Matrix, labels: Matrix, test: Matrix, k: int = 3, divided: bool = False) -> np.ndarray:
+    """GradMix's score: the largest over classes c of S_c, the sum of the k largest cosines to training features of c.
+
+    `divided=True` is what its authors publish, `max_c S_c / sum_c S_c` on the projector's output. It is unstable: where
+    features of different classes are opposite, as in a collapsed simplex, the denominator comes near 0 and may be
+    negative. Hence the undivided sum is the default. A denominator of 0 gives 0 where S_c is 0 too.
+
+    Args:
+        train: (N, D) features.
+        labels: (N,) integers from 0.
+        test: (M, D) features.
+        k: Neighbours in each class, clamped to the size of the smallest class.
+        divided: Whether S_c is divided by its sum over classes.
+    """
+    train, classes, test = _checked(train, labels, test)
+    k = parameters_used(train, labels, top_k=k)["top_k_cosine"]["k"]
+    similarity = _neighbours(train, classes, test, 1, k)[1]
+    return _as_array((_divided(similarity) if divided else similarity).amax(1))
+
+
+def nearest_class_mean(
+    train: Matrix, labels: Matrix, test: Matrix, metric: Literal["cosine", "euclidean"] = "cosine"
+) -> np.ndarray:
+    """Similarity to the nearest class mean: the largest cosine, or the smallest Euclidean distance negated.
+
+    For the cosine, a class's mean is that of its L2-normalised features, so that each sample has the same say.
+
+    Args:
+        train: (N, D) features.
+        labels: (N,) integers from 0.
+        test: (M, D) features.
+        metric: `"cosine"` or `"euclidean"`.
+    """
+    train, classes, test = _checked(train, labels, test)
+    if metric == "cosine":
+        means = functional.normalize(_class_means(functional.normalize(train, dim=1), classes), dim=1)
+        return _as_array(_by_rows(test, lambda rows: (functional.normalize(rows, dim=1) @ means.T).amax(1)))
+    if metric == "euclidean":
+        means = _class_means(train, classes)
+        return _as_array(_by_rows(test, lambda rows: -torch.cdist(rows, means).amin(1)))
+    raise ValueError(f"metric must be 'cosine' or 'euclidean', got {metric!r}")
+
+
+def mahalanobis(train: Matrix, labels: Matrix, test: Matrix) -> np.ndarray:
+    """Negative squared Mahalanobis distance to the nearest class mean, one covariance for all classes.
+
+        -min_c (x - mu_c)^T S^-1 (x - mu_c),    S = 1/N sum_i (x_i - mu_{y_i}) (x_i - mu_{y_i})^T
+
+    Lee et al., "A Simple Unified Framework for Detecting Out-of-Distribution Samples and Adversarial Attacks", NeurIPS
+    2018, on one layer and without their perturbation of the input. No shrinkage; singular S: see the module.
+
+    Args:
+        train: (N, D) features.
+        labels: (N,) integers from 0.
+        test: (M, D) features.
+    """
+    distance, _ = _mahalanobis_distances(*_checked(train, labels, test))
+    return _as_array(-distance)
+
+
+def relative_mahalanobis(train: Matrix, labels: Matrix, test: Matrix) -> np.ndarray:
+    """`mahalanobis` plus the squared Mahalanobis distance to one Gaussian fitted to all training features together.
+
+    Ren et al., "A Simple Fix to Mahalanobis Distance for Improving Near-OOD Detection", 2021. With a single class the
+    two Gaussians are the same, and the score is 0 throughout.
+
+    Args:
+        train: (N, D) features.
+        labels: (N,) integers from 0.
+        test: (M, D) features.
+    """
+    distance, background = _mahalanobis_distances(*_checked(train, labels, test))
+    return _as_array(background - distance)
+
+
+def feature_norm(test: Matrix) -> np.ndarray:
+    """Euclidean norm of the features: encoders tend to answer unknown images weakly (Dhamija et al., NeurIPS 2018).
+
+    Constant, and so of no use, where the features are already L2-normalised.
+
+    Args:
+        test: (M, D) features.
+    """
+    return _as_array(_by_rows(_finite_matrix("test", test), lambda rows: rows.norm(dim=1)))
+
+
+def vim(
+    train: Matrix,
+    labels: Matrix,
+    test: Matrix,
+    train_logits: Matrix,
+    test_logits: Matrix,
+    dim: int | None = None,
+    origin: Matrix | None = None,
+) -> np.ndarray:
+    """Virtual-logit matching: energy of the logits minus the scaled norm of what the principal subspace leaves over.
+
+        logsumexp(logits) - alpha |R (x - origin)|,    alpha = mean(max_c train_logits) / mean |R (x_train - origin)|
+
+    where R projects onto the eigenvectors of the training features' second moment about the origin that belong to all
+    but the `dim` largest eigenvalues. Wang et al., "ViM: Out-Of-Distribution with Virtual-logit Matching", CVPR 2022.
+    Departures: the origin is the mean of the training features, where the paper takes the point `-pinv(W) b` at which
+    the logits of a classifier (W, b) on these very features vanish; give it as `origin` for the paper's score. Where
+    the training features leave nothing over, alpha is undefined, and the score is the energy.
+
+    Args:
+        train: (N, D) features.
+        labels: (N,) integers from 0; the classes play no part.
+        test: (M, D) features.
+        train_logits: (N, C) logits of a classifier on `train`.
+        test_logits: (M, C) its logits on `test`.
+        dim: Dimension of the principal subspace, below D. None takes the authors' rule, 1000 for D of at least 2048,
+            512 for D of at least 768, else half of D, and at most half of what N samples can span.
+        origin: (D,) point in feature space.
+    """
+    train, _, test = _checked(train, labels, test)
+    train_logits, test_logits = _finite_matrix("train_logits", train_logits), _finite_matrix("test_logits", test_logits)
+    if len(train_logits) != len(train) or len(test_logits) != len(test):
+        raise ValueError(
+            "train_logits and test_logits must have a row for each feature, "
+            f"got {len(train_logits)} for {len(train)} and {len(test_logits)} for {len(test)}"
+        )
+    dim = _vim_dim(*train.shape) if dim is None else dim
+    if not 0 <= dim < train.shape[1]:
+        raise ValueError(f"dim must be at least 0 and below the {train.shape[1]} features, got {dim}")
+    zero = train.new_zeros(len(train), dtype=torch.int64)
+    origin = _class_means(train, zero) if origin is None else torch.as_tensor(origin, device=train.device).double()
+    moment = _second_moment(train, zero, origin.reshape(1, -1))
+    _, directions = torch.linalg.eigh(moment)  # eigenvalues rise
+    residual = directions[:, : train.shape[1] - dim]
+
+    def left_over(features: Tensor) -> Tensor:
+        return _by_rows(features, lambda rows: ((rows - origin) @ residual).norm(dim=1))
+
+    train_left_over = left_over(train).mean()
+    rms_norm = (moment.trace() + origin.square().sum()).sqrt()
+    alpha = train_logits.double().amax(1).mean().to(train.device) / train_left_over
+    if train_left_over <= _NEGLIGIBLE * rms_norm:
+        alpha = 0.0
+    return energy(test_logits) - _as_array(alpha * left_over(test))
+
+
+def max_softmax(logits: Matrix) -> np.ndarray:
+    """Largest softmax probability (Hendrycks and Gimpel, ICLR 2017), in float64: in float32 confident ones tie at 1.
+
+    Args:
+        logits: (M, C).
+    """
+    return _as_array(_finite_matrix("logits", logits).double().softmax(1).amax(1))
+
+
+def max_logit(logits: Matrix) -> np.ndarray:
+    """Largest logit (Hendrycks et al., "Scaling Out-of-Distribution Detection for Real-World Settings", ICML 2022).
+
+    Args:
+        logits: (M, C).
+    """
+    return _as_array(_finite_matrix("logits", logits).amax(1))
+
+
+def energy(logits: Matrix, temperature: float = 1.0) -> np.ndarray:
+    """Negative free energy, `T logsumexp(logits / T)` (Liu et al., "Energy-based OOD Detection", NeurIPS 2020).
+
+    Args:
+        logits: (M, C).
+        temperature: T, above 0.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature must be above 0, got {temperature}")
+    return _as_array(temperature * (_finite_matrix("logits", logits).double() / temperature).logsumexp(1))
+
+
+def _neighbours(train: Tensor, classes: Tensor, test: Tensor, k: int, top_k: int) -> tuple[Tensor, Tensor]:
+    """Distance (M,) to the k-th nearest of all, and for each class (M, C) the sum of its `top_k` largest cosines."""
+    bank = functional.normalize(train, dim=1)[classes.argsort()]
+    sizes = classes.bincount().tolist()
+    starts = np.cumsum([0, *sizes[:-1]]).tolist()
+    distances, similarities = [], []
+    for rows in functional.normalize(test, dim=1).split(max(1, _SIMILARITIES_AT_ONCE // len(bank))):
+        # The k nearest of all are among the k nearest of each class.
+        nearest = [block.topk(min(max(k, top_k), block.shape[1])) for block in (rows @ bank.T).split(sizes, dim=1)]
+        similarities.append(torch.stack([cosines[:, :top_k].sum(1) for cosines, _ in nearest], dim=1))
+        kth = torch.cat([cosines for cosines, _ in nearest], dim=1).topk(k).indices[:, -1:]
+        index = torch.cat([index + start for (_, index), start in zip(nearest, starts, strict=True)], dim=1)
+        # From the difference: sqrt(2 - 2 cosine) has lost all its digits for a near duplicate.
+        distances.append((rows - bank[index.gather(1, kth)[:, 0]]).norm(dim=1))
+    return torch.cat(distances), torch.cat(similarities)
+
+
+def _divided(similarity: Tensor) -> Tensor:
+    total = similarity.sum(1, keepdim=True)
+    return torch.where((similarity == 0) & (total == 0), 0, similarity / total)
+
+
+def _mahalanobis_distances(train: Tensor, classes: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared distances (M,) to the nearest class mean, within classes, and to the mean of all, over all."""
+    means = _class_means(train, classes)
+    shares = classes.bincount().double() / len(classes)
+    mean = shares @ means
+    within = _second_moment(train, classes, means)
+    total = within + (shares[:, None] * (means - mean)).T @ (means - mean)
+    rms_norm = (total.trace() + mean.square().sum()).sqrt()
+
+    def squared_distances(centres: Tensor, covariance: Tensor) -> Tensor:
+        variances, directions = torch.linalg.eigh(covariance)
+        kept = variances > (_NEGLIGIBLE * rms_norm) ** 2
+        whiten = directions[:, kept] / variances[kept].sqrt()
+        whitened = (centres - mean) @ whiten
+        return _by_rows(test, lambda rows: torch.cdist((rows - mean) @ whiten, whitened).amin(1).square())
+
+    return squared_distances(means, within), squared_distances(mean[None], total)
+
+
+def _class_means(features: Tensor, classes: Tensor) -> Tensor:
+    counts = classes.bincount()
+    sums = features.new_zeros(len(counts), features.shape[1], dtype=torch.float64)
+    for rows, row_classes in zip(features.split(_ROWS_AT_ONCE), classes.split(_ROWS_AT_ONCE), strict=True):
+        sums.index_add_(0, row_classes, rows.double())
+    return sums / counts[:, None]
+
+
+def _second_moment(features: Tensor, classes: Tensor, centres: Tensor) -> Tensor:
+    """Mean outer product (D, D) of the features less the centre of their class."""
+    moment = features.new_zeros(features.shape[1], features.shape[1], dtype=torch.float64)
+    for rows, row_classes in zip(features.split(_ROWS_AT_ONCE), classes.split(_ROWS_AT_ONCE), strict=True):
+        centred = rows.double() - centres[row_classes]
+        moment.addmm_(centred.T, centred)
+    return moment / len(features)
+
+
+def _by_rows(features: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """A function of rows, applied to blocks of them in float64."""
+    return torch.cat([function(rows.double()) for rows in features.split(_ROWS_AT_ONCE)])
+
+
+def _vim_dim(n_samples: int, n_features: int) -> int:
+    rule = 1000 if n_features >= 2048 else 512 if n_features >= 768 else n_features // 2
+    return min(rule, (n_samples - 1) // 2)
+
+
+def _checked(train: Matrix, labels: Matrix, test: Matrix) -> tuple[Tensor, Tensor, Tensor]:
+    """Features as tensors of one device, and classes numbered from 0 in the order of their labels."""
+    train = _finite_matrix("train", train)
+    test = _finite_matrix("test", test).to(train)
+    labels = torch.as_tensor(labels, device=train.device)
+    if train.shape[1] != test.shape[1]:
+        raise ValueError(f"train and test must share D, got {tuple(train.shape)} and {tuple(test.shape)}")
+    if labels.shape != train.shape[:1] or labels.is_floating_point() or labels.dtype == torch.bool:
+        raise ValueError(
+            f"labels must be integers of shape ({len(train)},), got {labels.dtype} of shape {tuple(labels.shape)}"
+        )
+    if labels.min() < 0:
+        raise ValueError(f"labels must be known classes, 0 or above, got {int((labels < 0).sum())} negative ones")
+    return train, labels.unique(return_inverse=True)[1], test
+
+
+def _finite_matrix(name: str, values: Matrix) -> Tensor:
+    values = torch.as_tensor(values).detach()
+    if values.ndim != 2 or 0 in values.shape:
+        raise ValueError(f"{name} must have shape (samples, values), neither 0, got {tuple(values.shape)}")
+    values = values if values.dtype == torch.float64 else values.float()
+    broken = int((~values.isfinite()).any(1).sum())
+    if broken:
+        raise ValueError(f"{name} must be finite, got {broken} of {len(values)} rows with NaN or infinite values")
+    return values
+
+
+def _as_array(values: Tensor) -> np.ndarray:
+    return values.double().cpu().numpy()

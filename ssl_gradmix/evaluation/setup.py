@@ -1,0 +1,80 @@
+"""A frozen encoder, its data and a folder for results: what every command line of `eval/` works on."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ssl_gradmix.data.datasets import ImageSet, known_classes, load
+from ssl_gradmix.evaluation.encoders import Encoder
+from ssl_gradmix.evaluation.features import extract
+from ssl_gradmix.evaluation.results import Row
+from ssl_gradmix.settings import Data
+from ssl_gradmix.version import __version__
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from ssl_gradmix.evaluation.intervals import Interval
+
+
+@dataclass(eq=False)
+class Evaluation:
+    """A subject, loaded: the frozen encoder, its data, and where the results go."""
+
+    encoder: Encoder
+    data: Data
+    out: Path
+    batch_size: int
+    cache: Path | None
+    accelerator: Accelerator
+
+    def load(self, split: str, data: Data | None = None) -> ImageSet:
+        """Loads the train or test images of the classes that the data settings ask for."""
+        data = data or self.data
+        images = load(data, split)
+        known = known_classes(data, images.classes)
+        return images if known is None else images.only(known)
+
+    def load_labelled(self, split: str) -> ImageSet:
+        """As `load`, without unlabelled images.
+
+        Raises:
+            ValueError: If no image is labelled.
+        """
+        images = self.load(split)
+        labelled = images.subset(images.labels >= 0)
+        if len(labelled) == 0:
+            raise ValueError(
+                f"{images.name} has no labels, this evaluation needs them: a folder has one a class folder"
+            )
+        return labelled
+
+    def features(self, images: ImageSet | np.ndarray) -> tuple[Tensor, Tensor]:
+        """Frozen features (N, D) and labels (N,) of all images, on the accelerator's device."""
+        features, labels = extract(
+            self.encoder, images, self.batch_size, cache=self.cache, accelerator=self.accelerator
+        )
+        return features.to(self.accelerator.device), labels.to(self.accelerator.device)
+
+    def row(
+        self, task: str, images: ImageSet, score: str, metric: str, interval: Interval, n: int, **params: object
+    ) -> Row:
+        """A result of frozen backbone features on these images."""
+        dataset, _, split = images.name.rpartition("/")
+        return Row(task, dataset, split, None, self.encoder.name, "backbone", score, metric, *interval, n, params)
+
+    def describe(self) -> dict:
+        """What a results file says of its origin beside the rows."""
+        import timm
+
+        return {
+            "encoder": {"name": self.encoder.name, "fingerprint": self.encoder.fingerprint},
+            "data": asdict(self.data),
+            "versions": {"ssl_gradmix": __version__, "torch": torch.__version__, "timm": timm.__version__},
+        }

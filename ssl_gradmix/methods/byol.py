@@ -1,0 +1,107 @@
+"""BYOL (Grill et al. 2020, arXiv 2006.07733) with an optional third view: GradMix's, or a plain augmentation."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from lightly.loss import NegativeCosineSimilarity
+from lightly.models.modules import BYOLPredictionHead, BYOLProjectionHead
+from lightly.models.utils import deactivate_requires_grad, update_momentum
+from lightly.utils.scheduler import cosine_schedule
+from torch import Tensor, nn
+
+from ssl_gradmix.gradmix import GradMix, MixedViews
+from ssl_gradmix.methods.losses import Losses, embedding_spread
+
+
+class BYOL(nn.Module):
+    """A student predicts a slowly moving teacher's embedding of the other view; the whole step happens inside one `forward`.
+
+    The third view goes through the student only, and its prediction is compared with the teacher's embeddings of both views, so that both
+    losses are symmetrical: `pair = d(p0, t1) + d(p1, t0)` and `extra = d(p2, t0) + d(p2, t1)` with `d(p, t) = 2 - 2 cos(p, t)`.
+
+    Args:
+        backbone: Encoder from images (N, C, H, W) to features (N, D).
+        num_features: D.
+        hidden_dim: Width of the hidden layers of projector and predictor.
+        output_dim: Width of the embeddings.
+        momentum: Of the teacher at the first step, in [0, 1]; it rises to 1 on a cosine.
+        gradmix: The view generator, or None.
+        weight: Factor on the third view's loss, beside `lam`.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        num_features: int,
+        hidden_dim: int = 1024,
+        output_dim: int = 256,
+        momentum: float = 0.99,
+        gradmix: GradMix | None = None,
+        weight: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.projector = BYOLProjectionHead(num_features, hidden_dim, output_dim)
+        self.predictor = BYOLPredictionHead(output_dim, hidden_dim, output_dim)
+        self.teacher_backbone = copy.deepcopy(backbone)
+        self.teacher_projector = copy.deepcopy(self.projector)
+        deactivate_requires_grad(self.teacher_backbone)
+        deactivate_requires_grad(self.teacher_projector)
+        self.criterion = NegativeCosineSimilarity()
+        self.momentum = momentum
+        self.gradmix = gradmix
+        self.weight = weight
+
+    def forward(self, views: list[Tensor]) -> Losses:
+        """Losses of a batch.
+
+        Args:
+            views: Two, or three with a plain third one (only without `gradmix`), each (N, C, H, W).
+        """
+        targets = self._teach(views[:2])
+        if self.gradmix is None:
+            predicted = self._predict(torch.cat(views)).chunk(len(views))
+            pair = self._distance(predicted[0], targets[1]) + self._distance(predicted[1], targets[0])
+            if len(views) == 2:
+                return Losses(pair, pair.detach(), torch.zeros_like(pair), torch.zeros_like(pair), embedding_spread(targets[0]))
+            third, lam = predicted[2], torch.ones_like(pair)
+        else:
+            pair, mixed = self._mix(views, targets)
+            third, lam = self._predict(mixed.images), mixed.lam
+        extra = self._distance(third, targets[0]) + self._distance(third, targets[1])
+        total = pair + self.weight * lam * extra
+        return Losses(total, pair.detach(), extra.detach(), lam.detach(), embedding_spread(targets[0]))
+
+    def mixed_views(self, views: list[Tensor]) -> MixedViews:
+        """The views that GradMix would add to this batch, to be looked at; `gradmix` must be set."""
+        return self._mix(views, self._teach(views))[1]
+
+    def update_teacher(self, step: int, steps: int) -> None:
+        """Moves the teacher towards the student; to be called once after each optimiser step.
+
+        Args:
+            step: Optimiser steps done before this one; the momentum follows a cosine from `momentum` to 1 with it.
+            steps: Optimiser steps of the whole training.
+        """
+        momentum = cosine_schedule(step, steps, self.momentum, 1.0)
+        update_momentum(self.backbone, self.teacher_backbone, momentum)
+        update_momentum(self.projector, self.teacher_projector, momentum)
+
+    def _mix(self, views: list[Tensor], targets: tuple[Tensor, ...]) -> tuple[Tensor, MixedViews]:
+        first, second = views
+        with self.gradmix.observe(self.backbone) as observed:
+            predicted = self._predict(torch.cat([first, second])).chunk(2)
+        pair = self._distance(predicted[0], targets[1]) + self._distance(predicted[1], targets[0])
+        return pair, self.gradmix(first, pair, observed, donors=second)
+
+    def _predict(self, images: Tensor) -> Tensor:
+        return self.predictor(self.projector(self.backbone(images))).float()
+
+    @torch.no_grad()
+    def _teach(self, views: list[Tensor]) -> tuple[Tensor, ...]:
+        return self.teacher_projector(self.teacher_backbone(torch.cat(views))).float().chunk(2)
+
+    def _distance(self, predicted: Tensor, target: Tensor) -> Tensor:
+        return 2 + 2 * self.criterion(predicted, target)

@@ -1,0 +1,33 @@
+"""What a self-supervised method returns for a batch."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Losses(NamedTuple):
+    """Scalar tensors of one step, on the device.
+
+    Attributes:
+        total: What is differentiated: `pair + weight * lam * extra`.
+        pair: Loss of the two views.
+        extra: Loss of the third view, mixed or plain, not weighted; zero where there is none.
+        lam: Share of the image that the third view keeps: 1 for a plain one, 0 where there is none.
+        spread: Standard deviation of the L2-normalised embeddings of the first view, mean over dimensions, times the root of their number:
+            about 1 for embeddings spread over the sphere, 0 for a collapsed encoder.
+    """
+
+    total: Tensor
+    pair: Tensor
+    extra: Tensor
+    lam: Tensor
+    spread: Tensor
+
+
+def embedding_spread(embeddings: Tensor) -> Tensor:
+    """`sqrt(D) * mean_d std(z_d / |z|)` of embeddings (N, D), the collapse measure of SimSiam (Chen & He 2021, figure 2), scaled by sqrt(D)."""
+    unit = embeddings.detach().float()
+    unit = unit / unit.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    return unit.std(0, correction=0).mean() * unit.shape[1] ** 0.5

@@ -1,0 +1,79 @@
+"""SimCLR (Chen et al. 2020, arXiv 2002.05709) with an optional third view: GradMix's, or a plain augmentation."""
+
+from __future__ import annotations
+
+import torch
+from lightly.models.modules import SimCLRProjectionHead
+from torch import Tensor, nn
+
+from ssl_gradmix.gradmix import GradMix, MixedViews
+from ssl_gradmix.methods.losses import Losses, embedding_spread
+from ssl_gradmix.methods.nt_xent import nt_xent
+
+
+class SimCLR(nn.Module):
+    """NT-Xent on two views, negatives gathered from all processes with gradients; the whole step happens inside one `forward`.
+
+    With `gradmix` the first view is mixed where the loss of the pair looks, and the mixed view is pulled towards the second one. Without
+    it the method is plain SimCLR; a third view given to `forward` then is the control: the same number of encoder passes and the same
+    loss, without mixing.
+
+    Args:
+        backbone: Encoder from images (N, C, H, W) to features (N, D).
+        num_features: D.
+        hidden_dim: Width of the projector's hidden layer; None takes D.
+        output_dim: Width of the embeddings.
+        temperature: Of NT-Xent, above 0.
+        gradmix: The view generator, or None.
+        weight: Factor on the third view's loss, beside `lam`.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        num_features: int,
+        hidden_dim: int | None = None,
+        output_dim: int = 128,
+        temperature: float = 0.5,
+        gradmix: GradMix | None = None,
+        weight: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.projector = SimCLRProjectionHead(num_features, hidden_dim or num_features, output_dim)
+        self.temperature = temperature
+        self.gradmix = gradmix
+        self.weight = weight
+
+    def forward(self, views: list[Tensor]) -> Losses:
+        """Losses of a batch.
+
+        Args:
+            views: Two, or three with a plain third one (only without `gradmix`), each (N, C, H, W). N must be the same on all processes.
+        """
+        if self.gradmix is None:
+            z = self._embed(torch.cat(views)).chunk(len(views))
+            pair = nt_xent(z[0], z[1], self.temperature)
+            if len(views) == 2:
+                return Losses(pair, pair.detach(), torch.zeros_like(pair), torch.zeros_like(pair), embedding_spread(z[0]))
+            extra, lam = nt_xent(z[2], z[1], self.temperature), torch.ones_like(pair)
+        else:
+            z, pair, mixed = self._mix(views)
+            extra, lam = nt_xent(self._embed(mixed.images), z[1], self.temperature), mixed.lam
+        total = pair + self.weight * lam * extra
+        return Losses(total, pair.detach(), extra.detach(), lam.detach(), embedding_spread(z[0]))
+
+    def mixed_views(self, views: list[Tensor]) -> MixedViews:
+        """The views that GradMix would add to this batch, to be looked at; `gradmix` must be set."""
+        return self._mix(views)[2]
+
+    def _mix(self, views: list[Tensor]) -> tuple[tuple[Tensor, ...], Tensor, MixedViews]:
+        first, second = views
+        with self.gradmix.observe(self.backbone) as observed:
+            z = self._embed(torch.cat([first, second])).chunk(2)
+        pair = nt_xent(z[0], z[1], self.temperature)
+        return z, pair, self.gradmix(first, pair, observed, donors=second)
+
+    def _embed(self, images: Tensor) -> Tensor:
+        # The loss is computed in float32: under autocast its normalisation and products would stay in half precision.
+        return self.projector(self.backbone(images)).float()

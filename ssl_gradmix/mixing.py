@@ -1,0 +1,120 @@
+"""Which region of an image is replaced, and by what. Batched tensor operations on any device, torch alone.
+
+How much is replaced is a Python number and the same for a whole batch, so that every shape is known to the host; where it is replaced stays on the device.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+Fill = Literal["donor", "crop", "noise", "mean"]
+
+
+def draw_lam(alpha: float, lam_range: tuple[float, float], generator: Generator | None = None) -> float:
+    """Draws the share of the image that is kept: Beta(alpha, alpha), rescaled to `lam_range`. A generator must be one of the CPU."""
+    first, second = torch._standard_gamma(torch.full((2,), alpha, dtype=torch.float64), generator=generator).tolist()
+    low, high = lam_range
+    # Both gammas underflow to zero where alpha is tiny; the limit is then one end or the other, and the middle stands for both.
+    share = first / (first + second) if first + second > 0 else 0.5
+    return low + (high - low) * share
+
+
+def box_extent(lam: float, size: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of the box that replaces about `1 - lam` of an image, with the image's aspect ratio, in whole pixels (at least one)."""
+    scale = math.sqrt(1 - lam)
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
+def box_kept(extent: tuple[int, int], size: tuple[int, int]) -> float:
+    """The exact share of the image that a box of that extent leaves."""
+    return 1 - extent[0] * extent[1] / (size[0] * size[1])
+
+
+def peak_boxes(attribution: Tensor, extent: tuple[int, int], generator: Generator | None = None) -> Tensor:
+    """Boxes of one extent, each centred on its map's maximum and shifted inside the image.
+
+    GradMix's authors clip a box at the border instead, which makes its area differ from `1 - lam`. A flat map says nothing: its box lies at a
+    random place.
+
+    Args:
+        attribution: (N, H, W).
+        extent: (h, w) in pixels.
+        generator: Draws the places for flat maps.
+
+    Returns:
+        (N, 4) int64: x0, y0, x1, y1, the latter two exclusive.
+    """
+    count, height, width = attribution.shape
+    flat = attribution.flatten(1)
+    somewhere = (rand((count,), attribution.device, generator) * (height * width)).long()
+    peak = torch.where(flat.amax(1) > flat.amin(1), flat.argmax(1), somewhere)
+    y0 = (peak // width - extent[0] // 2).clamp(0, height - extent[0])
+    x0 = (peak % width - extent[1] // 2).clamp(0, width - extent[1])
+    return torch.stack([x0, y0, x0 + extent[1], y0 + extent[0]], 1)
+
+
+def top_mask(attribution: Tensor, pixels: int, generator: Generator | None = None) -> Tensor:
+    """Marks exactly so many pixels with the highest attribution in each image, (N, H, W) to boolean (N, H, W).
+
+    Ties are broken at random, so that a flat map gives a random mask.
+    """
+    count, height, width = attribution.shape
+    shuffled = torch.argsort(rand((count, height * width), attribution.device, generator), 1)
+    chosen = attribution.flatten(1).gather(1, shuffled).topk(pixels, 1).indices
+    mask = torch.zeros(count, height * width, dtype=torch.bool, device=attribution.device)
+    return mask.scatter_(1, shuffled.gather(1, chosen), True).view(count, height, width)
+
+
+def derangement(count: int, device: torch.device, generator: Generator | None = None) -> Tensor:
+    """A random permutation (N,) without fixed points where N > 1: each index follows another on one random cycle through all."""
+    cycle = randperm(count, device, generator)
+    return torch.empty_like(cycle).scatter_(0, cycle, cycle.roll(1))
+
+
+def paste(images: Tensor, patches: Tensor, boxes: Tensor) -> Tensor:
+    """A copy of the images with a patch (N, C, h, w) pasted into each one's box (N, 4), all boxes of the patches' extent."""
+    n, c, y, x = (torch.arange(extent, device=images.device) for extent in patches.shape)
+    rows = boxes[:, 1, None, None, None] + y[:, None]
+    columns = boxes[:, 0, None, None, None] + x
+    return images.clone().index_put_((n[:, None, None, None], c[:, None, None], rows, columns), patches)
+
+
+def crop(images: Tensor, boxes: Tensor, extent: tuple[int, int]) -> Tensor:
+    """The images' contents (N, C, h, w) at their boxes (N, 4), all of one extent."""
+    n, c, y, x = (torch.arange(length, device=images.device) for length in (*images.shape[:2], *extent))
+    return images[
+        n[:, None, None, None], c[:, None, None], boxes[:, 1, None, None, None] + y[:, None], boxes[:, 0, None, None, None] + x
+    ]
+
+
+def shrink(images: Tensor, extent: tuple[int, int]) -> Tensor:
+    """The whole images resized to (h, w), bilinear with antialiasing, as torchvision does it."""
+    # Half precision has no antialiased resize on every device.
+    return F.interpolate(images.float(), size=extent, mode="bilinear", align_corners=False, antialias=True).to(images.dtype)
+
+
+def noise_like(images: Tensor, shape: tuple[int, ...], generator: Generator | None = None) -> Tensor:
+    """Uniform noise (n, C, h, w) with the mean and standard deviation of each channel of the batch, hence in the images' own normalisation."""
+    deviation, mean = torch.std_mean(images.float(), (0, 2, 3), correction=0, keepdim=True)
+    uniform = rand(shape, images.device, generator) * 2 - 1
+    return (mean + math.sqrt(3) * deviation * uniform).to(images.dtype)
+
+
+def mean_like(images: Tensor) -> Tensor:
+    """The mean of each channel of the batch as one pixel (1, C, 1, 1)."""
+    return images.float().mean((0, 2, 3), keepdim=True).to(images.dtype)
+
+
+def rand(shape: tuple[int, ...], device: torch.device, generator: Generator | None = None) -> Tensor:
+    """Uniform in [0, 1) on the device, which is not waited for even where the generator is one of the CPU."""
+    return torch.rand(shape, generator=generator, device=generator.device if generator else device).to(device, non_blocking=True)
+
+
+def randperm(count: int, device: torch.device, generator: Generator | None = None) -> Tensor:
+    """A random permutation on the device, as `rand`."""
+    return torch.randperm(count, generator=generator, device=generator.device if generator else device).to(device, non_blocking=True)

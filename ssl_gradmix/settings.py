@@ -1,0 +1,223 @@
+"""Every setting of a run, one dataclass a subject: the command line, the YAML files and their help are read off these.
+
+Only what the standard library offers is imported here, so that `--help` is quick. GradMix is its own dataclass, in `gradmix.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+
+def _require(holds: bool, name: str, value: object, wanted: str) -> None:
+    if not holds:
+        raise ValueError(f"{name} must be {wanted}, got {value!r}")
+
+
+def _require_between(name: str, value: float, low: float, high: float = math.inf, open_low: bool = False) -> None:
+    """Refuses NaN as well: every comparison with it is false."""
+    above = value > low if open_low else value >= low
+    bound = f"{'above' if open_low else 'at least'} {low:g}"
+    _require(above and value <= high and math.isfinite(value), name, value, bound + (f" and at most {high:g}" if high < math.inf else ""))
+
+
+@dataclass
+class Data:
+    """Which images, and where they lie.
+
+    Args:
+        name: `digits` (in scikit-learn, nothing to download), `cifar10`, `cifar100`, `svhn`, `mnist`, `stl10` (by torchvision), or `folder`.
+        root: Folder of the images. For `folder`: `root/train/<class>/*` and `root/test/<class>/*`, or `root/<class>/*`
+            (split by `test_fraction`), or images without class folders (unlabelled). For the named sets: where torchvision keeps its files.
+        size: Side of the square images that the encoder sees, in pixels.
+        download: Let torchvision download a named set that is not in `root`.
+        classes: Use only these classes, by name or by number, for instance the known classes of an open-set split. Null uses all.
+        open_set: Use only the known classes of an open-set trial: `cifar10:2` is trial 2 of the literature's five, `random:6:0` draws six
+            classes with seed 0. Not together with `classes`.
+        test_fraction: Share of each class held out as test images, for folders that have no train/ and test/.
+        split_seed: Seed of that split.
+        broken: What to do with an image that cannot be read: `stop` with its path, or `skip` it, counted and reported.
+    """
+
+    name: Literal["digits", "cifar10", "cifar100", "svhn", "mnist", "stl10", "folder"] = "digits"
+    root: str = "data"
+    size: int = 32
+    download: bool = False
+    classes: list[int | str] | None = None
+    open_set: str | None = None
+    test_fraction: float = 0.2
+    split_seed: int = 0
+    broken: Literal["stop", "skip"] = "stop"
+
+    def __post_init__(self) -> None:
+        _require_between("data.size", self.size, 8)
+        _require_between("data.test_fraction", self.test_fraction, 0, 0.9, open_low=True)
+        _require(self.classes is None or self.open_set is None, "data.open_set", self.open_set, "left out where data.classes is given")
+
+
+@dataclass
+class Augmentation:
+    """The random changes that make views of an image. The same settings hold on the device and in workers.
+
+    Args:
+        where: `device` makes the views of a batch at once where the encoder runs (kornia), `workers` image by image in loader processes
+            (lightly's transforms), `auto` takes the device where the decoded training images fit in 4 GiB.
+        min_scale: Smallest share of the image's area that a random resized crop keeps, in (0, 1].
+        flip: Probability of a horizontal flip.
+        jitter: Probability of a colour jitter.
+        brightness: Brightness factor is drawn from [1 - b, 1 + b].
+        contrast: Contrast factor is drawn from [1 - c, 1 + c].
+        saturation: Saturation factor is drawn from [1 - s, 1 + s].
+        hue: Hue shift as a share of the colour circle is drawn from [-h, h].
+        gray: Probability of turning the image grey.
+        blur: Probability of a Gaussian blur, sigma in [0.1, 2] pixels at 224 px and in proportion at other sizes.
+        solarize: Probability of solarising, second view only (BYOL).
+    """
+
+    where: Literal["auto", "device", "workers"] = "auto"
+    min_scale: float = 0.2
+    flip: float = 0.5
+    jitter: float = 0.8
+    brightness: float = 0.4
+    contrast: float = 0.4
+    saturation: float = 0.4
+    hue: float = 0.1
+    gray: float = 0.2
+    blur: float = 0.0
+    solarize: float = 0.0
+
+    def __post_init__(self) -> None:
+        _require_between("augmentation.min_scale", self.min_scale, 0, 1, open_low=True)
+        _require_between("augmentation.hue", self.hue, 0, 0.5)
+        for name in ("flip", "jitter", "brightness", "contrast", "saturation", "gray", "blur", "solarize"):
+            _require_between(f"augmentation.{name}", getattr(self, name), 0, 1)
+
+
+@dataclass
+class Backbone:
+    """The encoder: any timm model that gives features.
+
+    Args:
+        name: A timm model, or one of this project's small-image ResNets (3x3 stem, no max-pooling, for 32 px): `resnet10_tiny`,
+            `resnet18_small`, `resnet34_small`, `resnet50_small`.
+        kwargs: Keyword arguments of that model, for instance `{"drop_path_rate": 0.1}`.
+        pretrained: Start from timm's published weights (downloads them).
+    """
+
+    name: str = "resnet10_tiny"
+    kwargs: dict | None = None
+    pretrained: bool = False
+
+
+@dataclass
+class SimCLRSettings:
+    """SimCLR's own settings.
+
+    Args:
+        temperature: Of the contrastive loss.
+        hidden_dim: Width of the projector's hidden layer; null takes the backbone's number of features.
+        output_dim: Width of the embeddings.
+        weight: Factor on the third view's loss, beside the share of the image it keeps.
+        allow_fewer_negatives: Accept gradient accumulation, under which each micro-batch contrasts with itself alone.
+    """
+
+    temperature: float = 0.5
+    hidden_dim: int | None = None
+    output_dim: int = 128
+    weight: float = 1.0
+    allow_fewer_negatives: bool = False
+
+    def __post_init__(self) -> None:
+        _require_between("method.temperature", self.temperature, 0, open_low=True)
+        _require(self.hidden_dim is None or self.hidden_dim >= 1, "method.hidden_dim", self.hidden_dim, "at least 1 or null")
+        _require_between("method.output_dim", self.output_dim, 1)
+        _require_between("method.weight", self.weight, 0)
+
+
+@dataclass
+class BYOLSettings:
+    """BYOL's own settings.
+
+    Args:
+        hidden_dim: Width of the hidden layers of projector and predictor.
+        output_dim: Width of the embeddings.
+        momentum: Of the teacher at the start; it rises to 1 on a cosine.
+        weight: Factor on the third view's loss, beside the share of the image it keeps.
+    """
+
+    hidden_dim: int = 1024
+    output_dim: int = 256
+    momentum: float = 0.99
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require_between("method.hidden_dim", self.hidden_dim, 1)
+        _require_between("method.output_dim", self.output_dim, 1)
+        _require_between("method.momentum", self.momentum, 0, 1)
+        _require_between("method.weight", self.weight, 0)
+
+
+@dataclass
+class Optimiser:
+    """How weights are updated.
+
+    Args:
+        name: `sgd` (momentum 0.9), `lars` (momentum 0.9) or `adamw`.
+        lr: Learning rate for a global batch of 256; it is scaled by batch / 256.
+        weight_decay: Decay of weight matrices and kernels; norms and biases are not decayed.
+        warmup_epochs: Linear warm-up from 0, then a cosine down to 0, both by step.
+        clip: Largest gradient norm; null does not clip.
+    """
+
+    name: Literal["sgd", "lars", "adamw"] = "sgd"
+    lr: float = 0.06
+    weight_decay: float = 5e-4
+    warmup_epochs: float = 5.0
+    clip: float | None = None
+
+    def __post_init__(self) -> None:
+        _require_between("optimiser.lr", self.lr, 0, open_low=True)
+        _require_between("optimiser.weight_decay", self.weight_decay, 0)
+        _require_between("optimiser.warmup_epochs", self.warmup_epochs, 0)
+        if self.clip is not None:
+            _require_between("optimiser.clip", self.clip, 0, open_low=True)
+
+
+@dataclass
+class Training:
+    """How long, how much at once, and what is noted on the way.
+
+    Args:
+        epochs: Passes over the training images.
+        batch_size: Images in a global batch, over all processes together.
+        accumulate: Micro-batches to an optimiser step; the batch is split into so many.
+        seed: Seeds initialisation, shuffling, augmentation and mixing.
+        precision: `no` is float32; `bf16` and `fp16` are mixed precision.
+        workers: Loader processes, where augmentation runs in workers.
+        knn_every: Epochs between two readings of kNN accuracy on held-out training images; 0 for never.
+        samples_every: Epochs between two pictures of mixed views in `samples/`; 0 for never.
+        checkpoint_every: Epochs between two checkpoints.
+        trackers: Accelerate trackers to log to as well, for instance `[tensorboard]`.
+    """
+
+    epochs: int = 60
+    batch_size: int = 256
+    accumulate: int = 1
+    seed: int = 0
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    workers: int = 2
+    knn_every: int = 10
+    samples_every: int = 20
+    checkpoint_every: int = 1
+    trackers: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "accumulate", "checkpoint_every"):
+            _require_between(f"training.{name}", getattr(self, name), 1)
+        _require_between("training.batch_size", self.batch_size, 2)
+        for name in ("seed", "workers", "knn_every", "samples_every"):
+            _require_between(f"training.{name}", getattr(self, name), 0)
+        _require(
+            self.batch_size % self.accumulate == 0, "training.batch_size", self.batch_size, f"a multiple of training.accumulate={self.accumulate}"
+        )

@@ -1,0 +1,348 @@
+"""The training loop: Accelerate for devices, processes and precision; everything random is a function of seed, epoch, step and process."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ssl_gradmix import backbones
+from ssl_gradmix.data.datasets import ImageSet
+from ssl_gradmix.methods.losses import Losses
+from ssl_gradmix.settings import Augmentation, Optimiser, Training
+from ssl_gradmix.training import batches, checkpoint, optimisers, samples
+from ssl_gradmix.training.monitor import KnnMonitor
+from ssl_gradmix.training.run_folder import RunFolder
+
+logger = logging.getLogger("ssl_gradmix")
+
+READ_EVERY = 50
+"""Steps between two readings of the losses from the device, which the host has to wait for."""
+
+SAMPLED = 8
+"""Images in a picture of mixed views."""
+
+
+class Interrupted(Exception):
+    """The training was asked to stop by a signal; its state is saved."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+def create_accelerator(training: Training, expect_processes: int | None = None, project: str | None = None) -> Accelerator:
+    """Sets up devices, processes and trackers, and says how many processes there are.
+
+    Args:
+        training: Precision, accumulation, batch and trackers.
+        expect_processes: How many there should be.
+        project: Folder for what trackers write.
+
+    Raises:
+        ValueError: Another number of processes than expected, a batch that they cannot share evenly, or a tracker that is not installed.
+    """
+    trackers = training.trackers or []
+    missing = [name for name in trackers if name not in map(str, get_available_trackers())]
+    if missing:
+        raise ValueError(f"training.trackers: {', '.join(missing)} not known to Accelerate or not installed; pip install it")
+    accelerator = Accelerator(
+        mixed_precision=training.precision, gradient_accumulation_steps=training.accumulate, log_with=trackers or None, project_dir=project
+    )
+    found = accelerator.num_processes
+    logger.info("%d process%s on %s, precision %s", found, "" if found == 1 else "es", accelerator.device, training.precision)
+    if expect_processes not in (None, found):
+        raise ValueError(
+            f"expect_processes: {expect_processes} expected, {found} running; several processes on a CPU need "
+            "`ACCELERATE_USE_CPU=true torchrun --nproc_per_node N`, as `accelerate launch --cpu` starts one only"
+        )
+    if training.batch_size % (found * training.accumulate):
+        raise ValueError(
+            f"training.batch_size {training.batch_size} is not a multiple of {found} processes x {training.accumulate} micro-batches"
+        )
+    return accelerator
+
+
+@torch.no_grad()
+def check_images(method: nn.Module, size: int, device: torch.device) -> None:
+    """Runs a method once on noise, so that what does not fit is said before anything is written.
+
+    Raises:
+        ValueError: The backbone does not take such images.
+        KeyError: GradMix's layers are not the backbone's.
+    """
+    views = [torch.randn(4, 3, size, size, device=device) for _ in range(2)]
+    method.to(device).eval()
+    try:
+        with torch.enable_grad():
+            method(views)
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"data.size: the backbone does not take images of {size}x{size} ({error})") from error
+    finally:
+        method.train()
+
+
+class Trainer:
+    """Trains a method on images and leaves a run folder; goes on where an earlier training in that folder was stopped.
+
+    Args:
+        method: Module with `forward(views) -> Losses`, a timm `backbone`, a `projector`, a `gradmix` (or None) and, where it has a teacher,
+            `update_teacher(step, steps)`.
+        images: To train on; their labels serve the kNN reading alone.
+        folder: Where everything is written, already started.
+        accelerator: From `create_accelerator`.
+        size: Side of the views in pixels.
+        augmentation: How views are made.
+        optimiser: How weights are updated.
+        training: How long, and what is noted on the way.
+        n_views: Views a batch, 3 for a plain third one.
+        backbone_kwargs: Arguments that the backbone was created with, for its exported config.
+
+    Raises:
+        ValueError: Fewer images than a batch.
+    """
+
+    def __init__(
+        self,
+        method: nn.Module,
+        images: ImageSet,
+        folder: RunFolder,
+        accelerator: Accelerator,
+        size: int,
+        augmentation: Augmentation,
+        optimiser: Optimiser,
+        training: Training,
+        n_views: int = 2,
+        backbone_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        self.folder, self.accelerator, self.training = folder, accelerator, training
+        self.size, self.backbone_kwargs = size, backbone_kwargs
+        config = method.backbone.pretrained_cfg
+        self.mean, self.std = config["mean"], config["std"]
+        if len(images) < training.batch_size:
+            raise ValueError(f"training.batch_size {training.batch_size} exceeds the {len(images)} images of {images.name}")
+        indices = batches.BatchIndices(
+            len(images), training.batch_size, training.seed, training.accumulate, accelerator.process_index, accelerator.num_processes
+        )
+        self.steps_per_epoch = len(indices) // training.accumulate
+        self.steps = self.steps_per_epoch * training.epochs
+        self.warmup = optimiser.warmup_epochs * self.steps_per_epoch
+        self.peak = optimisers.peak_rate(optimiser, training.batch_size)
+        self.clip = optimiser.clip
+        self.source = batches.create(
+            images, augmentation, indices, size, self.mean, self.std, n_views, training.workers, accelerator.device
+        )
+        self.monitor = None
+        if accelerator.is_main_process and training.knn_every and images.labelled and len(images) >= 10:
+            self.monitor = KnnMonitor(images, size, self.mean, self.std)
+        if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
+            method = nn.SyncBatchNorm.convert_sync_batchnorm(method)
+        method.to(memory_format=torch.channels_last)
+        self.method, self.optimiser = accelerator.prepare(method, optimisers.create(method, optimiser))
+        self.bare = accelerator.unwrap_model(self.method)
+        self.epoch, self.batch, self.totals = 0, 0, {}
+
+    def run(self) -> None:
+        """Trains from the last checkpoint, or from the start, to the end.
+
+        Raises:
+            FloatingPointError: A loss that is not finite; names the step and the last good checkpoint.
+            Interrupted: SIGTERM or SIGINT came; the state is saved.
+        """
+        self._resume()
+        if self.training.trackers:
+            self.accelerator.init_trackers("ssl_gradmix")
+        if self.accelerator.is_main_process:
+            tqdm.write(
+                f"{self.steps_per_epoch * self.training.batch_size:,} images an epoch in batches of {self.training.batch_size}, "
+                f"learning rate {self.peak:.4g} (scaled by batch / {optimisers.REFERENCE_BATCH}), {self.steps:,} steps"
+            )
+        began, first = time.perf_counter(), self.epoch
+        with _signals() as signals:
+            while self.epoch < self.training.epochs:
+                entry = self._one_epoch(signals)
+                done = self.epoch - first
+                entry["seconds_left"] = round((time.perf_counter() - began) / done * (self.training.epochs - self.epoch), 1)
+                self._report(entry)
+                if self.epoch % self.training.checkpoint_every == 0 or self.epoch == self.training.epochs:
+                    self._save()
+                if self.epoch < self.training.epochs:
+                    self._stop_if_asked(signals)
+        if self.training.trackers:
+            self.accelerator.end_training()
+
+    def _one_epoch(self, signals: list[int]) -> dict[str, Any]:
+        self.method.train()
+        began, seen, unread = time.perf_counter(), 0, []
+        bar = tqdm(
+            total=len(self.source.indices),
+            initial=self.batch,
+            desc=f"epoch {self.epoch + 1}/{self.training.epochs}",
+            disable=None if self.accelerator.is_main_process else True,
+            leave=False,
+        )
+        for batch in self.source.epoch(self.epoch, self.batch):
+            losses, rate = self._step(batch)
+            unread.append(torch.stack([losses.total.detach(), *losses[1:]]))
+            self.batch += 1
+            seen += self.source.indices.micro
+            bar.update()
+            if self.accelerator.sync_gradients and (len(unread) >= READ_EVERY or self._alone_and_asked(signals)):
+                self._read(unread)
+                self._stop_if_asked(signals)
+        self._read(unread)
+        bar.close()
+        seconds = time.perf_counter() - began
+        entry = {name: round(total / self.batch, 5) for name, total in self.totals.items()}
+        self.epoch, self.batch, self.totals = self.epoch + 1, 0, {}
+        return {
+            "epoch": self.epoch,
+            "step": self.epoch * self.steps_per_epoch,
+            **entry,
+            "lr": rate,
+            "images_per_second": round(seen / seconds, 1),
+        }
+
+    def _step(self, batch: Any) -> tuple[Losses, float]:
+        batches.seed_step(self.training.seed, self.epoch, self.batch, self.accelerator.process_index)
+        step = self.epoch * self.steps_per_epoch + self.batch // self.training.accumulate
+        rate = optimisers.rate(step, self.steps, self.warmup, self.peak)
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        views = [view.contiguous(memory_format=torch.channels_last) for view in self.source.views(batch)]
+        with self.accelerator.accumulate(self.method):
+            losses = self.method(views)
+            self.accelerator.backward(losses.total)
+            if self.clip is not None and self.accelerator.sync_gradients:
+                self.accelerator.clip_grad_norm_(self.method.parameters(), self.clip)
+            self.optimiser.step()
+            self.optimiser.zero_grad()
+        if self.accelerator.sync_gradients and hasattr(self.bare, "update_teacher"):
+            self.bare.update_teacher(step, self.steps)
+        return losses, rate
+
+    def _read(self, unread: list[Tensor]) -> None:
+        """Adds the losses of some steps, mean over processes, to the epoch's totals."""
+        if not unread:
+            return
+        values = self.accelerator.reduce(torch.stack(unread), "mean").cpu()
+        broken = ~values.isfinite().all(1)
+        if broken.any():
+            at = self.batch - len(unread) + int(broken.nonzero()[0])
+            raise FloatingPointError(
+                f"loss is {values[broken][0, 0]:g} in epoch {self.epoch + 1}, batch {at + 1}; the last good checkpoint is in "
+                f"{self.folder.checkpoint}. A lower --optimiser.lr, a longer --optimiser.warmup_epochs or --optimiser.clip may help"
+            )
+        for name, total in zip(Losses._fields, values.double().sum(0).tolist(), strict=True):
+            self.totals["loss" if name == "total" else name] = self.totals.get("loss" if name == "total" else name, 0.0) + total
+        unread.clear()
+
+    def _alone_and_asked(self, signals: list[int]) -> bool:
+        return bool(signals) and self.accelerator.num_processes == 1
+
+    def _stop_if_asked(self, signals: list[int]) -> None:
+        """Saves and stops where any process got a signal; all have to agree, or some would wait for the others for ever."""
+        asked = torch.tensor(max(signals, default=0), device=self.accelerator.device)
+        number = int(self.accelerator.gather(asked).max())
+        if number:
+            self._save()
+            raise Interrupted(number)
+
+    def _report(self, entry: dict[str, Any]) -> None:
+        due = self.epoch == self.training.epochs
+        if self.monitor and (due or self.epoch % self.training.knn_every == 0):
+            entry["knn"] = round(self.monitor(self.bare.backbone, self.accelerator.device), 4)
+        if self.bare.gradmix is not None and self.training.samples_every and (due or self.epoch % self.training.samples_every == 0):
+            self._draw_samples()
+        if self.training.trackers:
+            self.accelerator.log({name: value for name, value in entry.items() if name != "epoch"}, step=self.epoch)
+        if self.accelerator.is_main_process:
+            self.folder.append_log(entry)
+            tqdm.write(_line(entry, self.training.epochs))
+
+    def _draw_samples(self) -> None:
+        """Mixes a few images with a copy of the method, on all processes because the loss gathers, and draws them on the main one."""
+        batches.seed_step(self.training.seed, 0, 0, self.accelerator.process_index)
+        method = copy.deepcopy(self.bare)
+        views = [view[:SAMPLED].clone() for view in self.source.views(next(iter(self.source.epoch(0, 0))))[:2]]
+        mixed = method.mixed_views(views)
+        if self.accelerator.is_main_process:
+            samples.draw(views[0], mixed, self.mean, self.std, self.folder.samples / f"epoch-{self.epoch:05d}.png")
+
+    def _save(self) -> None:
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            scaler = self.accelerator.scaler
+            state = checkpoint.State(
+                self.epoch,
+                self.batch,
+                self.totals,
+                self.bare.state_dict(),
+                self.optimiser.state_dict(),
+                scaler.state_dict() if scaler is not None else None,
+            )
+            checkpoint.save(self.folder.checkpoint, state)
+            backbones.save(self.bare.backbone, self.folder.backbone, self.size, self.backbone_kwargs)
+            _save_projector(self.bare.projector, self.folder)
+
+    def _resume(self) -> None:
+        state = checkpoint.load(self.folder.checkpoint)
+        if state is None:
+            return
+        self.bare.load_state_dict(state.method)
+        self.optimiser.load_state_dict(state.optimiser)
+        if state.scaler is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state.scaler)
+        self.epoch, self.batch, self.totals = state.epoch, state.batch, state.totals
+        if self.accelerator.is_main_process:
+            self.folder.rewind_log(self.epoch)
+            tqdm.write(f"resumed after epoch {self.epoch}" + (f" and {self.batch} batches" if self.batch else ""))
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collects SIGTERM and SIGINT instead of dying of them; a second one ends the process as usual."""
+    received: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        received.append(number)
+        signal.signal(number, previous[number])
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _save_projector(projector: nn.Module, run: RunFolder) -> None:
+    temporary = run.path / ".projector.safetensors.tmp"
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in projector.state_dict().items()}, temporary)
+    temporary.rename(run.path / "projector.safetensors")
+
+
+def _line(entry: dict[str, Any], epochs: int) -> str:
+    parts: Sequence[str] = [
+        f"epoch {entry['epoch']:>{len(str(epochs))}}/{epochs}",
+        f"loss {entry['loss']:.4f}",
+        f"pair {entry['pair']:.4f}",
+        *([f"extra {entry['extra']:.4f}"] if entry["extra"] else []),
+        f"spread {entry['spread']:.2f}",
+        f"lr {entry['lr']:.4f}",
+        f"{entry['images_per_second']:,.0f} images/s",
+        f"{time.strftime('%H:%M:%S', time.gmtime(entry['seconds_left']))} left",
+        *([f"kNN {entry['knn']:.1%}"] if "knn" in entry else []),
+    ]
+    return "  ".join(parts)

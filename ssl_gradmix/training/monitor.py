@@ -1,0 +1,62 @@
+"""kNN accuracy while an encoder trains."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from sklearn.model_selection import train_test_split
+from torch import Tensor, nn
+
+from ssl_gradmix.data.augmentation import eval_transform
+from ssl_gradmix.data.datasets import ImageSet
+from ssl_gradmix.evaluation.knn import knn_accuracy
+
+
+class KnnMonitor:
+    """Reads how well held-out training images are classified by their neighbours among other training images.
+
+    Both come from the training split, so that whoever watches it, or chooses settings by it, has not looked at test images.
+
+    Args:
+        images: Labelled training images.
+        size: Side of what the encoder sees, in pixels.
+        mean: Of the normalisation, a number a channel.
+        std: Of the normalisation.
+        bank: At most so many images vote.
+        queries: At most so many are classified, and at most a fifth of all.
+        seed: Draws both, stratified by class.
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        size: int,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        bank: int = 5000,
+        queries: int = 1000,
+        seed: int = 0,
+    ) -> None:
+        order = np.random.default_rng(seed).permutation(len(images))[: bank + queries]
+        labels = images.labels[order]
+        queries = min(queries, len(order) // 5)
+        # Classes of a single image cannot be divided; where there are such, or more classes than queries, the draw is a plain one.
+        divisible = np.unique(labels, return_counts=True)[1].min() > 1 and queries >= len(np.unique(labels))
+        voting, asked = train_test_split(order, test_size=queries, random_state=seed, stratify=labels if divisible else None)
+        self.bank, self.bank_labels = images.subset(voting).pixels(size), torch.from_numpy(images.labels[voting])
+        self.queries, self.query_labels = images.subset(asked).pixels(size), torch.from_numpy(images.labels[asked])
+        self.normalise = eval_transform(size, mean, std)
+
+    @torch.inference_mode()
+    def __call__(self, backbone: nn.Module, device: torch.device) -> float:
+        """Accuracy in [0, 1]; the backbone is left as it was found, BatchNorm statistics included."""
+        training = backbone.training
+        backbone.eval()
+        try:
+            queries, bank = (self._features(backbone, pixels, device) for pixels in (self.queries, self.bank))
+        finally:
+            backbone.train(training)
+        return knn_accuracy(queries, self.query_labels, bank, self.bank_labels)
+
+    def _features(self, backbone: nn.Module, pixels: Tensor, device: torch.device) -> Tensor:
+        return torch.cat([backbone(self.normalise(batch.to(device))).float().cpu() for batch in pixels.split(256)])

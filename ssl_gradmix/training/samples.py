@@ -1,0 +1,58 @@
+"""Pictures of what GradMix does to images."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ssl_gradmix.gradmix import MixedViews
+
+
+def draw(images: Tensor, mixed: MixedViews, mean: Sequence[float], std: Sequence[float], path: Path) -> None:
+    """Writes a picture: a column an image, with rows of image, attribution over the image, region, and mixed view.
+
+    Args:
+        images: (N, C, H, W), normalised, that were mixed.
+        mixed: What GradMix made of them.
+        mean: Of the normalisation, to be undone.
+        std: Of the normalisation.
+        path: Of the PNG; written under a temporary name and renamed.
+    """
+    from matplotlib.figure import Figure  # not pyplot, which keeps figures and wants a display
+
+    scale, shift = (torch.tensor(values).view(-1, 1, 1) for values in (std, mean))
+    before, after = ((batch.detach().cpu().float() * scale + shift).clamp(0, 1).permute(0, 2, 3, 1) for batch in (images, mixed.images))
+    attribution, boxes = mixed.attribution.cpu(), None if mixed.boxes is None else mixed.boxes.tolist()
+    count = len(before)
+    figure = Figure(figsize=(1.25 * count + 1.1, 5.4), dpi=110, layout="constrained")
+    grid = figure.subplots(4, count, squeeze=False)
+    for column in range(count):
+        image, attributed, region, view = grid[:, column]
+        image.imshow(before[column])
+        attributed.imshow(before[column])
+        attributed.imshow(attribution[column], cmap="inferno", alpha=0.6, vmin=0, vmax=1)
+        region.imshow(_region(before[column], after[column], boxes[column] if boxes else None))
+        view.imshow(after[column])
+    for axis in grid.flat:
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
+    for row, label in enumerate(("image", "attribution", "region", f"mixed view\nkept {mixed.lam.item():.0%}")):
+        grid[row, 0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=10)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    figure.savefig(temporary, format="png")
+    os.replace(temporary, path)
+
+
+def _region(before: Tensor, after: Tensor, box: list[int] | None) -> Tensor:
+    """The image, faded where it is replaced."""
+    if box is None:
+        replaced = (before != after).any(-1)
+    else:
+        replaced = torch.zeros(before.shape[:2], dtype=torch.bool)
+        replaced[box[1] : box[3], box[0] : box[2]] = True
+    return torch.where(replaced[..., None], torch.ones_like(before), before)
