@@ -74,33 +74,31 @@ def evaluate(evaluation: Evaluation, options: Options) -> None:
         rows = [row(score, "top1", top1, **params)]
         return rows if top5 is None else [*rows, row(score, "top5", top5, **params)]
 
+    fractions = options.label_fractions or []
+    parts = {fraction: label_subset(labels, fraction, options.seed).to(labels.device) for fraction in fractions}
+    nearest = knn_predict(test_features, features, labels, options.k, options.temperature)
     probe = linear_probe(features, labels, **schedule)
     rows = rows_of("linear", probe)
-    for fraction in options.label_fractions or []:
-        part = label_subset(labels, fraction, options.seed).to(labels.device)
+    for fraction, part in parts.items():
         few = linear_probe(features[part], labels[part], **schedule)
         rows += rows_of("linear", few, label_fraction=fraction, labels=len(part))
     if options.augment:
         rows += rows_of("linear_augmented", augmented_probe(evaluation.encoder, train, features, **schedule))
     if options.logistic:
         rows += rows_of("logistic_regression", logistic_regression(features, labels))
-    nearest = knn_predict(test_features, features, labels, options.k, options.temperature)
-    rows.append(
-        row("knn", "top1", nearest == test_labels, k=used_k(options.k, features), temperature=options.temperature)
-    )
+    votes = {"k": used_k(options.k, features), "temperature": options.temperature}
+    rows.append(row("knn", "top1", nearest == test_labels, **votes))
 
     top1, _ = probe.accuracy(test_features, test_labels)
     by_class = [
         row("linear", "class_accuracy", top1[test_labels == label], **{"class": train.classes[label]})
         for label in test_labels.unique().tolist()
     ]
-    figure = class_accuracies(
-        by_class, rows[0], f"{evaluation.encoder.name} on {rows[0].dataset}: linear probe by class"
-    )
+    title = f"{evaluation.encoder.name} on {rows[0].dataset}: linear probe by class"
     validation = {f"{rate:g}": accuracy for rate, accuracy in probe.validation.items()}
     written = evaluation.out / "linear_probe.json"
     write_rows(written, rows + by_class, {**evaluation.describe(), "validation": validation})
-    write_figure(written.with_suffix(".png"), figure)
+    write_figure(written.with_suffix(".png"), class_accuracies(by_class, rows[0], title))
     print(f"{evaluation.encoder.name} on {test.name}, trained on {len(train)} labelled images")
     print(console_table(rows))
     print(f"Rows, also by class: {written}")

@@ -204,12 +204,12 @@ def spatial(name: str, tensor: Tensor, size: tuple[int, int]) -> Tensor:
     """A layer's output as (N, C, h, w): convolutional maps, channels-last maps (Swin) or tokens, without class and register tokens.
 
     Raises:
-        ValueError: No spatial extent: a vector an image, a single place, or a shape that does not follow the image's.
+        ValueError: No spatial extent: a vector or a single place an image.
     """
     if tensor.ndim == 3:
         height, width = _token_grid(tensor.shape[1], size)
         tensor = tensor[:, tensor.shape[1] - height * width :].transpose(1, 2).unflatten(2, (height, width))
-    elif tensor.ndim == 4 and not _same_aspect(tensor.shape[2:], size) and _same_aspect(tensor.shape[1:3], size):
+    elif tensor.ndim == 4 and _distortion(tensor.shape[1:3], size) < _distortion(tensor.shape[2:], size):
         tensor = tensor.permute(0, 3, 1, 2)
     if tensor.ndim != 4 or tensor.shape[2] * tensor.shape[3] <= 1:
         raise ValueError(
@@ -218,9 +218,9 @@ def spatial(name: str, tensor: Tensor, size: tuple[int, int]) -> Tensor:
     return tensor
 
 
-def _same_aspect(extent: Sequence[int], size: tuple[int, int]) -> bool:
-    # Strides round h and w by less than one each.
-    return abs(extent[0] * size[1] - extent[1] * size[0]) <= max(size)
+def _distortion(extent: Sequence[int], size: tuple[int, int]) -> float:
+    """How far a map's aspect ratio is from the image's; strides that do not divide the image leave a little."""
+    return abs(extent[0] * size[1] - extent[1] * size[0]) / (extent[0] * extent[1])
 
 
 def _token_grid(tokens: int, size: tuple[int, int]) -> tuple[int, int]:

@@ -190,7 +190,8 @@ class GradMix:
             donors = mixing.noise_like(images, tuple(images.shape), self.generator)
         elif self.fill == "mean":
             donors = mixing.mean_like(images)
-        return torch.where(mask, donors, images), 1 - pixels / area, None
+        mixed = torch.where(mask, donors, images, out=torch.empty_like(images))
+        return mixed, 1 - pixels / area, None
 
 
 def _deepest(loss: Tensor, observed: Observed, size: tuple[int, int]) -> str:
@@ -199,10 +200,11 @@ def _deepest(loss: Tensor, observed: Observed, size: tuple[int, int]) -> str:
     for name, (gradient,) in reversed(found.items()):
         if spatial(name, gradient, size).any():
             return name
-    seen = ", ".join(f"{name} {tuple(passes[0].shape)}" for name, passes in observed.items() if passes) or "nothing ran inside observe"
+    shapes = [f"{name} {tuple(passes[0].shape)}" for name, passes in observed.items() if passes]
+    seen = f"the last are {', '.join(shapes[-4:])}" if shapes else "nothing ran inside observe"
     raise ValueError(
         f"layers: no layer has a map of at least {SMALLEST_MAP}x{SMALLEST_MAP} that the loss depends on for images of "
-        f"{size[0]}x{size[1]} (found {seen}); name layers, or use larger images or a stem with a smaller stride"
+        f"{size[0]}x{size[1]} ({seen}); name layers, or use larger images or a stem with a smaller stride"
     )
 
 

@@ -24,6 +24,7 @@ class Subject:
     Args:
         encoder: A run folder (`runs/x`), a published timm model (`timm:resnet18.a1_in1k`), or a folder in timm's layout
             (`local-dir:PATH`). A run is evaluated on its own data, classes included, unless --data says otherwise.
+            Images are resized to what the encoder was made for, unless --data.size is given.
         weights: Safetensors file for the architecture `timm:NAME`, in place of the published weights.
         out: Folder for results; a run's is its `eval/`.
         batch_size: Images that the encoder sees at once, on each process.

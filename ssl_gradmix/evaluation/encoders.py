@@ -58,7 +58,8 @@ def load_encoder(spec: str | Path, weights: str | Path | None = None, image_size
         spec: A run folder (its `backbone/`), `local-dir:PATH` (a folder in timm's layout, config.json and
             model.safetensors), or `timm:NAME` (timm's published weights, in its cache or downloaded).
         weights: A safetensors file for the architecture `timm:NAME`, in place of the published weights. It must
-            fit exactly, but for a classification head, which is left out.
+            fit exactly, but for a classification head, which is left out. Images are normalised as for the published
+            ones.
         image_size: Side of the images in pixels, where it is not to be the one the encoder was made for. Vision
             transformers have their position embeddings resampled.
 
@@ -125,11 +126,12 @@ def _from_folder(
         raise FileNotFoundError(f"{folder} is no folder in timm's layout: it has no config.json")
     try:
         described = json.loads(description.read_text(encoding="utf-8"))
-        architecture, cfg = described["architecture"], described["pretrained_cfg"]
+        architecture, cfg = str(described["architecture"]), described["pretrained_cfg"]
+        kwargs = {key: value for key, value in (described.get("model_args") or {}).items() if key != "num_classes"}
         _preparation(cfg)
-    except (ValueError, KeyError, TypeError) as error:  # JSON and Unicode errors are ValueErrors
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # JSON and Unicode errors are ValueErrors
         raise ValueError(f"{description} is damaged: {_one_line(error)}") from error
-    model = backbones.create(architecture, **(described.get("model_args") or {}))
+    model = backbones.create(architecture, **kwargs)
     _load(model, folder / "model.safetensors")
     return _encoder(model, cfg, image_size, name, run, config)
 

@@ -68,6 +68,8 @@ def extract(
         features = _gather(encoder, images, batch_size, device, accelerator, progress and main)
         if kept is not None and main:
             write_whole(kept, lambda temporary: temporary.write_bytes(save({"features": features})))
+        if accelerator is not None:
+            accelerator.wait_for_everyone()  # a process that went on at once might not find the file yet
     return features, labels
 
 

@@ -25,7 +25,16 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class Evaluation:
-    """A subject, loaded: the frozen encoder, its data, and where the results go."""
+    """What is evaluated, loaded, and where the results go.
+
+    Args:
+        encoder: The frozen encoder.
+        data: Settings of its data.
+        out: Folder for results.
+        batch_size: Images that the encoder sees at once, on each process.
+        cache: Folder in which features are kept, or None.
+        accelerator: Says on which device and on how many processes.
+    """
 
     encoder: Encoder
     data: Data

@@ -1,0 +1,130 @@
+"""SimCLR and BYOL against their formulas, and the invariants of mixing inside one forward."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from lightly.loss import NTXentLoss
+from torch import Tensor, nn
+
+from ssl_gradmix import GradMix
+from ssl_gradmix.methods.byol import BYOL
+from ssl_gradmix.methods.losses import embedding_spread
+from ssl_gradmix.methods.simclr import SimCLR
+
+
+class Backbone(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stage = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.stage(x).mean((2, 3))
+
+
+METHODS = {
+    "simclr": lambda **kwargs: SimCLR(Backbone(), 8, hidden_dim=16, output_dim=6, **kwargs),
+    "byol": lambda **kwargs: BYOL(Backbone(), 8, hidden_dim=16, output_dim=6, **kwargs),
+}
+
+
+def method(name: str, **kwargs) -> nn.Module:
+    torch.manual_seed(0)
+    return METHODS[name](**kwargs)
+
+
+def views(number: int, count: int = 6) -> list[Tensor]:
+    return list(torch.rand(number, count, 3, 16, 16, generator=torch.Generator().manual_seed(7)))
+
+
+def cosine_distance(predicted: Tensor, target: Tensor) -> float:
+    """BYOL's squared distance of unit vectors, mean over the batch, image by image."""
+    return sum(float((p / p.norm() - t / t.norm()).square().sum()) for p, t in zip(predicted, target, strict=True)) / len(predicted)
+
+
+def test_simclr_is_lightlys_loss_of_the_projected_views() -> None:
+    simclr, (x0, x1, x2) = method("simclr", temperature=0.2, weight=0.7), views(3)
+    z0, z1, z2 = copy.deepcopy(simclr.projector)(copy.deepcopy(simclr.backbone)(torch.cat([x0, x1, x2]))).chunk(3)
+    criterion = NTXentLoss(0.2)
+    losses = simclr([x0, x1, x2])
+    torch.testing.assert_close(losses.pair, criterion(z0, z1).detach())
+    torch.testing.assert_close(losses.extra, criterion(z2, z1).detach())
+    torch.testing.assert_close(losses.total, criterion(z0, z1) + 0.7 * criterion(z2, z1))
+    assert losses.lam == 1
+
+
+def test_byol_compares_predictions_with_the_teachers_other_view() -> None:
+    byol, (x0, x1, x2) = method("byol", weight=0.7), views(3)
+    for parameter in byol.teacher_backbone.parameters():  # a teacher unlike the student
+        parameter.data.mul_(1.5).add_(0.1)
+    other = copy.deepcopy(byol)
+    p0, p1, p2 = other.predictor(other.projector(other.backbone(torch.cat([x0, x1, x2])))).chunk(3)
+    t0, t1 = other.teacher_projector(other.teacher_backbone(torch.cat([x0, x1]))).chunk(2)
+    pair = cosine_distance(p0, t1) + cosine_distance(p1, t0)
+    extra = cosine_distance(p2, t0) + cosine_distance(p2, t1)
+    losses = byol([x0, x1, x2])
+    assert losses.pair.item() == pytest.approx(pair, rel=1e-4)
+    assert losses.extra.item() == pytest.approx(extra, rel=1e-4)
+    assert losses.total.item() == pytest.approx(pair + 0.7 * extra, rel=1e-4)
+
+
+def test_the_teacher_follows_a_cosine_momentum_and_gets_no_gradient() -> None:
+    byol = method("byol", momentum=0.9)
+    for parameter in byol.backbone.parameters():
+        parameter.data.add_(1.0)
+    student, teacher = (next(net.parameters()).clone() for net in (byol.backbone, byol.teacher_backbone))
+    for step, steps in ((0, 100), (25, 100), (99, 100)):
+        before = next(byol.teacher_backbone.parameters()).clone()
+        byol.update_teacher(step, steps)
+        momentum = 1 - 0.1 * (1 + math.cos(math.pi * step / (steps - 1))) / 2
+        torch.testing.assert_close(next(byol.teacher_backbone.parameters()).data, momentum * before + (1 - momentum) * student)
+    assert not torch.equal(teacher, next(byol.teacher_backbone.parameters()))
+    byol(views(2)).total.backward()
+    assert all(parameter.grad is None for parameter in [*byol.teacher_backbone.parameters(), *byol.teacher_projector.parameters()])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_mixing_adds_the_mixed_views_loss_and_leaves_the_pairs_gradient(name: str) -> None:
+    """With weight 0 the gradient is the plain method's, bit for bit: the attribution leaves no trace."""
+    plain, mixing = method(name), method(name, gradmix=GradMix(layers=["stage"]), weight=0.0)
+    for each in (plain, mixing):
+        each.eval()  # or the mixed pass would move BatchNorm's statistics
+        each(views(2)).total.backward()
+    for (name_, one), two in zip(plain.named_parameters(), mixing.parameters(), strict=True):
+        if one.requires_grad:
+            torch.testing.assert_close(one.grad, two.grad, msg=name_)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_mixed_view_is_the_third_view(name: str) -> None:
+    """The same loss as the control's, had it been given the mixed images as its third view."""
+    mixing, control = method(name, gradmix=GradMix(layers=["stage"])).eval(), method(name).eval()
+    torch.manual_seed(3)
+    mixed = mixing.mixed_views(views(2))
+    torch.manual_seed(3)
+    losses = mixing(views(2))
+    expected = control([*views(2), mixed.images])
+    torch.testing.assert_close(losses.extra, expected.extra)
+    torch.testing.assert_close(losses.pair, expected.pair)
+    torch.testing.assert_close(losses.total, losses.pair + mixed.lam * losses.extra)
+    assert losses.lam == mixed.lam
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_no_gradient_exists_before_backward_and_flags_stay(name: str) -> None:
+    net = method(name, gradmix=GradMix(layers=["stage"]))
+    net.backbone.stage[1].eval()
+    training = [module.training for module in net.modules()]
+    losses = net(views(2))
+    assert all(parameter.grad is None for parameter in net.parameters())
+    assert [module.training for module in net.modules()] == training
+    assert all(not module._forward_hooks for module in net.modules())
+    losses.total.backward()
+
+
+def test_spread_is_one_on_the_sphere_and_zero_when_collapsed() -> None:
+    assert embedding_spread(torch.randn(5000, 64)).item() == pytest.approx(1, abs=0.02)
+    assert embedding_spread(torch.ones(10, 1) * torch.randn(64)).item() == pytest.approx(0, abs=1e-6)

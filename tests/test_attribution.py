@@ -1,0 +1,197 @@
+"""Maps against naive loops, `pytorch-grad-cam`, and encoders of many kinds."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from ssl_gradmix.attribution import attribute, observe, spatial
+
+
+class Net(nn.Module):
+    """Two stages and a head, small enough for loops."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.ReLU())
+        self.stage = nn.Sequential(nn.Conv2d(4, 6, 3, padding=1), nn.ReLU())
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.stage(self.stem(x)).mean((2, 3)))
+
+
+def naive(activation: torch.Tensor, gradient: torch.Tensor, method: str) -> torch.Tensor:
+    count, channels, height, width = activation.shape
+    maps = torch.zeros(count, height, width)
+    for n in range(count):
+        for c in range(channels):
+            weight = gradient[n, c].mean()
+            for y in range(height):
+                for x in range(width):
+                    if method == "layercam":
+                        maps[n, y, x] += activation[n, c, y, x] * max(0.0, gradient[n, c, y, x].item())
+                    else:
+                        maps[n, y, x] += activation[n, c, y, x] * weight
+    return maps if method == "layercam" else maps.clamp_min(0)
+
+
+def stretch(each: torch.Tensor) -> torch.Tensor:
+    low, high = each.min(), each.max()
+    return (each - low) / (high - low) if high > low else torch.zeros_like(each)
+
+
+def naive_maps(layers: list[tuple[torch.Tensor, torch.Tensor]], size: tuple[int, int], method: str) -> torch.Tensor:
+    """Per image: each layer's map stretched, resized, summed, stretched again."""
+    images = []
+    for n in range(len(layers[0][0])):
+        total = torch.zeros(size)
+        for activation, gradient in layers:
+            small = stretch(naive(activation[n : n + 1], gradient[n : n + 1], method)[0])
+            total += nn.functional.interpolate(small[None, None], size, mode="bilinear")[0, 0]
+        images.append(stretch(total))
+    return torch.stack(images)
+
+
+@pytest.mark.parametrize("method", ["layercam", "gradcam"])
+@pytest.mark.parametrize("target", ["agreement", "loss"])
+@pytest.mark.parametrize("layers", [["stage"], ["stem", "stage"]])
+def test_equals_a_loop_over_images_and_channels(method: str, target: str, layers: list[str]) -> None:
+    torch.manual_seed(0)
+    net, images = Net(), torch.randn(3, 3, 12, 16)
+    with observe(net, layers) as observed:
+        loss = net(images).square().sum(1).mean()
+    maps = attribute(loss, observed, (12, 16), attribution=method, target=target)
+    gradients = torch.autograd.grad(loss, [observed[name][0] for name in layers])
+    sign = 1 if target == "loss" else -1
+    pairs = [(observed[name][0].detach(), sign * gradient) for name, gradient in zip(layers, gradients, strict=True)]
+    torch.testing.assert_close(maps, naive_maps(pairs, (12, 16), method))
+    if method == "layercam":  # Grad-CAM's outer relu may leave nothing
+        assert maps.amax((1, 2)).tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("method", ["layercam", "gradcam"])
+def test_equals_pytorch_grad_cam(method: str) -> None:
+    cam = pytest.importorskip("pytorch_grad_cam")
+    torch.manual_seed(0)
+    net, images = Net().eval(), torch.randn(4, 3, 16, 16)
+    with observe(net, ["stage"]) as observed:
+        # Image by image the gradient of a sum is that of its own term, as pytorch-grad-cam takes it.
+        loss = net(images)[:, 2].sum()
+    ours = attribute(loss, observed, (8, 8), attribution=method, target="loss")
+    targets = [cam.utils.model_targets.ClassifierOutputTarget(2)] * 4
+    with {"layercam": cam.LayerCAM, "gradcam": cam.GradCAM}[method](net, [net.stage]) as extractor:
+        extractor(images, targets)
+        kept = extractor.activations_and_grads
+        theirs = extractor.get_cam_image(images, net.stage, targets, kept.activations[0].numpy(), kept.gradients[0].numpy(), False)
+    theirs = torch.from_numpy(theirs).clamp_min(0)
+    torch.testing.assert_close(ours, torch.stack([stretch(each) for each in theirs]), atol=1e-5, rtol=1e-4)
+
+
+def test_takes_the_first_images_over_several_passes() -> None:
+    torch.manual_seed(0)
+    net, images = Net(), torch.randn(6, 3, 8, 8)
+    with observe(net, ["stage"]) as whole:
+        loss = net(images).square().sum()
+    with observe(net, ["stage"]) as parts:
+        split = net(images[:2]).square().sum() + net(images[2:4]).square().sum() + net(images[4:]).square().sum()
+    assert len(parts["stage"]) == 3
+    torch.testing.assert_close(attribute(split, parts, (8, 8), count=3), attribute(loss, whole, (8, 8))[:3])
+
+
+def test_leaves_gradients_training_flag_buffers_and_hooks_alone() -> None:
+    net = timm.create_model("resnet18", num_classes=0)
+    net.layer1.eval()
+    training = [module.training for module in net.modules()]
+    with pytest.raises(RuntimeError, match="body"), observe(net, ["layer2", "layer3"]) as observed:
+        loss = net(torch.randn(2, 3, 64, 64)).square().mean()
+        buffers = {name: buffer.clone() for name, buffer in net.named_buffers()}
+        attribute(loss, observed, (64, 64))
+        raise RuntimeError("body")
+    assert all(parameter.grad is None for parameter in net.parameters())
+    assert [module.training for module in net.modules()] == training
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in net.named_buffers())
+    assert all(not module._forward_hooks for module in net.modules())
+    loss.backward()  # the graph is still there
+
+
+def test_compiled_encoders_are_observed_whether_compiled_before_or_not() -> None:
+    net, images = Net(), torch.randn(2, 3, 8, 8)
+    with observe(net, ["stage"]) as observed:
+        loss = net(images).square().mean()
+    expected = attribute(loss, observed, (8, 8))
+    compiled = torch.compile(net, backend="aot_eager")
+    compiled(images)
+    for _ in range(2):
+        with observe(compiled, ["stage"]) as observed:
+            loss = compiled(images).square().mean()
+        torch.testing.assert_close(attribute(loss, observed, (8, 8)), expected)
+    net.stage = torch.compile(net.stage, backend="aot_eager")
+    net(images)
+    with observe(net, ["stage"]) as observed:
+        loss = net(images).square().mean()
+    torch.testing.assert_close(attribute(loss, observed, (8, 8)), expected)
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((2, 8, 4, 6), (2, 8, 4, 6)),  # convolutional
+        ((2, 4, 6, 8), (2, 8, 4, 6)),  # channels last, as Swin gives them
+        ((2, 24, 8), (2, 8, 4, 6)),  # tokens
+        ((2, 25, 8), (2, 8, 4, 6)),  # with a class token
+        ((2, 29, 8), (2, 8, 4, 6)),  # and four registers
+    ],
+)
+def test_reads_maps_and_tokens(shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    assert spatial("layer", torch.zeros(shape), (64, 96)).shape == expected
+
+
+def test_tokens_keep_their_places() -> None:
+    tokens = torch.arange(1 + 6).float().view(1, 7, 1)  # class token 0, then 1 to 6 row by row
+    assert spatial("blocks.0", tokens, (32, 48))[0, 0].tolist() == [[1, 2, 3], [4, 5, 6]]
+
+
+def test_half_precision_does_not_underflow() -> None:
+    torch.manual_seed(0)
+    activation = torch.rand(2, 4, 6, 6)
+    half = activation.half().requires_grad_()
+    full = half.detach().float().requires_grad_()
+    weight = torch.randn(2, 4, 6, 6)
+    # Gradients of about 3e-8, half of float16's smallest number.
+    tiny = attribute((half.float() * weight).mean() * 1e-5, {"layer": [half]}, (6, 6))
+    torch.testing.assert_close(tiny, attribute((full * weight).mean(), {"layer": [full]}, (6, 6)), atol=0.05, rtol=0)
+
+
+def test_a_flat_map_is_zero() -> None:
+    activation = torch.ones(2, 3, 4, 4, requires_grad=True)
+    assert not attribute(activation.mean(), {"layer": [activation]}, (8, 8), target="loss").any()
+
+
+def test_refuses_what_cannot_be_attributed() -> None:
+    net, images = Net(), torch.randn(2, 3, 8, 8)
+    with pytest.raises(KeyError, match=r"no layer 'stge'; near names are stage"), observe(net, ["stge"]):
+        pass
+    with observe(net, ["stage", "head"]) as observed:
+        output = net(images)
+    with pytest.raises(ValueError, match=r"'head' has no spatial extent \(output \(2, 5\)"):
+        attribute(output.mean(), observed, (8, 8))
+    del observed["head"]
+    with pytest.raises(ValueError, match=r"loss must be a scalar, got shape \(2, 5\)"):
+        attribute(output, observed, (8, 8))
+    with pytest.raises(ValueError, match="loss does not depend on the observed layers"):
+        attribute(net(images).mean(), observed, (8, 8))
+    with pytest.raises(ValueError, match="loss does not depend on the observed layers"):
+        attribute(output.mean().detach(), observed, (8, 8))
+    with pytest.raises(ValueError, match="images: 3 given, but layer 'stage' was observed for 2 only"):
+        attribute(output.mean(), observed, (8, 8), count=3)
+    with pytest.raises(ValueError, match="attribution must be one of layercam, gradcam or a function, got 'cam'"):
+        attribute(output.mean(), observed, (8, 8), attribution="cam")
+    with pytest.raises(ValueError, match="target must be 'agreement' or 'loss', got 'up'"):
+        attribute(output.mean(), observed, (8, 8), target="up")
+    with pytest.raises(ValueError, match=r"must return maps of shape \(2, 4, 4\), got \(2, 6, 4, 4\)"):
+        attribute(output.mean(), observed, (8, 8), attribution=lambda activation, gradient: activation)
+    with pytest.raises(ValueError, match="NaN in the map of 2 of 2 images"):
+        attribute(output.mean() * torch.nan, observed, (8, 8))

@@ -1,0 +1,113 @@
+"""Regions and fills against loops over single images."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torchvision.transforms.v2 import functional as tv
+
+from ssl_gradmix import mixing
+
+
+def maps_with_peaks(peaks: list[tuple[int, int]], height: int, width: int) -> torch.Tensor:
+    maps = torch.rand(len(peaks), height, width) * 0.5
+    for each, (y, x) in zip(maps, peaks, strict=True):
+        each[y, x] = 1
+    return maps
+
+
+def test_boxes_are_centred_on_the_peak_and_shifted_inside() -> None:
+    maps = maps_with_peaks([(16, 20), (0, 0), (31, 39), (0, 39)], 32, 40)
+    boxes = mixing.peak_boxes(maps, (10, 8))
+    assert boxes.tolist() == [[16, 11, 24, 21], [0, 0, 8, 10], [32, 22, 40, 32], [32, 0, 40, 10]]
+
+
+def test_flat_maps_put_boxes_anywhere() -> None:
+    boxes = mixing.peak_boxes(torch.zeros(2000, 16, 16), (4, 4), torch.Generator().manual_seed(0))
+    starts = boxes[:, :2]
+    assert starts.min() == 0
+    assert starts.max() == 12
+    assert (starts.float().mean(0) - 6).abs().max() < 0.5
+
+
+@given(height=st.integers(2, 40), width=st.integers(2, 40), lam=st.floats(0.05, 0.95), count=st.integers(1, 4), seed=st.integers(0, 99))
+@settings(max_examples=60, deadline=None)
+def test_every_box_lies_inside_and_has_the_stated_share(height: int, width: int, lam: float, count: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    extent = mixing.box_extent(lam, (height, width))
+    boxes = mixing.peak_boxes(torch.rand(count, height, width, generator=generator), extent, generator)
+    x0, y0, x1, y1 = boxes.T
+    assert (x0 >= 0).all()
+    assert (y0 >= 0).all()
+    assert (x1 <= width).all()
+    assert (y1 <= height).all()
+    kept = 1 - ((x1 - x0) * (y1 - y0)).double() / (height * width)
+    assert kept.tolist() == pytest.approx([mixing.box_kept(extent, (height, width))] * count)
+
+
+def test_paste_and_shrink_equal_a_loop_with_torchvision_resize() -> None:
+    images, donors = torch.rand(2, 5, 3, 32, 24)
+    boxes = torch.tensor([[0, 0, 9, 12], [15, 20, 24, 32], [3, 4, 12, 16], [1, 0, 10, 12], [7, 7, 16, 19]])
+    expected = images.clone()
+    for image, donor, (x0, y0, x1, y1) in zip(expected, donors, boxes.tolist(), strict=True):
+        image[:, y0:y1, x0:x1] = tv.resize(donor, [12, 9], antialias=True)
+    before = images.clone()
+    pasted = mixing.paste(images, mixing.shrink(donors, (12, 9)), boxes)
+    torch.testing.assert_close(pasted, expected)
+    assert torch.equal(images, before)
+
+
+def test_crop_takes_the_boxes_content() -> None:
+    images = torch.rand(3, 2, 10, 12)
+    boxes = torch.tensor([[0, 0, 5, 4], [7, 6, 12, 10], [2, 3, 7, 7]])
+    expected = torch.stack([image[:, y0:y1, x0:x1] for image, (x0, y0, x1, y1) in zip(images, boxes.tolist(), strict=True)])
+    assert torch.equal(mixing.crop(images, boxes, (4, 5)), expected)
+
+
+@pytest.mark.parametrize("pixels", [1, 7, 35])
+def test_mask_marks_exactly_the_highest(pixels: int) -> None:
+    maps = torch.stack([torch.randperm(35).float().view(5, 7) for _ in range(4)])
+    mask = mixing.top_mask(maps, pixels)
+    assert torch.equal(mask, maps >= 35 - pixels)
+
+
+def test_mask_of_a_tied_map_is_exact_and_random() -> None:
+    masks = mixing.top_mask(torch.zeros(500, 6, 6), 9, torch.Generator().manual_seed(0))
+    assert (masks.flatten(1).sum(1) == 9).all()
+    assert (masks.float().mean(0) - 0.25).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("count", [2, 3, 17])
+def test_derangement_has_no_fixed_point(count: int) -> None:
+    for seed in range(50):
+        index = mixing.derangement(count, torch.device("cpu"), torch.Generator().manual_seed(seed))
+        assert sorted(index.tolist()) == list(range(count))
+        assert (index != torch.arange(count)).all()
+
+
+def test_derangement_of_one_is_itself() -> None:
+    assert mixing.derangement(1, torch.device("cpu")).tolist() == [0]
+
+
+@pytest.mark.parametrize("alpha", [0.3, 1.0, 4.0])
+def test_lam_follows_the_rescaled_beta(alpha: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.tensor([mixing.draw_lam(alpha, (0.5, 0.9), generator) for _ in range(4000)])
+    assert draws.min() >= 0.5
+    assert draws.max() <= 0.9
+    assert draws.mean().item() == pytest.approx(0.7, abs=0.01)
+    # Var Beta(a, a) = 1 / (4 (2a + 1))
+    assert draws.var().item() == pytest.approx(0.16 / (4 * (2 * alpha + 1)), rel=0.08)
+
+
+def test_noise_has_the_batchs_moments_and_mean_its_channels() -> None:
+    images = torch.randn(16, 3, 20, 20) * torch.tensor([0.5, 1.0, 2.0]).view(3, 1, 1) + torch.tensor([-1.0, 0.0, 3.0]).view(3, 1, 1)
+    noise = mixing.noise_like(images, (64, 3, 30, 30), torch.Generator().manual_seed(0))
+    for channel in range(3):
+        assert noise[:, channel].mean().item() == pytest.approx(images[:, channel].mean().item(), abs=0.03)
+        assert noise[:, channel].std().item() == pytest.approx(images[:, channel].std().item(), rel=0.02)
+        # Uniform: nothing beyond sqrt(3) deviations.
+        assert (noise[:, channel] - images[:, channel].mean()).abs().max() <= 3**0.5 * images[:, channel].std() * 1.001
+    torch.testing.assert_close(mixing.mean_like(images).flatten(), images.mean((0, 2, 3)))
