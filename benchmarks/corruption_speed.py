@@ -1,4 +1,4 @@
-"""How long the corruptions take: milliseconds an image for each, and the whole benchmark of 15 corruptions x 5 severities.
+"""How long the corruptions take: milliseconds an image for each, and for the 15 corruptions x 5 severities together.
 
     python benchmarks/corruption_speed.py --images 10000 --workers 2
 
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def photographs(count: int, size: int) -> np.ndarray:
-    """Smooth random colours with some detail, uint8 (count, size, size, 3): as hard to compress as small photographs."""
+    """Smooth random colours with some detail in place of photographs, uint8 (count, size, size, 3)."""
     random = np.random.default_rng(0)
     noise = random.normal(size=(count, size, size, 3)).astype(np.float32)
     smooth = ndimage.gaussian_filter(noise, size / 16, axes=(1, 2))

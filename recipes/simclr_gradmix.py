@@ -7,13 +7,16 @@ accelerate launch recipes/simclr_gradmix.py --data.name folder --data.root IMAGE
 The same command again resumes an unfinished run. What ran is written to config.yaml in the run folder; --config reads it.
 """
 
+import sys
+from collections.abc import Sequence
+
 from ssl_gradmix import command_line
 from ssl_gradmix.settings import SimCLRSettings
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = command_line.recipe_parser(SimCLRSettings, __doc__, recipe="simclr")
-    settings, plain = command_line.read(parser)
+    settings, plain = command_line.read(parser, argv)
 
     # These take seconds to import: after parsing, so that --help is quick.
     import torch
@@ -37,7 +40,9 @@ def main() -> None:
     images = images if known is None else images.only(known)
 
     torch.manual_seed(settings.training.seed)
-    backbone = backbones.create(settings.backbone.name, settings.backbone.pretrained, **(settings.backbone.kwargs or {}))
+    backbone = backbones.create(
+        settings.backbone.name, settings.backbone.pretrained, **(settings.backbone.kwargs or {})
+    )
     method = SimCLR(
         backbone,
         backbones.num_features(backbone),
@@ -67,4 +72,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    sys.exit(command_line.run(main))

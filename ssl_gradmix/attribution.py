@@ -49,7 +49,9 @@ def observe(encoder: nn.Module, layers: Sequence[str] | None = None) -> Iterator
     modules.pop("")
     observed: Observed = {name: [] for name in layers or []}
     if layers is None:
-        layers = [name for name, module in modules.items() if next(module.children(), None) is not None] or list(modules)
+        layers = [name for name, module in modules.items() if next(module.children(), None) is not None] or list(
+            modules
+        )
     for name in layers:
         if name not in modules:
             near = difflib.get_close_matches(name, modules, n=5, cutoff=0.3) or list(modules)[:5]
@@ -151,7 +153,8 @@ def attribute(
     total = 0
     for name, tensors in outputs.items():
         activation, gradient = (
-            spatial(name, torch.cat(list(parts))[:count].detach(), size).float() for parts in (tensors, gradients_of[name])
+            spatial(name, torch.cat(list(parts))[:count].detach(), size).float()
+            for parts in (tensors, gradients_of[name])
         )
         total = total + upscale(_checked(function(activation, gradient), activation, attribution), size)
     return normalise(total)
@@ -167,12 +170,18 @@ def gradients(loss: Tensor, outputs: Mapping[str, Sequence[Tensor]], sign: float
         raise ValueError(f"loss must be a scalar, got shape {tuple(loss.shape)}; reduce it over the batch first")
     flat = [output for passes in outputs.values() for output in passes]
     if not flat or not loss.requires_grad or not any(output.requires_grad for output in flat):
-        raise ValueError(f"loss does not depend on the observed layers {list(outputs)}; compute it inside `observe`, with gradients enabled")
+        raise ValueError(
+            f"loss does not depend on the observed layers {list(outputs)}; compute it inside `observe`, with gradients enabled"
+        )
     scale = FP16_SCALE if any(output.dtype == torch.float16 for output in flat) else 1.0
     found = torch.autograd.grad(loss, flat, torch.full_like(loss, sign * scale), retain_graph=True, allow_unused=True)
     if all(gradient is None for gradient in found):
-        raise ValueError(f"loss does not depend on the observed layers {list(outputs)}; is it computed from this encoder's output?")
-    filled = iter(torch.zeros_like(output) if gradient is None else gradient for output, gradient in zip(flat, found, strict=True))
+        raise ValueError(
+            f"loss does not depend on the observed layers {list(outputs)}; is it computed from this encoder's output?"
+        )
+    filled = iter(
+        torch.zeros_like(output) if gradient is None else gradient for output, gradient in zip(flat, found, strict=True)
+    )
     return {name: [next(filled) for _ in passes] for name, passes in outputs.items()}
 
 
@@ -197,7 +206,9 @@ def first_images(name: str, passes: list[Tensor], count: int | None) -> list[Ten
         images += len(output)
         if images >= count:
             return kept
-    raise ValueError(f"images: {count} given, but layer {name!r} was observed for {images} only; pass those that went through the encoder")
+    raise ValueError(
+        f"images: {count} given, but layer {name!r} was observed for {images} only; pass those that went through the encoder"
+    )
 
 
 def spatial(name: str, tensor: Tensor, size: tuple[int, int]) -> Tensor:
@@ -245,6 +256,7 @@ def _checked(maps: Tensor, activation: Tensor, attribution: str | AttributionFun
     if maps.shape != expected:
         raise ValueError(f"attribution: {attribution!r} must return maps of shape {expected}, got {tuple(maps.shape)}")
     if maps.device.type == "cpu" and maps.isnan().any():
-        raise ValueError(f"attribution: NaN in the map of {int(maps.isnan().any((1, 2)).sum())} of {len(maps)} images; is the loss finite?")
+        raise ValueError(
+            f"attribution: NaN in the map of {int(maps.isnan().any((1, 2)).sum())} of {len(maps)} images; is the loss finite?"
+        )
     return maps
-

@@ -56,7 +56,9 @@ def _small_resnet(variant: str, pretrained: bool, **kwargs: Any) -> SmallResNet:
 @register_model
 def resnet10_tiny(pretrained: bool = False, **kwargs: Any) -> SmallResNet:
     """One basic block a stage, widths 16 to 128: 0.3 million weights, trained in minutes on a laptop."""
-    return _small_resnet("resnet10_tiny", pretrained, block=BasicBlock, layers=(1, 1, 1, 1), channels=(16, 32, 64, 128), **kwargs)
+    return _small_resnet(
+        "resnet10_tiny", pretrained, block=BasicBlock, layers=(1, 1, 1, 1), channels=(16, 32, 64, 128), **kwargs
+    )
 
 
 @register_model
@@ -98,7 +100,9 @@ def create(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
     except (RuntimeError, OSError) as error:
         if not pretrained:
             raise
-        raise ValueError(f"backbone.pretrained: no weights to be had for {name} ({error}); is there a network, or leave it false") from error
+        raise ValueError(
+            f"backbone.pretrained: no weights to be had for {name} ({error}); is there a network, or leave it false"
+        ) from error
 
 
 def num_features(backbone: nn.Module) -> int:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from argparse import RawDescriptionHelpFormatter
-from collections.abc import Callable
+from argparse import ArgumentError, RawDescriptionHelpFormatter
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import yaml
@@ -28,8 +28,14 @@ def recipe_parser(method_settings: type, description: str, recipe: str) -> Argum
         description: Shown by `--help`.
         recipe: Names the run folder where the user does not.
     """
-    parser = ArgumentParser(description=description, usage="%(prog)s [options]", formatter_class=Formatter)
-    parser.add_argument("--config", action="config", help="YAML file of settings, such as another run's config.yaml; what follows it wins.")
+    parser = ArgumentParser(
+        description=description, usage="%(prog)s [options]", formatter_class=Formatter, exit_on_error=False
+    )
+    parser.add_argument(
+        "--config",
+        action="config",
+        help="YAML file of settings, such as another run's config.yaml; what follows it wins.",
+    )
     parser.add_argument("--run", type=str, default=f"runs/{recipe}", help="Run folder, where everything is written.")
     parser.add_argument("--overwrite", type=bool, default=False, help="Start anew in a folder that holds a run.")
     parser.add_argument("--expect-processes", type=int | None, default=None, help="Stop unless so many processes run.")
@@ -39,7 +45,9 @@ def recipe_parser(method_settings: type, description: str, recipe: str) -> Argum
         default="gradmix",
         help="The third view: GradMix's, a plain augmentation (the control), or none (the plain method).",
     )
-    parser.add_argument("--environment", type=dict | None, default=None, help="In config.yaml: what the run ran on. Not read.")
+    parser.add_argument(
+        "--environment", type=dict | None, default=None, help="In config.yaml: what the run ran on. Not read."
+    )
     for name, settings in (
         ("data", Data),
         ("augmentation", Augmentation),
@@ -53,40 +61,37 @@ def recipe_parser(method_settings: type, description: str, recipe: str) -> Argum
     return parser
 
 
-def read(parser: ArgumentParser) -> tuple[Namespace, dict[str, Any]]:
+def read(parser: ArgumentParser, argv: Sequence[str] | None) -> tuple[Namespace, dict[str, Any]]:
     """Reads the command line.
 
     Returns:
         The settings as dataclasses, and the same as plain values, for YAML.
     """
-    parsed = parser.parse_args()
+    parsed = parser.parse_args(argv)
     plain = yaml.safe_load(parser.dump(parsed))
     plain.pop("environment", None)
     return parser.instantiate(parsed), plain
 
 
-def run(main: Callable[[], None]) -> None:
-    """Calls a script's main function; what the user can mend is said in one line, with exit status 2.
+def run(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> int:
+    """Calls a script's main function; what the user can mend is said in one line.
 
     Args:
-        main: Raises ValueError, KeyError or OSError for input that will not do, FloatingPointError for a training that broke down.
+        main: Takes the arguments, None for those of the process.
+        argv: The arguments.
+
+    Returns:
+        The exit status: 0, 2 for input that will not do (ValueError, KeyError, OSError), 1 for a training that broke down.
     """
-    logging.basicConfig(format="%(message)s")
     # Every process says the same; one is enough.
-    logging.getLogger("ssl_gradmix").setLevel(logging.INFO if _speaks() else logging.ERROR)
+    speaks = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("ssl_gradmix").setLevel(logging.INFO if speaks else logging.ERROR)
     try:
-        main()
-    except (ValueError, KeyError, OSError) as error:
-        _fail(str(error.args[0]) if isinstance(error, KeyError) else str(error), 2)
-    except FloatingPointError as error:
-        _fail(str(error), 1)
-
-
-def _speaks() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
-def _fail(message: str, status: int) -> None:
-    if _speaks():
-        print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(status)
+        main(argv)
+    except (ArgumentError, ValueError, KeyError, OSError, FloatingPointError) as error:
+        if speaks:
+            text = str(error.args[0]) if isinstance(error, KeyError) else str(error)
+            print(f"error: {' '.join(text.split())}", file=sys.stderr)
+        return 1 if isinstance(error, FloatingPointError) else 2
+    return 0

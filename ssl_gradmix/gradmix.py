@@ -92,7 +92,9 @@ class GradMix:
 
     def __post_init__(self) -> None:
         if isinstance(self.layers, str) or self.layers == []:
-            raise ValueError(f"gradmix.layers must be a list of layer names such as ['layer3'], or None; got {self.layers!r}")
+            raise ValueError(
+                f"gradmix.layers must be a list of layer names such as ['layer3'], or None; got {self.layers!r}"
+            )
         if not callable(self.attribution):
             _require_one_of("attribution", self.attribution, (*METHODS, "random"))
         _require_one_of("target", self.target, ("agreement", "loss"))
@@ -103,7 +105,9 @@ class GradMix:
         if len(self.lam_range) != 2 or not 0 < self.lam_range[0] <= self.lam_range[1] < 1:
             raise ValueError(f"gradmix.lam_range must be two rising numbers within (0, 1), got {self.lam_range!r}")
         if self.generator is not None and self.generator.device.type != "cpu":
-            raise ValueError(f"gradmix.generator must be on the CPU, as the host needs lam; got one on {self.generator.device}")
+            raise ValueError(
+                f"gradmix.generator must be on the CPU, as the host needs lam; got one on {self.generator.device}"
+            )
 
     def observe(self, encoder: nn.Module) -> AbstractContextManager[Observed]:
         """Remembers the activations of `layers`, every forward pass of the encoder in order, for as long as the context lasts.

@@ -88,14 +88,19 @@ def crop(images: Tensor, boxes: Tensor, extent: tuple[int, int]) -> Tensor:
     """The images' contents (N, C, h, w) at their boxes (N, 4), all of one extent."""
     n, c, y, x = (torch.arange(length, device=images.device) for length in (*images.shape[:2], *extent))
     return images[
-        n[:, None, None, None], c[:, None, None], boxes[:, 1, None, None, None] + y[:, None], boxes[:, 0, None, None, None] + x
+        n[:, None, None, None],
+        c[:, None, None],
+        boxes[:, 1, None, None, None] + y[:, None],
+        boxes[:, 0, None, None, None] + x,
     ]
 
 
 def shrink(images: Tensor, extent: tuple[int, int]) -> Tensor:
     """The whole images resized to (h, w), bilinear with antialiasing, as torchvision does it."""
     # Half precision has no antialiased resize on every device.
-    return F.interpolate(images.float(), size=extent, mode="bilinear", align_corners=False, antialias=True).to(images.dtype)
+    return F.interpolate(images.float(), size=extent, mode="bilinear", align_corners=False, antialias=True).to(
+        images.dtype
+    )
 
 
 def noise_like(images: Tensor, shape: tuple[int, ...], generator: Generator | None = None) -> Tensor:
@@ -112,9 +117,13 @@ def mean_like(images: Tensor) -> Tensor:
 
 def rand(shape: tuple[int, ...], device: torch.device, generator: Generator | None = None) -> Tensor:
     """Uniform in [0, 1) on the device, which is not waited for even where the generator is one of the CPU."""
-    return torch.rand(shape, generator=generator, device=generator.device if generator else device).to(device, non_blocking=True)
+    return torch.rand(shape, generator=generator, device=generator.device if generator else device).to(
+        device, non_blocking=True
+    )
 
 
 def randperm(count: int, device: torch.device, generator: Generator | None = None) -> Tensor:
     """A random permutation on the device, as `rand`."""
-    return torch.randperm(count, generator=generator, device=generator.device if generator else device).to(device, non_blocking=True)
+    return torch.randperm(count, generator=generator, device=generator.device if generator else device).to(
+        device, non_blocking=True
+    )

@@ -19,7 +19,12 @@ def _require_between(name: str, value: float, low: float, high: float = math.inf
     """Refuses NaN as well: every comparison with it is false."""
     above = value > low if open_low else value >= low
     bound = f"{'above' if open_low else 'at least'} {low:g}"
-    _require(above and value <= high and math.isfinite(value), name, value, bound + (f" and at most {high:g}" if high < math.inf else ""))
+    _require(
+        above and value <= high and math.isfinite(value),
+        name,
+        value,
+        bound + (f" and at most {high:g}" if high < math.inf else ""),
+    )
 
 
 @dataclass
@@ -53,7 +58,12 @@ class Data:
     def __post_init__(self) -> None:
         _require_between("data.size", self.size, 8)
         _require_between("data.test_fraction", self.test_fraction, 0, 0.9, open_low=True)
-        _require(self.classes is None or self.open_set is None, "data.open_set", self.open_set, "left out where data.classes is given")
+        _require(
+            self.classes is None or self.open_set is None,
+            "data.open_set",
+            self.open_set,
+            "left out where data.classes is given",
+        )
 
 
 @dataclass
@@ -122,7 +132,7 @@ class SimCLRSettings:
         allow_fewer_negatives: Accept gradient accumulation, under which each micro-batch contrasts with itself alone.
     """
 
-    temperature: float = 0.5
+    temperature: float = 0.2
     hidden_dim: int | None = None
     output_dim: int = 128
     weight: float = 1.0
@@ -130,7 +140,9 @@ class SimCLRSettings:
 
     def __post_init__(self) -> None:
         _require_between("method.temperature", self.temperature, 0, open_low=True)
-        _require(self.hidden_dim is None or self.hidden_dim >= 1, "method.hidden_dim", self.hidden_dim, "at least 1 or null")
+        _require(
+            self.hidden_dim is None or self.hidden_dim >= 1, "method.hidden_dim", self.hidden_dim, "at least 1 or null"
+        )
         _require_between("method.output_dim", self.output_dim, 1)
         _require_between("method.weight", self.weight, 0)
 
@@ -171,9 +183,9 @@ class Optimiser:
     """
 
     name: Literal["sgd", "lars", "adamw"] = "sgd"
-    lr: float = 0.06
+    lr: float = 0.2
     weight_decay: float = 5e-4
-    warmup_epochs: float = 5.0
+    warmup_epochs: float = 3.0
     clip: float | None = None
 
     def __post_init__(self) -> None:
@@ -201,14 +213,14 @@ class Training:
         trackers: Accelerate trackers to log to as well, for instance `[tensorboard]`.
     """
 
-    epochs: int = 60
-    batch_size: int = 256
+    epochs: int = 30
+    batch_size: int = 128
     accumulate: int = 1
     seed: int = 0
     precision: Literal["no", "bf16", "fp16"] = "no"
     workers: int = 2
     knn_every: int = 10
-    samples_every: int = 20
+    samples_every: int = 10
     checkpoint_every: int = 1
     trackers: list[str] | None = None
 
@@ -219,5 +231,8 @@ class Training:
         for name in ("seed", "workers", "knn_every", "samples_every"):
             _require_between(f"training.{name}", getattr(self, name), 0)
         _require(
-            self.batch_size % self.accumulate == 0, "training.batch_size", self.batch_size, f"a multiple of training.accumulate={self.accumulate}"
+            self.batch_size % self.accumulate == 0,
+            "training.batch_size",
+            self.batch_size,
+            f"a multiple of training.accumulate={self.accumulate}",
         )

@@ -85,7 +85,9 @@ def test_equals_pytorch_grad_cam(method: str) -> None:
     with {"layercam": cam.LayerCAM, "gradcam": cam.GradCAM}[method](net, [net.stage]) as extractor:
         extractor(images, targets)
         kept = extractor.activations_and_grads
-        theirs = extractor.get_cam_image(images, net.stage, targets, kept.activations[0].numpy(), kept.gradients[0].numpy(), False)
+        theirs = extractor.get_cam_image(
+            images, net.stage, targets, kept.activations[0].numpy(), kept.gradients[0].numpy(), False
+        )
     theirs = torch.from_numpy(theirs).clamp_min(0)
     torch.testing.assert_close(ours, torch.stack([stretch(each) for each in theirs]), atol=1e-5, rtol=1e-4)
 

@@ -151,7 +151,8 @@ def test_random_attribution_ignores_the_loss() -> None:
 def test_a_generator_decides_everything() -> None:
     images = torch.rand(6, 3, 24, 24)
     first, second, third = (
-        mix(GradMix(layers=["1"], fill="noise", generator=torch.Generator().manual_seed(seed)), images) for seed in (3, 3, 4)
+        mix(GradMix(layers=["1"], fill="noise", generator=torch.Generator().manual_seed(seed)), images)
+        for seed in (3, 3, 4)
     )
     assert torch.equal(first.images, second.images)
     assert first.lam != third.lam
@@ -167,7 +168,10 @@ def test_layers_none_takes_the_deepest_stage_with_room(caplog: pytest.LogCapture
         assert [record.getMessage() for record in caplog.records] == [
             f"GradMix attributes at layer {expected} for images of {size}x{size}"
         ]
-    with pytest.raises(ValueError, match=r"no layer has a map of at least 4x4 .* for images of 16x16 \(the last are .*1.layer4 \(2, 512, 1, 1\), 1 \(2, 1000\)\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"no layer has a map of at least 4x4 .* for images of 16x16 \(the last are .*1.layer4 \(2, 512, 1, 1\), 1 \(2, 1000\)\)",
+    ):
         mix(GradMix(), torch.rand(2, 3, 8, 8).repeat(1, 1, 2, 2), net=nn.Sequential(nn.MaxPool2d(2), resnet))
 
 
@@ -213,7 +217,12 @@ class Head(nn.Module):
 @pytest.mark.parametrize(
     ("model", "layers", "criterion", "size"),
     [
-        (lambda: Head(timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=64), 192), ["blocks.9"], VICRegLoss(), 64),
+        (
+            lambda: Head(timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=64), 192),
+            ["blocks.9"],
+            VICRegLoss(),
+            64,
+        ),
         (lambda: Head(torchvision.models.resnet18(num_classes=64), 64), ["layer2", "layer3"], BarlowTwinsLoss(), 64),
     ],
     ids=["timm ViT with VICReg", "torchvision ResNet with Barlow Twins"],
@@ -255,7 +264,10 @@ def test_the_readmes_code_runs() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"layers": "layer3"}, r"gradmix.layers must be a list of layer names such as \['layer3'\], or None; got 'layer3'"),
+        (
+            {"layers": "layer3"},
+            r"gradmix.layers must be a list of layer names such as \['layer3'\], or None; got 'layer3'",
+        ),
         ({"layers": []}, r"gradmix.layers must be a list .* got \[\]"),
         ({"attribution": "cam"}, "gradmix.attribution must be one of layercam, gradcam, random, got 'cam'"),
         ({"target": "up"}, "gradmix.target must be one of agreement, loss, got 'up'"),
@@ -274,7 +286,10 @@ def test_refuses_settings_that_mean_nothing(arguments: dict, message: str) -> No
 
 def test_refuses_batches_that_do_not_match() -> None:
     gradmix, images = GradMix(layers=["1"]), torch.rand(4, 3, 16, 16)
-    with pytest.raises(ValueError, match=r"donors must match the images \(torch.float32 \(4, 3, 16, 16\)\), got torch.float32 \(3, 3, 16, 16\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"donors must match the images \(torch.float32 \(4, 3, 16, 16\)\), got torch.float32 \(3, 3, 16, 16\)",
+    ):
         gradmix(images, torch.zeros(()), {}, images[:3])
     with pytest.raises(ValueError, match=r"images must be floating point \(N, C, H, W\), got torch.uint8"):
         gradmix((images * 255).byte(), torch.zeros(()), {})

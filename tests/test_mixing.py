@@ -32,9 +32,17 @@ def test_flat_maps_put_boxes_anywhere() -> None:
     assert (starts.float().mean(0) - 6).abs().max() < 0.5
 
 
-@given(height=st.integers(2, 40), width=st.integers(2, 40), lam=st.floats(0.05, 0.95), count=st.integers(1, 4), seed=st.integers(0, 99))
+@given(
+    height=st.integers(2, 40),
+    width=st.integers(2, 40),
+    lam=st.floats(0.05, 0.95),
+    count=st.integers(1, 4),
+    seed=st.integers(0, 99),
+)
 @settings(max_examples=60, deadline=None)
-def test_every_box_lies_inside_and_has_the_stated_share(height: int, width: int, lam: float, count: int, seed: int) -> None:
+def test_every_box_lies_inside_and_has_the_stated_share(
+    height: int, width: int, lam: float, count: int, seed: int
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     extent = mixing.box_extent(lam, (height, width))
     boxes = mixing.peak_boxes(torch.rand(count, height, width, generator=generator), extent, generator)
@@ -62,7 +70,9 @@ def test_paste_and_shrink_equal_a_loop_with_torchvision_resize() -> None:
 def test_crop_takes_the_boxes_content() -> None:
     images = torch.rand(3, 2, 10, 12)
     boxes = torch.tensor([[0, 0, 5, 4], [7, 6, 12, 10], [2, 3, 7, 7]])
-    expected = torch.stack([image[:, y0:y1, x0:x1] for image, (x0, y0, x1, y1) in zip(images, boxes.tolist(), strict=True)])
+    expected = torch.stack(
+        [image[:, y0:y1, x0:x1] for image, (x0, y0, x1, y1) in zip(images, boxes.tolist(), strict=True)]
+    )
     assert torch.equal(mixing.crop(images, boxes, (4, 5)), expected)
 
 
@@ -103,7 +113,9 @@ def test_lam_follows_the_rescaled_beta(alpha: float) -> None:
 
 
 def test_noise_has_the_batchs_moments_and_mean_its_channels() -> None:
-    images = torch.randn(16, 3, 20, 20) * torch.tensor([0.5, 1.0, 2.0]).view(3, 1, 1) + torch.tensor([-1.0, 0.0, 3.0]).view(3, 1, 1)
+    images = torch.randn(16, 3, 20, 20) * torch.tensor([0.5, 1.0, 2.0]).view(3, 1, 1) + torch.tensor(
+        [-1.0, 0.0, 3.0]
+    ).view(3, 1, 1)
     noise = mixing.noise_like(images, (64, 3, 30, 30), torch.Generator().manual_seed(0))
     for channel in range(3):
         assert noise[:, channel].mean().item() == pytest.approx(images[:, channel].mean().item(), abs=0.03)

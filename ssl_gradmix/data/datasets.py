@@ -165,9 +165,8 @@ def _label(wanted: int | str, classes: Sequence[str]) -> int:
         return classes.index(str(wanted))
     if isinstance(wanted, int) and 0 <= wanted < len(classes):
         return wanted
-    raise ValueError(
-        f"data.classes has {wanted!r}, neither a class nor its number; the classes are {', '.join(classes) or 'none'}"
-    )
+    names = ", ".join(classes[:20]) + (" ..." if len(classes) > 20 else "")
+    raise ValueError(f"data.classes has {wanted!r}, neither a class nor its number; the classes are {names or 'none'}")
 
 
 def _open_set(setting: str, n_classes: int) -> list[int]:
@@ -241,28 +240,31 @@ def _folder(data: Data, split: str) -> ImageSet:
         raise FileNotFoundError(f"data.root {str(root)!r} is not a folder")
     name = f"folder:{root.resolve().name}/{split}"
     if (root / "train").is_dir() or (root / "test").is_dir():
-        paths, labels, classes = _from_split_folder(root, split)
+        _check_split_folders(root, split)
+        images = _list_folder(root / split, name)
     else:
-        paths, labels, classes = _list_folder(root)
-        if split == "test" and not classes:
+        images = _list_folder(root, name)
+        if images.classes:
+            held_out = _held_out(images.labels, data.test_fraction, data.split_seed)
+            images = images.subset(held_out == (split == "test"))
+        elif split == "test":
             raise FileNotFoundError(
                 f"data.root {str(root)!r} has no test images: it has neither class folders to split nor a folder test/"
             )
-        if classes:
-            chosen = np.flatnonzero(_held_out(labels, data.test_fraction, data.split_seed) == (split == "test"))
-            paths, labels = [paths[i] for i in chosen], labels[chosen]
-    images = ImageSet(paths, labels, classes, name)
     return _without_broken(images) if data.broken == "skip" else images
 
 
-def _from_split_folder(root: Path, split: str) -> tuple[list[Path], np.ndarray, tuple[str, ...]]:
-    """Lists `root/<split>`, and refuses where root/train and root/test do not have the same classes."""
+def _check_split_folders(root: Path, split: str) -> None:
+    """Refuses where `root/<split>` is missing, may be a class, or has other classes than the other split."""
     folder, other = root / split, root / ("test" if split == "train" else "train")
     if not folder.is_dir():
-        raise FileNotFoundError(f"data.root {str(root)!r} has a folder {other.name}/ but no {split}/")
-    paths, labels, classes = _list_folder(folder)
+        raise FileNotFoundError(
+            f"data.root {str(root)!r} has a folder {other.name}/ but no {split}/: add it, or move the class folders to "
+            "data.root itself, where data.test_fraction of each is held out"
+        )
+    classes = _class_folders(folder)
     other_classes = _class_folders(other) if other.is_dir() else []
-    if classes and other_classes and set(classes) != set(other_classes):
+    if classes and other_classes and classes != other_classes:
         raise ValueError(
             f"the class folders of {str(folder)!r} and {str(other)!r} differ: "
             f"only in {split}/ are {sorted(set(classes) - set(other_classes))}, "
@@ -274,24 +276,26 @@ def _from_split_folder(root: Path, split: str) -> tuple[list[Path], np.ndarray, 
             f"{str(folder)!r} has images without class folders and lies beside {beside}: if {split!r} is a class, move "
             f"all class folders into a folder train/; if its images are unlabelled, set data.root to {str(folder)!r}"
         )
-    return paths, labels, classes
 
 
-def _list_folder(folder: Path) -> tuple[list[Path], np.ndarray, tuple[str, ...]]:
+def _list_folder(folder: Path, name: str) -> ImageSet:
     """Lists `folder/<class>/*` at any depth, or where there are no class folders the unlabelled images of `folder`."""
     classes = _class_folders(folder)
     if not classes:
         paths = _images_in(folder)
-        return paths, np.full(len(paths), -1, np.int64), ()
+        return ImageSet(paths, np.full(len(paths), -1, np.int64), (), name)
     by_case: dict[str, str] = {}
-    for name in classes:
-        if (same := by_case.setdefault(name.casefold(), name)) != name:
+    for label in classes:
+        if (same := by_case.setdefault(label.casefold(), label)) != label:
             raise ValueError(
-                f"the class folders {same!r} and {name!r} in {str(folder)!r} differ in case alone, rename or merge them"
+                f"the class folders {same!r} and {label!r} in {str(folder)!r} differ in case alone: rename or merge one"
             )
-    members = [_images_in(folder / name) for name in classes]
+    loose = sum(entry.is_file() and image_files.is_image(entry.name) for entry in folder.iterdir())
+    if loose:
+        warnings.warn(f"{name}: {loose} images beside the class folders of {str(folder)!r} are left out", stacklevel=2)
+    members = [_images_in(folder / label) for label in classes]
     labels = np.repeat(np.arange(len(classes)), [len(paths) for paths in members])
-    return [path for paths in members for path in paths], labels, tuple(classes)
+    return ImageSet([path for paths in members for path in paths], labels, tuple(classes), name)
 
 
 def _class_folders(folder: Path) -> list[str]:

@@ -18,11 +18,16 @@ _THREADS = min(8, os.cpu_count() or 1)
 _CHUNK = 64
 
 
-def find(folder: Path) -> list[Path]:
-    """Lists the image files in a folder, at any depth, in the order of their names.
+def is_image(name: str) -> bool:
+    """Whether a file of this name counts as an image: it ends as one of `ENDINGS` and is not hidden (a leading dot)."""
+    return name.lower().endswith(ENDINGS) and not name.startswith(".")
 
-    Hidden files and folders (a leading dot) and other endings are passed over. Links are followed; a folder that is
-    reached twice, as through a link to its own parent, is read once.
+
+def find(folder: Path) -> list[Path]:
+    """Lists the image files in a folder, at any depth, in the order of their names, those of sub-folders last.
+
+    Hidden files and folders and other endings are passed over. Links are followed; a folder that is reached twice, as
+    through a link to its own parent, is read once.
 
     Args:
         folder: Where to look.
@@ -45,8 +50,8 @@ def find(folder: Path) -> list[Path]:
             continue
         seen.add((status.st_dev, status.st_ino))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [Path(place, name) for name in files if not name.startswith(".") and name.lower().endswith(ENDINGS)]
-    return sorted(found)
+        found += [Path(place, name) for name in sorted(files) if is_image(name)]
+    return found
 
 
 def decode(path: Path) -> Image.Image:
@@ -70,7 +75,8 @@ def decode(path: Path) -> Image.Image:
             limit = Image.MAX_IMAGE_PIXELS
             if limit and image.width * image.height > limit:
                 raise ValueError(f"{image.width}x{image.height} pixels, more than PIL.Image.MAX_IMAGE_PIXELS = {limit}")
-            return to_rgb(ImageOps.exif_transpose(image))
+            ImageOps.exif_transpose(image, in_place=True)
+            return to_rgb(image)
     except Exception as error:  # Pillow's decoders raise nearly every type there is on a broken file
         raise ValueError(f"cannot read the image {str(path)!r}: {error or type(error).__name__}") from error
 

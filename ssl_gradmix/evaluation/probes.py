@@ -229,9 +229,9 @@ class _Scaling(NamedTuple):
     @classmethod
     def of(cls, features: Tensor) -> _Scaling:
         """Makes each feature of mean 0 and variance 1; those that never vary become 0."""
-        std = features.std(0, correction=0)
-        varies = std > 1e-6 * std.max()
-        return cls(features.mean(0), torch.where(varies, 1 / std, 0.0))
+        std, mean = torch.std_mean(features, 0, correction=0)
+        varies = std > 1e-6 * mean.abs()  # less is rounding
+        return cls(mean, torch.where(varies, 1 / std, 0.0))
 
     def __call__(self, features: Tensor) -> Tensor:
         return (features - self.centre) * self.scale

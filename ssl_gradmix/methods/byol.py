@@ -65,7 +65,9 @@ class BYOL(nn.Module):
             predicted = self._predict(torch.cat(views)).chunk(len(views))
             pair = self._distance(predicted[0], targets[1]) + self._distance(predicted[1], targets[0])
             if len(views) == 2:
-                return Losses(pair, pair.detach(), torch.zeros_like(pair), torch.zeros_like(pair), embedding_spread(targets[0]))
+                return Losses(
+                    pair, pair.detach(), torch.zeros_like(pair), torch.zeros_like(pair), embedding_spread(targets[0])
+                )
             third, lam = predicted[2], torch.ones_like(pair)
         else:
             pair, mixed = self._mix(views, targets)

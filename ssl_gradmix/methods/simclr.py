@@ -55,7 +55,9 @@ class SimCLR(nn.Module):
             z = self._embed(torch.cat(views)).chunk(len(views))
             pair = nt_xent(z[0], z[1], self.temperature)
             if len(views) == 2:
-                return Losses(pair, pair.detach(), torch.zeros_like(pair), torch.zeros_like(pair), embedding_spread(z[0]))
+                return Losses(
+                    pair, pair.detach(), torch.zeros_like(pair), torch.zeros_like(pair), embedding_spread(z[0])
+                )
             extra, lam = nt_xent(z[2], z[1], self.temperature), torch.ones_like(pair)
         else:
             z, pair, mixed = self._mix(views)

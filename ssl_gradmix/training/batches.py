@@ -19,7 +19,9 @@ RESIDENT_BYTES = 4 * 2**30
 
 def seed_step(seed: int, epoch: int, step: int, process: int) -> None:
     """Seeds torch's global generators for one step from its place in the training alone, so that a resumed run repeats it."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, epoch, step, process]).generate_state(1, np.uint64)[0] >> np.uint64(1)))
+    torch.manual_seed(
+        int(np.random.SeedSequence([seed, epoch, step, process]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    )
 
 
 def shuffled(count: int, seed: int, epoch: int) -> Tensor:
@@ -60,7 +62,9 @@ class BatchIndices:
 class DeviceBatches:
     """Views made in batches on the device, of images that stay there."""
 
-    def __init__(self, images: ImageSet, make_views: DeviceViews, indices: BatchIndices, n_views: int, device: torch.device) -> None:
+    def __init__(
+        self, images: ImageSet, make_views: DeviceViews, indices: BatchIndices, n_views: int, device: torch.device
+    ) -> None:
         self.make_views, self.indices, self.n_views = make_views.to(device), indices, n_views
         self.pixels = images.pixels(make_views.size).to(device)
 
@@ -121,4 +125,6 @@ def create(
     fits = len(images) * 3 * size * size <= RESIDENT_BYTES
     if augmentation.where == "device" or (augmentation.where == "auto" and fits):
         return DeviceBatches(images, DeviceViews(augmentation, size, mean, std), indices, n_views, device)
-    return WorkerBatches(WorkerViews(images, augmentation, size, mean, std, n_views, indices.seed), indices, workers, device)
+    return WorkerBatches(
+        WorkerViews(images, augmentation, size, mean, std, n_views, indices.seed), indices, workers, device
+    )

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -46,8 +45,17 @@ def save(folder: Path, state: State) -> None:
     unfinished = folder / ".unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in _unshared(state.method).items()}, unfinished / "method.safetensors")
-    progress = {"epoch": state.epoch, "batch": state.batch, "totals": state.totals, "optimiser": state.optimiser, "scaler": state.scaler}
+    save_file(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in _unshared(state.method).items()},
+        unfinished / "method.safetensors",
+    )
+    progress = {
+        "epoch": state.epoch,
+        "batch": state.batch,
+        "totals": state.totals,
+        "optimiser": state.optimiser,
+        "scaler": state.scaler,
+    }
     torch.save(progress, unfinished / "progress.pt")
     for path in [*unfinished.iterdir(), unfinished]:
         _flush(path)
@@ -72,12 +80,14 @@ def load(folder: Path) -> State | None:
     for path in paths:
         try:
             return _read(path)
-        except (SafetensorError, OSError, KeyError, ValueError, RuntimeError, EOFError) as error:
-            logger.warning("checkpoint %s cannot be read (%s)", path, str(error).splitlines()[0])
-        except Exception as error:  # torch.load raises pickle's and zipfile's own errors for foreign files
-            logger.warning("checkpoint %s is not one of ours (%s)", path, str(error).splitlines()[0])
+        except Exception as error:  # foreign files make torch, zipfile and pickle raise errors of their own
+            logger.warning(
+                "checkpoint %s cannot be read (%s: %s)", path, type(error).__name__, str(error).split("\n")[0]
+            )
     if paths:
-        raise ValueError(f"no readable checkpoint in {folder}: {', '.join(path.name for path in paths)} are damaged; --overwrite starts anew")
+        raise ValueError(
+            f"no readable checkpoint in {folder}: {', '.join(path.name for path in paths)} are damaged; --overwrite starts anew"
+        )
     return None
 
 

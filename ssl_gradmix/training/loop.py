@@ -34,15 +34,9 @@ SAMPLED = 8
 """Images in a picture of mixed views."""
 
 
-class Interrupted(Exception):
-    """The training was asked to stop by a signal; its state is saved."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
-        self.number = number
-
-
-def create_accelerator(training: Training, expect_processes: int | None = None, project: str | None = None) -> Accelerator:
+def create_accelerator(
+    training: Training, expect_processes: int | None = None, project: str | None = None
+) -> Accelerator:
     """Sets up devices, processes and trackers, and says how many processes there are.
 
     Args:
@@ -56,12 +50,19 @@ def create_accelerator(training: Training, expect_processes: int | None = None, 
     trackers = training.trackers or []
     missing = [name for name in trackers if name not in map(str, get_available_trackers())]
     if missing:
-        raise ValueError(f"training.trackers: {', '.join(missing)} not known to Accelerate or not installed; pip install it")
+        raise ValueError(
+            f"training.trackers: {', '.join(missing)} not known to Accelerate or not installed; pip install it"
+        )
     accelerator = Accelerator(
-        mixed_precision=training.precision, gradient_accumulation_steps=training.accumulate, log_with=trackers or None, project_dir=project
+        mixed_precision=training.precision,
+        gradient_accumulation_steps=training.accumulate,
+        log_with=trackers or None,
+        project_dir=project,
     )
     found = accelerator.num_processes
-    logger.info("%d process%s on %s, precision %s", found, "" if found == 1 else "es", accelerator.device, training.precision)
+    logger.info(
+        "%d process%s on %s, precision %s", found, "" if found == 1 else "es", accelerator.device, training.precision
+    )
     if expect_processes not in (None, found):
         raise ValueError(
             f"expect_processes: {expect_processes} expected, {found} running; several processes on a CPU need "
@@ -131,9 +132,16 @@ class Trainer:
         config = method.backbone.pretrained_cfg
         self.mean, self.std = config["mean"], config["std"]
         if len(images) < training.batch_size:
-            raise ValueError(f"training.batch_size {training.batch_size} exceeds the {len(images)} images of {images.name}")
+            raise ValueError(
+                f"training.batch_size {training.batch_size} exceeds the {len(images)} images of {images.name}"
+            )
         indices = batches.BatchIndices(
-            len(images), training.batch_size, training.seed, training.accumulate, accelerator.process_index, accelerator.num_processes
+            len(images),
+            training.batch_size,
+            training.seed,
+            training.accumulate,
+            accelerator.process_index,
+            accelerator.num_processes,
         )
         self.steps_per_epoch = len(indices) // training.accumulate
         self.steps = self.steps_per_epoch * training.epochs
@@ -144,8 +152,9 @@ class Trainer:
             images, augmentation, indices, size, self.mean, self.std, n_views, training.workers, accelerator.device
         )
         self.monitor = None
-        if accelerator.is_main_process and training.knn_every and images.labelled and len(images) >= 10:
-            self.monitor = KnnMonitor(images, size, self.mean, self.std)
+        labelled = images.subset(images.labels >= 0)
+        if accelerator.is_main_process and training.knn_every and len(labelled) >= 10:
+            self.monitor = KnnMonitor(labelled, size, self.mean, self.std)
         if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
             method = nn.SyncBatchNorm.convert_sync_batchnorm(method)
         method.to(memory_format=torch.channels_last)
@@ -158,13 +167,23 @@ class Trainer:
 
         Raises:
             FloatingPointError: A loss that is not finite; names the step and the last good checkpoint.
-            Interrupted: SIGTERM or SIGINT came; the state is saved.
+            SystemExit: SIGTERM or SIGINT came and the state is saved; the status is 143 or 130.
         """
         self._resume()
+        if self.epoch == self.training.epochs:
+            self._say(
+                f"{self.folder.path} is finished: {_line(self.folder.read_log()[-1], self.epoch)}; --overwrite true starts anew"
+            )
+            return
         if self.training.trackers:
             self.accelerator.init_trackers("ssl_gradmix")
-        if self.accelerator.is_main_process:
-            tqdm.write(
+        if self.epoch or self.batch:
+            self._say(
+                f"{self.folder.path} goes on after epoch {self.epoch}"
+                + (f" and {self.batch} batches" if self.batch else "")
+            )
+        else:
+            self._say(
                 f"{self.steps_per_epoch * self.training.batch_size:,} images an epoch in batches of {self.training.batch_size}, "
                 f"learning rate {self.peak:.4g} (scaled by batch / {optimisers.REFERENCE_BATCH}), {self.steps:,} steps"
             )
@@ -173,7 +192,9 @@ class Trainer:
             while self.epoch < self.training.epochs:
                 entry = self._one_epoch(signals)
                 done = self.epoch - first
-                entry["seconds_left"] = round((time.perf_counter() - began) / done * (self.training.epochs - self.epoch), 1)
+                entry["seconds_left"] = round(
+                    (time.perf_counter() - began) / done * (self.training.epochs - self.epoch), 1
+                )
                 self._report(entry)
                 if self.epoch % self.training.checkpoint_every == 0 or self.epoch == self.training.epochs:
                     self._save()
@@ -244,8 +265,8 @@ class Trainer:
                 f"loss is {values[broken][0, 0]:g} in epoch {self.epoch + 1}, batch {at + 1}; the last good checkpoint is in "
                 f"{self.folder.checkpoint}. A lower --optimiser.lr, a longer --optimiser.warmup_epochs or --optimiser.clip may help"
             )
-        for name, total in zip(Losses._fields, values.double().sum(0).tolist(), strict=True):
-            self.totals["loss" if name == "total" else name] = self.totals.get("loss" if name == "total" else name, 0.0) + total
+        for name, total in zip(("loss", *Losses._fields[1:]), values.double().sum(0).tolist(), strict=True):
+            self.totals[name] = self.totals.get(name, 0.0) + total
         unread.clear()
 
     def _alone_and_asked(self, signals: list[int]) -> bool:
@@ -257,19 +278,28 @@ class Trainer:
         number = int(self.accelerator.gather(asked).max())
         if number:
             self._save()
-            raise Interrupted(number)
+            self._say(f"stopped by {signal.Signals(number).name} and saved; the same command goes on from here")
+            raise SystemExit(128 + number)
 
     def _report(self, entry: dict[str, Any]) -> None:
         due = self.epoch == self.training.epochs
         if self.monitor and (due or self.epoch % self.training.knn_every == 0):
             entry["knn"] = round(self.monitor(self.bare.backbone, self.accelerator.device), 4)
-        if self.bare.gradmix is not None and self.training.samples_every and (due or self.epoch % self.training.samples_every == 0):
+        if (
+            self.bare.gradmix is not None
+            and self.training.samples_every
+            and (due or self.epoch % self.training.samples_every == 0)
+        ):
             self._draw_samples()
         if self.training.trackers:
             self.accelerator.log({name: value for name, value in entry.items() if name != "epoch"}, step=self.epoch)
         if self.accelerator.is_main_process:
             self.folder.append_log(entry)
-            tqdm.write(_line(entry, self.training.epochs))
+        self._say(_line(entry, self.training.epochs))
+
+    def _say(self, line: str) -> None:
+        if self.accelerator.is_main_process:
+            tqdm.write(line)
 
     def _draw_samples(self) -> None:
         """Mixes a few images with a copy of the method, on all processes because the loss gathers, and draws them on the main one."""
@@ -298,16 +328,14 @@ class Trainer:
 
     def _resume(self) -> None:
         state = checkpoint.load(self.folder.checkpoint)
-        if state is None:
-            return
-        self.bare.load_state_dict(state.method)
-        self.optimiser.load_state_dict(state.optimiser)
-        if state.scaler is not None and self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(state.scaler)
-        self.epoch, self.batch, self.totals = state.epoch, state.batch, state.totals
+        if state is not None:
+            self.bare.load_state_dict(state.method)
+            self.optimiser.load_state_dict(state.optimiser)
+            if state.scaler is not None and self.accelerator.scaler is not None:
+                self.accelerator.scaler.load_state_dict(state.scaler)
+            self.epoch, self.batch, self.totals = state.epoch, state.batch, state.totals
         if self.accelerator.is_main_process:
             self.folder.rewind_log(self.epoch)
-            tqdm.write(f"resumed after epoch {self.epoch}" + (f" and {self.batch} batches" if self.batch else ""))
 
 
 @contextmanager

@@ -42,7 +42,9 @@ class KnnMonitor:
         queries = min(queries, len(order) // 5)
         # Classes of a single image cannot be divided; where there are such, or more classes than queries, the draw is a plain one.
         divisible = np.unique(labels, return_counts=True)[1].min() > 1 and queries >= len(np.unique(labels))
-        voting, asked = train_test_split(order, test_size=queries, random_state=seed, stratify=labels if divisible else None)
+        voting, asked = train_test_split(
+            order, test_size=queries, random_state=seed, stratify=labels if divisible else None
+        )
         self.bank, self.bank_labels = images.subset(voting).pixels(size), torch.from_numpy(images.labels[voting])
         self.queries, self.query_labels = images.subset(asked).pixels(size), torch.from_numpy(images.labels[asked])
         self.normalise = eval_transform(size, mean, std)

@@ -51,7 +51,9 @@ class RunFolder:
         if not self.path.exists() or not any(self.path.iterdir()):
             return
         if not self.config.exists():
-            raise ValueError(f"run: {self.path} is not empty and holds no run (no config.yaml); choose another folder with --run")
+            raise ValueError(
+                f"run: {self.path} is not empty and holds no run (no config.yaml); choose another folder with --run"
+            )
         if overwrite:
             return
         differences = _differences(yaml.safe_load(self.config.read_text()), settings)

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,8 +26,11 @@ def draw(images: Tensor, mixed: MixedViews, mean: Sequence[float], std: Sequence
     from matplotlib.figure import Figure  # not pyplot, which keeps figures and wants a display
 
     scale, shift = (torch.tensor(values).view(-1, 1, 1) for values in (std, mean))
-    before, after = ((batch.detach().cpu().float() * scale + shift).clamp(0, 1).permute(0, 2, 3, 1) for batch in (images, mixed.images))
-    attribution, boxes = mixed.attribution.cpu(), None if mixed.boxes is None else mixed.boxes.tolist()
+    before, after = (
+        (batch.detach().cpu().float() * scale + shift).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+        for batch in (images, mixed.images)
+    )
+    attribution, boxes = mixed.attribution.cpu().numpy(), None if mixed.boxes is None else mixed.boxes.tolist()
     count = len(before)
     figure = Figure(figsize=(1.25 * count + 1.1, 5.4), dpi=110, layout="constrained")
     grid = figure.subplots(4, count, squeeze=False)
@@ -48,11 +52,11 @@ def draw(images: Tensor, mixed: MixedViews, mean: Sequence[float], std: Sequence
     os.replace(temporary, path)
 
 
-def _region(before: Tensor, after: Tensor, box: list[int] | None) -> Tensor:
-    """The image, faded where it is replaced."""
+def _region(before: np.ndarray, after: np.ndarray, box: list[int] | None) -> np.ndarray:
+    """The image, white where it is replaced."""
     if box is None:
         replaced = (before != after).any(-1)
     else:
-        replaced = torch.zeros(before.shape[:2], dtype=torch.bool)
+        replaced = np.zeros(before.shape[:2], bool)
         replaced[box[1] : box[3], box[0] : box[2]] = True
-    return torch.where(replaced[..., None], torch.ones_like(before), before)
+    return np.where(replaced[..., None], 1.0, before)

@@ -60,9 +60,8 @@ class TestLinearProbe:
     def test_digits_as_good_as_logistic_regression(self, digits):
         train, test = digits
         oracle = LogisticRegression(max_iter=2000).fit(train[0] / 16, train[1]).score(test[0] / 16, test[1])
-        probe = linear_probe(*train, epochs=40)
-        assert share(probe.accuracy(*test).top1) == pytest.approx(oracle, abs=0.02)
-        assert oracle > 0.93
+        assert share(linear_probe(*train).accuracy(*test).top1) == pytest.approx(oracle, abs=0.03)
+        assert oracle > 0.95
 
     def test_equals_plain_sgd_of_one_classifier(self):
         """The usual training loop, one rate at a time, on features scaled by scikit-learn."""
@@ -108,9 +107,8 @@ class TestLinearProbe:
         features, labels = clouds(spread=4.0)
         test, _ = clouds(spread=4.0, seed=1)
         scale, shift = torch.logspace(-3, 3, 12), torch.linspace(-5, 5, 12)
-        plain, other = (linear_probe(x, labels, epochs=10) for x in (features, scale * (features + shift)))
-        assert other.learning_rate == plain.learning_rate
-        assert torch.allclose(other.logits(scale * (test + shift)), plain.logits(test), atol=1e-2)
+        plain, other = (linear_probe(x, labels, [0.1], epochs=10) for x in (features, scale * (features + shift)))
+        assert torch.allclose(other.logits(scale * (test + shift)), plain.logits(test), atol=1e-3)
 
     def test_a_feature_that_never_varies_has_no_weight(self):
         features, labels = clouds()
@@ -134,10 +132,11 @@ class TestLinearProbe:
 
     def test_labels_need_not_be_contiguous(self):
         features, labels = clouds(spread=3.0)
-        names = torch.tensor([70, 2, 31, 5])  # the order of the classes changes, and with it rounding
+        names = torch.tensor([2, 5, 31, 70])
         plain, named = linear_probe(features, labels, epochs=5), linear_probe(features, names[labels], epochs=5)
         assert named.classes.tolist() == [2, 5, 31, 70]
-        assert share(named.predict(features) == names[plain.predict(features)]) > 0.99
+        assert torch.equal(named.weight, plain.weight)
+        assert torch.equal(named.predict(features), names[plain.predict(features)])
 
     def test_one_sample_a_class(self):
         features, labels = clouds(count=4, spread=0.1)
@@ -223,8 +222,8 @@ class TestLogisticRegression:
 
     def test_agrees_with_the_linear_probe_on_digits(self, digits):
         train, test = digits
-        by_sgd = share(linear_probe(*train, epochs=40).accuracy(*test).top1)
-        assert share(logistic_regression(*train).accuracy(*test).top1) == pytest.approx(by_sgd, abs=0.02)
+        by_sgd = share(linear_probe(*train).accuracy(*test).top1)
+        assert share(logistic_regression(*train).accuracy(*test).top1) == pytest.approx(by_sgd, abs=0.03)
 
     def test_bad_input(self):
         features, labels = clouds()

@@ -42,7 +42,9 @@ def views(number: int, count: int = 6) -> list[Tensor]:
 
 def cosine_distance(predicted: Tensor, target: Tensor) -> float:
     """BYOL's squared distance of unit vectors, mean over the batch, image by image."""
-    return sum(float((p / p.norm() - t / t.norm()).square().sum()) for p, t in zip(predicted, target, strict=True)) / len(predicted)
+    return sum(
+        float((p / p.norm() - t / t.norm()).square().sum()) for p, t in zip(predicted, target, strict=True)
+    ) / len(predicted)
 
 
 def test_simclr_is_lightlys_loss_of_the_projected_views() -> None:
@@ -80,10 +82,15 @@ def test_the_teacher_follows_a_cosine_momentum_and_gets_no_gradient() -> None:
         before = next(byol.teacher_backbone.parameters()).clone()
         byol.update_teacher(step, steps)
         momentum = 1 - 0.1 * (1 + math.cos(math.pi * step / (steps - 1))) / 2
-        torch.testing.assert_close(next(byol.teacher_backbone.parameters()).data, momentum * before + (1 - momentum) * student)
+        torch.testing.assert_close(
+            next(byol.teacher_backbone.parameters()).data, momentum * before + (1 - momentum) * student
+        )
     assert not torch.equal(teacher, next(byol.teacher_backbone.parameters()))
     byol(views(2)).total.backward()
-    assert all(parameter.grad is None for parameter in [*byol.teacher_backbone.parameters(), *byol.teacher_projector.parameters()])
+    assert all(
+        parameter.grad is None
+        for parameter in [*byol.teacher_backbone.parameters(), *byol.teacher_projector.parameters()]
+    )
 
 
 @pytest.mark.parametrize("name", METHODS)

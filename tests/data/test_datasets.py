@@ -1,0 +1,486 @@
+"""Named sets and folders: what is loaded, in which layout, and what is said where it cannot be."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import struct
+import urllib.error
+import urllib.request
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.io
+import torch
+import torchvision
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from ssl_gradmix.data import open_set
+from ssl_gradmix.data.datasets import ImageSet, known_classes, load
+from ssl_gradmix.settings import Data
+
+
+def save(path: Path, value: int = 0, size: tuple[int, int] = (4, 4)) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (value, value, value)).save(path)
+    return path
+
+
+def folder_of(root: Path, **counts: int) -> Path:
+    """Class folders `root/<name>` of that many images each; `a__b` stands for a/b."""
+    for name, count in counts.items():
+        for i in range(count):
+            save(root / name.replace("__", "/") / f"{i}.png", i)
+    return root
+
+
+def in_folder(root: Path, split: str = "train", **settings: object) -> ImageSet:
+    return load(Data(name="folder", root=str(root), **settings), split)
+
+
+def names(images: ImageSet, root: Path) -> list[str]:
+    return [str(path.relative_to(root)) for path in images.images]
+
+
+# ImageSet
+
+
+@pytest.fixture
+def in_memory() -> ImageSet:
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 42, 30, 3), np.uint8)
+    return ImageSet(pixels, np.array([0, 2, 1, 2, 0, -1]), ("a", "b", "c"), "test")
+
+
+def test_items_are_pil_images_and_labels(in_memory: ImageSet) -> None:
+    image, label = in_memory[3]
+    assert image.mode == "RGB"
+    assert np.array_equal(np.asarray(image), in_memory.images[3])
+    assert type(label) is int
+    assert label == 2
+    assert len(in_memory) == 6
+
+
+def test_labelled_means_every_image(in_memory: ImageSet) -> None:
+    assert not in_memory.labelled
+    assert in_memory.subset(range(5)).labelled
+
+
+@pytest.mark.parametrize("indices", [[4, 1], np.array([4, 1]), torch.tensor([4, 1])])
+def test_subset_keeps_order_and_class_numbers(in_memory: ImageSet, indices: object) -> None:
+    taken = in_memory.subset(indices)
+    assert taken.labels.tolist() == [0, 2]
+    assert taken.classes == ("a", "b", "c")
+    assert np.array_equal(taken.images, in_memory.images[[4, 1]])
+
+
+def test_subset_of_paths_by_a_mask(tmp_path: Path) -> None:
+    whole = in_folder(folder_of(tmp_path, train__a=2, train__b=2))
+    assert names(whole.subset(whole.labels == 1), tmp_path) == ["train/b/0.png", "train/b/1.png"]
+    assert len(whole.subset([])) == 0
+
+
+def test_only_takes_classes_and_refuses_where_nothing_is_left(in_memory: ImageSet) -> None:
+    taken = in_memory.only([2, 0])
+    assert taken.labels.tolist() == [0, 2, 2, 0]
+    with pytest.raises(ValueError, match=r"test has no image of the classes \[7\], only of \[-1, 0, 1, 2\]"):
+        in_memory.only([7])
+
+
+def test_pixels_resize_and_crop_every_image(in_memory: ImageSet) -> None:
+    pixels = in_memory.pixels(10)
+    assert pixels.dtype == torch.uint8
+    assert pixels.shape == (6, 3, 10, 10)
+    for image, original in zip(pixels, in_memory.images, strict=True):
+        resized = Image.fromarray(original).resize((10, 14), Image.Resampling.BILINEAR)
+        assert np.abs(image.int().permute(1, 2, 0).numpy() - np.asarray(resized)[2:12]).max() <= 1
+
+
+def test_pixels_of_that_size_are_the_images_themselves() -> None:
+    square = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), np.uint8)
+    pixels = ImageSet(square, np.zeros(3, np.int64), ("a",), "test").pixels(16)
+    assert np.array_equal(pixels.permute(0, 2, 3, 1), square)
+    pixels.zero_()
+    assert square.any()
+
+
+def test_pixels_of_many_files_come_in_order(tmp_path: Path) -> None:
+    whole = in_folder(folder_of(tmp_path, train__a=70, train__b=80))
+    expected = [int(path.stem) for path in whole.images]
+    assert whole.pixels(2)[:, 1, 0, 1].tolist() == expected
+
+
+# Named sets
+
+
+def test_digits_are_scikit_learns_split_by_class() -> None:
+    train, test = (load(Data(), split) for split in ("train", "test"))
+    assert (train.name, test.name) == ("digits/train", "digits/test")
+    assert train.classes == tuple("0123456789")
+    assert train.images.shape[1:] == (32, 32, 3)
+    counts = np.bincount(load_digits().target)
+    assert np.bincount(train.labels).tolist() == (counts - np.bincount(test.labels)).tolist()
+    assert np.abs(np.bincount(test.labels) / counts - 0.2).max() < 0.01
+
+    # Each image of either split is one of scikit-learn's, enlarged by torch, and none is in both.
+    original = torch.from_numpy(load_digits().images)[:, None] * (255 / 16)
+    enlarged = torch.nn.functional.interpolate(original, 32, mode="bilinear").flatten(1)
+    loaded = torch.from_numpy(np.concatenate([train.images, test.images])).double()
+    assert (loaded == loaded[..., :1]).all()
+    loaded = loaded[..., 0].flatten(1)
+    nearest = torch.cdist(loaded, enlarged).argmin(1)
+    assert len(nearest.unique()) == len(original)
+    assert (loaded - enlarged[nearest]).abs().max() <= 1.5
+    assert np.array_equal(load_digits().target[nearest], np.concatenate([train.labels, test.labels]))
+
+
+def test_digits_splits_never_change() -> None:
+    first, second = load(Data(split_seed=0), "test"), load(Data(split_seed=5), "test")
+    assert np.array_equal(first.images, second.images)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "mnist", "svhn", "stl10"])
+def test_missing_named_set_says_what_would_help(tmp_path: Path, name: str) -> None:
+    with pytest.raises(FileNotFoundError, match=rf"{name} is not in data\.root.*--data\.download true.*data\.root"):
+        load(Data(name=name, root=str(tmp_path)), "train")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "mnist", "svhn", "stl10"])
+def test_failing_download_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
+    with pytest.raises(ConnectionError, match=rf"(?s)cannot download {name}.*no route to host.*another machine"):
+        load(Data(name=name, root=str(tmp_path), download=True), "train")
+
+
+@pytest.fixture
+def random_images() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), np.uint8)
+
+
+def checksum(path: Path) -> str:
+    return hashlib.md5(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize(("name", "key"), [("cifar10", "labels"), ("cifar100", "fine_labels")])
+def test_cifar_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, random_images: np.ndarray, name: str, key: str
+) -> None:
+    kind = getattr(torchvision.datasets, name.upper())
+    folder = tmp_path / kind.base_folder
+    folder.mkdir()
+
+    def write(file: str, content: dict) -> tuple[str, str]:
+        (folder / file).write_bytes(pickle.dumps(content))
+        return file, checksum(folder / file)
+
+    flat = random_images.transpose(0, 3, 1, 2).reshape(6, -1)
+    monkeypatch.setattr(kind, "train_list", [write("one", {"data": flat[:4], key: [1, 0, 1, 0]})])
+    monkeypatch.setattr(kind, "test_list", [write("two", {"data": flat[4:], key: [0, 1]})])
+    meta, md5 = write("meta", {kind.meta["key"]: ["cat", "dog"]})
+    monkeypatch.setattr(kind, "meta", {**kind.meta, "filename": meta, "md5": md5})
+
+    train, test = (load(Data(name=name, root=str(tmp_path)), split) for split in ("train", "test"))
+
+    assert np.array_equal(train.images, random_images[:4])
+    assert train.labels.tolist() == [1, 0, 1, 0]
+    assert train.classes == ("cat", "dog")
+    assert np.array_equal(test.images, random_images[4:])
+    assert test.labels.dtype == np.int64
+    assert test.name == f"{name}/test"
+
+
+def test_mnist_files_become_rgb(tmp_path: Path) -> None:
+    folder = tmp_path / "MNIST/raw"
+    folder.mkdir(parents=True)
+    digits = np.random.default_rng(0).integers(0, 256, (3, 28, 28), np.uint8)
+    for split in ("train", "t10k"):
+        header = struct.pack(">IIII", 0x803, 3, 28, 28)
+        (folder / f"{split}-images-idx3-ubyte").write_bytes(header + digits.tobytes())
+        (folder / f"{split}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 0x801, 3) + bytes([7, 0, 9]))
+
+    loaded = load(Data(name="mnist", root=str(tmp_path)), "test")
+
+    assert loaded.classes == tuple("0123456789")
+    assert loaded.labels.tolist() == [7, 0, 9]
+    assert np.array_equal(loaded.images, np.stack([digits] * 3, axis=-1))
+
+
+def test_svhn_files_have_zero_as_label_zero(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, random_images: np.ndarray
+) -> None:
+    file = tmp_path / "train_32x32.mat"
+    scipy.io.savemat(file, {"X": random_images.transpose(1, 2, 3, 0), "y": np.array([[1], [10], [9], [2], [3], [4]])})
+    monkeypatch.setitem(torchvision.datasets.SVHN.split_list, "train", ["", file.name, checksum(file)])
+
+    loaded = load(Data(name="svhn", root=str(tmp_path)), "train")
+
+    assert loaded.labels.tolist() == [1, 0, 9, 2, 3, 4]
+    assert np.array_equal(loaded.images, random_images)
+    assert np.array_equal(np.asarray(loaded[4][0]), random_images[4])
+    assert np.array_equal(loaded.pixels(32).permute(0, 2, 3, 1), random_images)
+
+
+def test_stl10_train_has_the_unlabelled_images_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "stl10_binary"
+    folder.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 96, 96, 3), np.uint8)
+
+    def write(file: str, content: np.ndarray) -> list[str]:
+        (folder / file).write_bytes(content.tobytes())
+        return [file, checksum(folder / file)]
+
+    stored = pixels.transpose(0, 3, 2, 1)  # column by column
+    labels = np.array([10, 1], np.uint8)
+    train = [write("train_X.bin", stored[:2]), write("train_y.bin", labels), write("unlabeled_X.bin", stored[2:])]
+    monkeypatch.setattr(torchvision.datasets.STL10, "train_list", train)
+    test = [write("test_X.bin", stored[:2]), write("test_y.bin", labels)]
+    monkeypatch.setattr(torchvision.datasets.STL10, "test_list", test)
+    (folder / "class_names.txt").write_text("\n".join("abcdefghij"))
+
+    loaded = load(Data(name="stl10", root=str(tmp_path)), "train")
+
+    assert loaded.labels.tolist() == [9, 0, -1, -1, -1]
+    assert not loaded.labelled
+    assert np.array_equal(loaded.images, pixels)
+    assert loaded.classes == tuple("abcdefghij")
+    assert load(Data(name="stl10", root=str(tmp_path)), "test").labelled
+
+
+# Folders
+
+
+def test_train_and_test_folders(tmp_path: Path) -> None:
+    folder_of(tmp_path, train__dog=2, train__cat__deep=3, test__cat=2, test__dog=2)
+    (tmp_path / "train/.cache").mkdir()
+    save(tmp_path / "train/dog/.hidden.png")
+    (tmp_path / "train/dog/notes.txt").write_text("")
+    (tmp_path / "annotations").mkdir()
+
+    train, test = in_folder(tmp_path), in_folder(tmp_path, "test")
+
+    assert train.classes == test.classes == ("cat", "dog")
+    assert train.labels.tolist() == [0, 0, 0, 1, 1]
+    assert names(train, tmp_path) == [f"train/cat/deep/{i}.png" for i in range(3)] + [
+        "train/dog/0.png",
+        "train/dog/1.png",
+    ]
+    assert train.name == f"folder:{tmp_path.name}/train"
+    assert len(test) == 4
+    reference = torchvision.datasets.ImageFolder(str(tmp_path / "test"))
+    assert [(str(path), label) for path, label in zip(test.images, test.labels, strict=True)] == reference.samples
+
+
+def test_class_folders_are_split_by_class_and_seed(tmp_path: Path) -> None:
+    folder_of(tmp_path, many=50, some=10, two=2, one=1)
+    train, test = in_folder(tmp_path, test_fraction=0.3), in_folder(tmp_path, "test", test_fraction=0.3)
+
+    assert sorted(names(train, tmp_path) + names(test, tmp_path)) == sorted(
+        str(path.relative_to(tmp_path)) for path in tmp_path.glob("*/*.png")
+    )
+    assert np.bincount(train.labels).tolist() == [35, 1, 7, 1]  # many, one, some, two
+    assert np.bincount(test.labels).tolist() == [15, 0, 3, 1]
+    assert names(test, tmp_path) == names(in_folder(tmp_path, "test", test_fraction=0.3), tmp_path)
+    assert names(test, tmp_path) != names(in_folder(tmp_path, "test", test_fraction=0.3, split_seed=1), tmp_path)
+
+
+def test_images_without_class_folders_are_unlabelled(tmp_path: Path) -> None:
+    for i in range(3):
+        save(tmp_path / f"{i}.png")
+    train = in_folder(tmp_path)
+    assert train.labels.tolist() == [-1] * 3
+    assert train.classes == ()
+    assert not train.labelled
+    with pytest.raises(
+        FileNotFoundError, match=r"no test images: it has neither class folders to split nor a folder test/"
+    ):
+        in_folder(tmp_path, "test")
+
+
+def test_unlabelled_train_with_labelled_test(tmp_path: Path) -> None:
+    folder_of(tmp_path, train=3, test__a=2, test__b=2)
+    assert not in_folder(tmp_path).labelled
+    assert in_folder(tmp_path, "test").classes == ("a", "b")
+
+
+def test_split_folder_that_is_missing(tmp_path: Path) -> None:
+    folder_of(tmp_path, train__a=2)
+    assert len(in_folder(tmp_path)) == 2
+    with pytest.raises(FileNotFoundError, match=r"has a folder train/ but no test/.*data\.test_fraction"):
+        in_folder(tmp_path, "test")
+    with pytest.raises(FileNotFoundError, match=r"nowhere' is not a folder"):
+        in_folder(tmp_path / "nowhere")
+
+
+def test_different_classes_in_train_and_test(tmp_path: Path) -> None:
+    folder_of(tmp_path, train__cat=2, train__dog=2, test__cat=2, test__fox=2)
+    with pytest.raises(ValueError, match=r"differ: only in train/ are \['dog'\], only in test/ are \['fox'\]"):
+        in_folder(tmp_path)
+    with pytest.raises(ValueError, match=r"differ: only in test/ are \['fox'\], only in train/ are \['dog'\]"):
+        in_folder(tmp_path, "test")
+
+
+def test_a_class_called_train_is_not_taken_for_the_split(tmp_path: Path) -> None:
+    folder_of(tmp_path, bus=3, train=3)
+    with pytest.raises(ValueError, match=r"beside \['bus'\]: if 'train' is a class, move all class folders into"):
+        in_folder(tmp_path)
+
+
+def test_class_names_that_differ_in_case_alone(tmp_path: Path) -> None:
+    folder_of(tmp_path, cat=2, Cat=2)
+    if len(list(tmp_path.iterdir())) < 2:
+        pytest.skip("this file system does not tell case apart")
+    with pytest.raises(ValueError, match=r"'Cat' and 'cat' in .* differ in case alone"):
+        in_folder(tmp_path)
+
+
+def test_folder_without_images_names_itself_and_the_endings(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"no image in the folder '{tmp_path}'; looked for \.bmp .*\.jpg"):
+        in_folder(tmp_path)
+    folder_of(tmp_path, cat=2)
+    (tmp_path / "dog").mkdir()
+    (tmp_path / "dog/readme.md").write_text("")
+    with pytest.raises(ValueError, match=r"no image in the folder '.*dog'"):
+        in_folder(tmp_path)
+
+
+def test_images_beside_class_folders_are_told(tmp_path: Path) -> None:
+    folder_of(tmp_path, train__cat=2)
+    save(tmp_path / "train/loose.png")
+    with pytest.warns(UserWarning, match=r"1 images beside the class folders of '.*train' are left out"):
+        assert len(in_folder(tmp_path)) == 2
+
+
+def test_too_few_images(tmp_path: Path) -> None:
+    folder_of(tmp_path, train__cat=1)
+    with pytest.raises(ValueError, match=r"/train has 1 image, at least 2 are needed"):
+        in_folder(tmp_path)
+
+
+def test_home_folder_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder_of(tmp_path / "pictures", train__cat=2)
+    assert len(load(Data(name="folder", root="~/pictures"), "train")) == 2
+
+
+# Broken files
+
+
+@pytest.fixture
+def partly_broken(tmp_path: Path) -> Path:
+    folder_of(tmp_path, train__cat=100, train__dog=100)
+    for name in ("cat/7.png", "cat/99.png", "dog/1.png", "dog/50.png"):
+        (tmp_path / "train" / name).write_bytes(b"broken")
+    return tmp_path
+
+
+def test_broken_image_stops_with_its_path(partly_broken: Path) -> None:
+    whole = in_folder(partly_broken)
+    assert len(whole) == 200
+    with pytest.raises(ValueError, match=r"cannot read the image '.*cat/7\.png'"):
+        whole.pixels(4)
+    with pytest.raises(ValueError, match=r"dog/50\.png"):
+        whole[[path.name for path in whole.images].index("50.png", 100)]
+
+
+def test_broken_images_are_skipped_and_counted_once(partly_broken: Path) -> None:
+    message = (
+        r"/train: 4 of 200 images cannot be read, left out: \['.*cat/7\.png', '.*cat/99\.png', '.*dog/1\.png'\] \.\.\."
+    )
+    with pytest.warns(UserWarning, match=message) as caught:
+        kept = in_folder(partly_broken, broken="skip")
+    assert len(caught) == 1
+    assert np.bincount(kept.labels).tolist() == [98, 98]
+    assert kept.pixels(4).shape == (196, 3, 4, 4)
+    assert (partly_broken / "train/cat/7.png").read_bytes() == b"broken"
+
+
+def test_skipping_leaves_the_same_split_without_the_broken_ones(tmp_path: Path) -> None:
+    folder_of(tmp_path, cat=20, dog=20)
+    whole = [set(names(in_folder(tmp_path, split), tmp_path)) for split in ("train", "test")]
+    (tmp_path / "cat/3.png").write_bytes(b"")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        kept = [set(names(in_folder(tmp_path, split, broken="skip"), tmp_path)) for split in ("train", "test")]
+    assert [before - after for before, after in zip(whole, kept, strict=True)] in (
+        [{"cat/3.png"}, set()],
+        [set(), {"cat/3.png"}],
+    )
+
+
+def test_all_broken(tmp_path: Path) -> None:
+    folder_of(tmp_path, train__cat=3)
+    for path in tmp_path.glob("train/cat/*"):
+        path.write_bytes(b"")
+    with (
+        pytest.warns(UserWarning, match="3 of 3 images cannot be read"),
+        pytest.raises(ValueError, match="has 0 images, at least 2 are needed"),
+    ):
+        in_folder(tmp_path, broken="skip")
+
+
+# Known classes
+
+ANIMALS = ("cat", "dog", "fox", "owl")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "classes", "expected"),
+    [
+        (None, ANIMALS, None),
+        ([3, 0], ANIMALS, [3, 0]),
+        (["owl", 1], ANIMALS, [3, 1]),
+        ([10, "9"], ("1", "10", "9"), [1, 2]),  # names, where they could be numbers
+        ([2], ("a", "b", "2c"), [2]),
+    ],
+)
+def test_classes_by_name_and_number(wanted: list | None, classes: tuple[str, ...], expected: list[int] | None) -> None:
+    assert known_classes(Data(classes=wanted), classes) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"classes": ["wolf"]}, r"'wolf', neither a class nor its number; the classes are cat, dog, fox, owl$"),
+        ({"classes": [4]}, r"has 4, neither a class nor its number"),
+        ({"classes": [-1]}, r"has -1, neither a class nor its number"),
+        ({"classes": []}, r"data\.classes \[\] must name at least one class"),
+        ({"classes": ["dog", 1]}, r"data\.classes \['dog', 1\] must name at least one class, and none twice"),
+        ({"open_set": "cifar10"}, r"must be like 'cifar10:2' or 'random:6:0', got 'cifar10'"),
+        ({"open_set": "random:six:0"}, r"must be like 'cifar10:2' or 'random:6:0', got 'random:six:0'"),
+        ({"open_set": "cifar10:-1"}, r"must be like"),
+        ({"open_set": "cifar10:0"}, r"data\.open_set 'cifar10:0' has label 9, but the data set has 4 classes"),
+    ],
+)
+def test_classes_that_cannot_be_resolved(settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        known_classes(Data(**settings), ANIMALS)
+
+
+def test_long_lists_of_classes_are_cut_short_and_unlabelled_data_have_none() -> None:
+    with pytest.raises(ValueError, match=r"the classes are 0x, .*, 19x \.\.\.$"):
+        known_classes(Data(classes=["cat"]), [f"{i}x" for i in range(1000)])
+    with pytest.raises(ValueError, match=r"the classes are none$"):
+        known_classes(Data(classes=["cat"]), ())
+
+
+def test_open_set_trials_of_the_literature_and_random_ones() -> None:
+    # Trial 2 of CIFAR-10's five, as in https://github.com/sgvaze/osr_closed_set_all_you_need
+    assert known_classes(Data(open_set="cifar10:2"), tuple("abcdefghij")) == [1, 5, 7, 3, 9, 4]
+    known, unknown = open_set.random_split(10, 6, 3)
+    drawn = known_classes(Data(open_set="random:6:3"), tuple("abcdefghij"))
+    assert drawn == list(known)
+    assert not set(drawn) & set(unknown)
+
+
+def test_known_part_of_a_set_keeps_its_label_numbers() -> None:
+    digits = load(Data(open_set="mnist:0"), "test")
+    known = digits.only(known_classes(Data(open_set="mnist:0"), digits.classes))
+    assert set(digits.labels) == set(range(10))
+    assert set(known.labels) == {2, 4, 5, 9, 8, 3}
+    assert known.classes == digits.classes

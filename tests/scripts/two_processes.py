@@ -1,0 +1,116 @@
+"""Run by torchrun with two processes: what must hold for a method that mixes inside one forward. Prints a line a check; a failed one raises."""
+
+from __future__ import annotations
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from ssl_gradmix import GradMix, mixing
+from ssl_gradmix.methods.byol import BYOL
+from ssl_gradmix.methods.simclr import SimCLR
+
+COUNT = 8
+# The donor of an image must not depend on who its neighbours in the process are, to compare with one process.
+mixing.derangement = lambda count, device, generator=None: torch.arange(count, device=device)
+
+
+class Backbone(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stage = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.stage(x).mean((2, 3))
+
+
+class WatchedGradMix(GradMix):
+    """Notes whether any parameter had a gradient, and which flags were set, when it had done its attribution."""
+
+    def __call__(self, *args, **kwargs):
+        mixed = super().__call__(*args, **kwargs)
+        self.grads = [parameter.grad for parameter in self.watched.parameters()]
+        return mixed
+
+
+def create(kind: type) -> nn.Module:
+    torch.manual_seed(0)
+    gradmix = WatchedGradMix(layers=["stage"], fill="crop", lam_range=(0.7, 0.7))
+    method = kind(Backbone(), 8, hidden_dim=16, output_dim=6, gradmix=gradmix)
+    gradmix.watched = method
+    return method
+
+
+def batch(seed: int) -> list[Tensor]:
+    return list(torch.rand(2, COUNT, 3, 16, 16, generator=torch.Generator().manual_seed(seed)))
+
+
+def gradients(method: nn.Module) -> list[Tensor]:
+    return [parameter.grad.clone() for parameter in method.parameters() if parameter.grad is not None]
+
+
+def close(ours: list[Tensor], theirs: list[Tensor]) -> None:
+    assert len(ours) == len(theirs) > 4
+    for one, two in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-4)
+
+
+def global_batch_gradient(kind: type) -> list[Tensor]:
+    method = create(kind).eval()
+    method(batch(1)).total.backward()
+    return gradients(method)
+
+
+def check(kind: type, accelerator: Accelerator, expected: list[Tensor]) -> None:
+    share = COUNT // 2
+    mine = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
+    own = [view[mine] for view in batch(1)]
+
+    method = accelerator.prepare(create(kind))
+    method.eval()  # BatchNorm's batch statistics are those of one process on a CPU
+    accelerator.backward(method(own).total)
+    bare = accelerator.unwrap_model(method)
+    assert bare.gradmix.grads
+    assert all(gradient is None for gradient in bare.gradmix.grads)
+    close(gradients(bare), expected)
+    accelerator.print(kind.__name__, "gradient of two processes equals that of the global batch")
+
+    first, second = ([view[mine] for view in batch(seed)] for seed in (2, 3))
+    apart = []
+    for micro in (first, second):
+        method.zero_grad()
+        accelerator.backward(method(micro).total)
+        apart.append(gradients(bare))
+    method.zero_grad()
+    with accelerator.no_sync(method):
+        accelerator.backward(method(first).total)
+    accelerator.backward(method(second).total)
+    close(gradients(bare), [one + two for one, two in zip(*apart, strict=True)])
+    accelerator.print(kind.__name__, "gradients accumulate")
+
+    method.train()
+    optimiser = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], 0.1)
+    for step in range(4):
+        optimiser.zero_grad()
+        accelerator.backward(method([view[mine] for view in batch(10 + step)]).total)
+        optimiser.step()
+        if hasattr(bare, "update_teacher"):
+            bare.update_teacher(step, 4)
+    assert all(module.training for module in bare.backbone.modules())
+    for name, parameter in bare.named_parameters():
+        one, two = accelerator.gather(parameter.detach()[None].contiguous())
+        assert torch.equal(one, two), name
+    accelerator.print(kind.__name__, "parameters stay equal on all processes")
+
+
+def main() -> None:
+    expected = {kind: global_batch_gradient(kind) for kind in (SimCLR, BYOL)}  # before there is a process group
+    accelerator = Accelerator(cpu=True)
+    assert accelerator.num_processes == 2
+    for kind in (SimCLR, BYOL):
+        check(kind, accelerator, expected[kind])
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""The loop: an interrupted training ends as an uninterrupted one, and what goes wrong is said."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from safetensors.torch import load_file
+
+from ssl_gradmix import GradMix, backbones
+from ssl_gradmix.data.datasets import ImageSet
+from ssl_gradmix.evaluation.knn import knn_accuracy
+from ssl_gradmix.methods.byol import BYOL
+from ssl_gradmix.methods.simclr import SimCLR
+from ssl_gradmix.settings import Augmentation, Optimiser, Training
+from ssl_gradmix.training.loop import Trainer, check_images, create_accelerator
+from ssl_gradmix.training.monitor import KnnMonitor
+from ssl_gradmix.training.run_folder import RunFolder
+
+TRAINING = Training(epochs=3, batch_size=8, workers=0, knn_every=0, samples_every=0)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerator():
+    yield
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+
+
+def image_set(count: int = 36) -> ImageSet:
+    """Two classes, dark and bright, in noise."""
+    labels = np.arange(count) % 2
+    pixels = np.random.default_rng(0).integers(0, 100, (count, 16, 16, 3)) + 150 * labels[:, None, None, None]
+    return ImageSet(pixels.astype(np.uint8), labels.astype(np.int64), ("dark", "bright"), "noise")
+
+
+def trainer(path: Path, kind: type = SimCLR, training: Training = TRAINING, where: str = "device", **kwargs) -> Trainer:
+    accelerator = create_accelerator(training)
+    torch.manual_seed(training.seed)
+    backbone = backbones.create("resnet10_tiny")
+    method = kind(backbone, 128, hidden_dim=32, output_dim=16, gradmix=GradMix(layers=["layer2"]))
+    folder = RunFolder(path)
+    folder.start({"training": {}}, overwrite=False)
+    return Trainer(
+        method,
+        image_set(),
+        folder,
+        accelerator,
+        16,
+        Augmentation(where=where),
+        kwargs.pop("optimiser", Optimiser()),
+        training,
+        **kwargs,
+    )
+
+
+def final(path: Path) -> dict[str, torch.Tensor]:
+    return load_file(sorted((path / "checkpoint").glob("epoch-*"))[-1] / "method.safetensors")
+
+
+@pytest.mark.parametrize("kind", [SimCLR, BYOL])
+@pytest.mark.parametrize("where", ["device", "workers"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stopped_by_a_signal_mid_epoch_it_ends_with_the_same_weights(
+    tmp_path: Path, kind: type, where: str, number: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer(tmp_path / "whole", kind, where=where).run()
+
+    stopped = trainer(tmp_path / "parts", kind, where=where)
+    step = stopped._step
+
+    def step_and_signal(batch: object) -> object:
+        if (stopped.epoch, stopped.batch) == (1, 2):
+            os.kill(os.getpid(), number)
+        return step(batch)
+
+    stopped._step = step_and_signal
+    with pytest.raises(SystemExit) as exit_:
+        stopped.run()
+    assert exit_.value.code == 128 + number
+    assert (
+        f"stopped by {signal.Signals(number).name} and saved; the same command goes on from here"
+        in capsys.readouterr().out
+    )
+    trainer(tmp_path / "parts", kind, where=where).run()
+    assert "goes on after epoch 1 and 3 batches" in capsys.readouterr().out
+
+    whole, parts = final(tmp_path / "whole"), final(tmp_path / "parts")
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    logs = [RunFolder(tmp_path / name).read_log() for name in ("whole", "parts")]
+    for one, two in zip(*logs, strict=True):
+        timed = ("images_per_second", "seconds_left")
+        assert {k: v for k, v in one.items() if k not in timed} == {k: v for k, v in two.items() if k not in timed}
+
+
+def test_a_finished_run_is_reported_and_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer(tmp_path).run()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    capsys.readouterr()
+    trainer(tmp_path).run()
+    assert f"{tmp_path} is finished: epoch 3/3  loss" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")} == before
+
+
+def test_the_run_folder_holds_a_backbone_that_timm_loads(tmp_path: Path) -> None:
+    import timm
+
+    training = replace(TRAINING, knn_every=1, samples_every=3)
+    done = trainer(tmp_path, training=training)
+    done.run()
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'backbone'}", pretrained=True).eval()
+    images = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(loaded(images), done.bare.backbone.eval()(images))
+    assert loaded.pretrained_cfg["input_size"] == (3, 16, 16) or loaded.pretrained_cfg["input_size"] == [3, 16, 16]
+    assert [entry["epoch"] for entry in RunFolder(tmp_path).read_log()] == [1, 2, 3]
+    assert all(0 <= entry["knn"] <= 1 for entry in RunFolder(tmp_path).read_log())
+    assert (tmp_path / "samples" / "epoch-00003.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_looking_at_the_run_does_not_change_it(tmp_path: Path) -> None:
+    trainer(tmp_path / "blind").run()
+    trainer(tmp_path / "watched", training=replace(TRAINING, knn_every=1, samples_every=1)).run()
+    blind, watched = final(tmp_path / "blind"), final(tmp_path / "watched")
+    assert all(torch.equal(blind[name], watched[name]) for name in blind)
+
+
+def test_accumulating_takes_as_many_optimiser_steps(tmp_path: Path) -> None:
+    done = trainer(tmp_path, BYOL, training=replace(TRAINING, accumulate=2, epochs=1))
+    updates = []
+    done.bare.update_teacher = lambda step, steps: updates.append((step, steps))
+    done.run()
+    assert updates == [(step, 4) for step in range(4)]
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_step(tmp_path: Path) -> None:
+    broken = trainer(tmp_path)
+    step = broken._step
+
+    def poisoned(batch: object) -> object:
+        if (broken.epoch, broken.batch) == (1, 2):
+            with torch.no_grad():
+                next(broken.bare.projector.parameters()).fill_(torch.nan)
+            broken.bare.gradmix = None
+        return step(batch)
+
+    broken._step = poisoned
+    with pytest.raises(
+        FloatingPointError, match=r"loss is nan in epoch 2, batch 3; the last good checkpoint is in .*checkpoint"
+    ):
+        broken.run()
+    assert all(tensor.isfinite().all() for tensor in final(tmp_path).values())
+
+
+def test_refuses_what_cannot_be_trained(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="training.batch_size 64 exceeds the 36 images of noise"):
+        trainer(tmp_path, training=replace(TRAINING, batch_size=64))
+    with pytest.raises(ValueError, match="expect_processes: 2 expected, 1 running"):
+        create_accelerator(TRAINING, expect_processes=2)
+    with pytest.raises(ValueError, match="training.trackers: nosuch not known to Accelerate or not installed"):
+        create_accelerator(replace(TRAINING, trackers=["nosuch"]))
+    vit = backbones.create("vit_tiny_patch16_224")
+    with pytest.raises(ValueError, match=r"data.size: the backbone does not take images of 32x32 \(Input height"):
+        check_images(SimCLR(vit, 192), 32, torch.device("cpu"))
+
+
+def test_the_monitor_reads_knn_and_leaves_the_backbone_alone() -> None:
+    images = image_set(200)
+    monitor = KnnMonitor(images, 16, (0.5,) * 3, (0.5,) * 3, bank=120, queries=30)
+    assert len(monitor.bank) == 120
+    assert len(monitor.queries) == 30
+    rows = {tuple(pixels.flatten().tolist()) for pixels in monitor.bank}
+    assert not any(tuple(pixels.flatten().tolist()) in rows for pixels in monitor.queries)
+    backbone = backbones.create("resnet10_tiny").train()
+    before = {name: buffer.clone() for name, buffer in backbone.named_buffers()}
+    accuracy = monitor(backbone, torch.device("cpu"))
+    assert backbone.training
+    assert all(torch.equal(buffer, before[name]) for name, buffer in backbone.named_buffers())
+    backbone.eval()
+    with torch.inference_mode():
+        features = [backbone((pixels / 255 - 0.5) / 0.5) for pixels in (monitor.queries, monitor.bank)]
+    assert accuracy == pytest.approx(knn_accuracy(features[0], monitor.query_labels, features[1], monitor.bank_labels))
