@@ -1,10 +1,11 @@
 """Pretrains an encoder with BYOL and GradMix views.
 
 accelerate launch recipes/byol_gradmix.py trains on digits, a few minutes on a laptop.
-accelerate launch recipes/byol_gradmix.py --data.name folder --data.root IMAGES --backbone.name resnet18_small trains on your images.
---extra_view augmented is the control, a plain third view; --extra_view none is plain BYOL.
+accelerate launch recipes/byol_gradmix.py --data.name folder --data.root IMAGES --backbone.name resnet18_small trains on
+your images. --extra_view augmented is the control, a plain third view; --extra_view none is plain BYOL.
 
-The same command again resumes an unfinished run. What ran is written to config.yaml in the run folder; --config reads it.
+The same command again resumes an unfinished run. What ran is written to config.yaml in the run folder; --config reads
+it.
 """
 
 import sys
@@ -30,7 +31,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = RunFolder(settings.run)
     folder.check(plain, settings.overwrite)
     accelerator = create_accelerator(settings.training, settings.expect_processes, settings.run)
-    images = load(settings.data, "train")
+    with accelerator.main_process_first():  # one process downloads
+        images = load(settings.data, "train")
     known = known_classes(settings.data, images.classes)
     images = images if known is None else images.only(known)
 

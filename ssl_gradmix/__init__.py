@@ -1,6 +1,7 @@
 """GradMix as a view generator for self-supervised learning.
 
-`from ssl_gradmix import GradMix` needs torch alone. Methods, backbones, data, training and evaluation are submodules, imported when asked for.
+`from ssl_gradmix import GradMix` needs torch alone. Methods, backbones, data, training and evaluation are submodules,
+imported when asked for.
 """
 
 from ssl_gradmix.attribution import attribute

@@ -1,4 +1,4 @@
-"""Where a loss looks: activations of a few layers and the loss's gradient with respect to them, made into one map an image.
+"""Where a loss looks: activations of a few layers and the loss's gradient there, made into one map an image.
 
 Depends on torch alone, so that any training loop can take it.
 """
@@ -24,23 +24,25 @@ AttributionFunction = Callable[[Tensor, Tensor], Tensor]
 Target = Literal["agreement", "loss"]
 
 FP16_SCALE = 2.0**12
-"""Gradients of a mean over a batch underflow in half precision; maps are normalised, so that a constant factor is free."""
+"""Gradients of a mean over a batch underflow in half precision; maps are normalised, so a constant factor is free."""
 
 
 @contextmanager
 def observe(encoder: nn.Module, layers: Sequence[str] | None = None) -> Iterator[Observed]:
     """Remembers the outputs of some layers, every forward pass in order, for as long as the context lasts.
 
-    A compiled graph hides its inner activations from autograd, so that an encoder compiled as a whole runs eagerly here. To keep the speed of
-    `torch.compile`, compile its stages instead (`encoder.layer3 = torch.compile(encoder.layer3)`): their outputs can be observed.
+    A compiled graph hides its inner activations from autograd, so that an encoder compiled as a whole runs eagerly
+    here. To keep the speed of `torch.compile`, compile its stages instead (`encoder.layer3 =
+    torch.compile(encoder.layer3)`): their outputs can be observed.
 
     Args:
         encoder: The module whose layers are observed; may be wrapped by DistributedDataParallel or `torch.compile`.
-        layers: Names as in `encoder.named_modules()` of the module inside the wrapper. None observes every module that has
-            children (stages and blocks), or every module where none has.
+        layers: Names as in `encoder.named_modules()` of the module inside the wrapper. None observes every module that
+            has children (stages and blocks), or every module where none has.
 
     Yields:
-        A dictionary from layer name to the list of its outputs, in the order in which layers finish where `layers` is None. It holds on to the outputs, hence to their graph: let go of it after the step.
+        A dictionary from layer name to the list of its outputs, in the order in which layers finish where `layers` is
+        None. It holds on to the outputs, hence to their graph: let go of it after the step.
 
     Raises:
         KeyError: A layer that the encoder has not; the message lists near names.
@@ -76,7 +78,7 @@ def unwrap(module: nn.Module) -> nn.Module:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether the module is compiled as a whole, by `torch.compile(module)` or `module.compile()`, below a wrapper for several processes or not."""
+    """Whether the module is compiled as a whole, by `torch.compile(module)` or `module.compile()`."""
     if isinstance(module, DistributedDataParallel | DataParallel):
         module = module.module
     return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
@@ -93,8 +95,8 @@ def _recorder(observed: Observed, name: str) -> Callable[[nn.Module, tuple, obje
 def layercam(activation: Tensor, gradient: Tensor) -> Tensor:
     """`sum_c A_c * relu(G_c)` at every place: LayerCAM, Jiang et al. 2021, IEEE TIP 30.
 
-    Without LayerCAM's outer relu: after a ReLU layer it changes nothing, and tokens of a transformer may be negative, where normalisation
-    still ranks the places.
+    Without LayerCAM's outer relu: after a ReLU layer it changes nothing, and tokens of a transformer may be negative,
+    where normalisation still ranks the places.
 
     Args:
         activation: (N, C, h, w).
@@ -124,26 +126,29 @@ def attribute(
 ) -> Tensor:
     """Attributes a loss to the places of the images that led to it.
 
-    One backward pass from the loss to the observed layers and no further: no parameter's `.grad` is touched and the graph is kept.
-    Each layer's map is min-max normalised per image, resized to the image (bilinear), and the layers are summed and normalised
-    again. GradMix's authors normalise over the whole batch, which with several layers weighs images unequally.
+    One backward pass from the loss to the observed layers and no further: no parameter's `.grad` is touched and the
+        graph is kept.
+    Each layer's map is min-max normalised per image, resized to the image (bilinear), and the layers are summed and
+    normalised again. GradMix's authors normalise over the whole batch, which with several layers weighs images
+    unequally.
 
     Args:
         loss: Scalar that depends on the activations.
-        activations: For each layer the outputs of its forward passes, as `observe` yields them: (n, C, h, w), (n, h, w, C) or tokens
-            (n, T, C), whose class and register tokens come first and are dropped.
+        activations: For each layer the outputs of its forward passes, as `observe` yields them: (n, C, h, w), (n, h, w,
+            C) or tokens (n, T, C), whose class and register tokens come first and are dropped.
         size: (H, W) of the images.
         count: Maps are made for the first `count` images, in order of observation; None takes all.
-        attribution: `layercam`, `gradcam`, or a function from (activation, gradient), both (N, C, h, w) in float32, to (N, h, w).
+        attribution: `layercam`, `gradcam`, or a function from (activation, gradient), both (N, C, h, w) in float32, to
+            (N, h, w).
         target: `agreement` attributes −loss, that is what makes views agree; `loss` attributes +loss.
 
     Returns:
-        Maps (N, H, W) in [0, 1], float32. A flat map is all zero. On an accelerator a NaN map counts as flat, as looking for it would
-        make the host wait.
+        Maps (N, H, W) in [0, 1], float32. A flat map is all zero. On an accelerator a NaN map counts as flat, as
+        looking for it would make the host wait.
 
     Raises:
-        ValueError: A loss that is no scalar or depends on no activation, fewer images than `count`, a layer without spatial extent,
-            NaN in a map on the CPU.
+        ValueError: A loss that is no scalar or depends on no activation, fewer images than `count`, a layer without
+            spatial extent, NaN in a map on the CPU.
     """
     if target not in ("agreement", "loss"):
         raise ValueError(f"target must be 'agreement' or 'loss', got {target!r}")
@@ -161,7 +166,9 @@ def attribute(
 
 
 def gradients(loss: Tensor, outputs: Mapping[str, Sequence[Tensor]], sign: float = 1.0) -> dict[str, list[Tensor]]:
-    """The gradient of `sign * loss` with respect to each output, zero where the loss does not depend on it; times `FP16_SCALE` in half precision.
+    """The gradient of `sign * loss` with respect to each output, zero where the loss does not depend on it.
+
+    In half precision it is scaled by `FP16_SCALE`.
 
     Raises:
         ValueError: A loss that is no scalar, or that depends on none of the outputs.
@@ -171,7 +178,8 @@ def gradients(loss: Tensor, outputs: Mapping[str, Sequence[Tensor]], sign: float
     flat = [output for passes in outputs.values() for output in passes]
     if not flat or not loss.requires_grad or not any(output.requires_grad for output in flat):
         raise ValueError(
-            f"loss does not depend on the observed layers {list(outputs)}; compute it inside `observe`, with gradients enabled"
+            f"loss does not depend on the observed layers {list(outputs)}; compute it inside `observe`, "
+            "with gradients enabled"
         )
     scale = FP16_SCALE if any(output.dtype == torch.float16 for output in flat) else 1.0
     found = torch.autograd.grad(loss, flat, torch.full_like(loss, sign * scale), retain_graph=True, allow_unused=True)
@@ -207,12 +215,15 @@ def first_images(name: str, passes: list[Tensor], count: int | None) -> list[Ten
         if images >= count:
             return kept
     raise ValueError(
-        f"images: {count} given, but layer {name!r} was observed for {images} only; pass those that went through the encoder"
+        f"images: {count} given, but layer {name!r} was observed for {images} only; "
+        "pass those that went through the encoder"
     )
 
 
 def spatial(name: str, tensor: Tensor, size: tuple[int, int]) -> Tensor:
-    """A layer's output as (N, C, h, w): convolutional maps, channels-last maps (Swin) or tokens, without class and register tokens.
+    """A layer's output as (N, C, h, w): of convolutional maps, channels-last maps (Swin) or tokens.
+
+    Class and register tokens, which come first, are dropped.
 
     Raises:
         ValueError: No spatial extent: a vector or a single place an image.
@@ -224,7 +235,8 @@ def spatial(name: str, tensor: Tensor, size: tuple[int, int]) -> Tensor:
         tensor = tensor.permute(0, 3, 1, 2)
     if tensor.ndim != 4 or tensor.shape[2] * tensor.shape[3] <= 1:
         raise ValueError(
-            f"layers: {name!r} has no spatial extent (output {tuple(tensor.shape)} for images of {size[0]}x{size[1]}); choose an earlier layer"
+            f"layers: {name!r} has no spatial extent (output {tuple(tensor.shape)} for images of {size[0]}x{size[1]}); "
+            "choose an earlier layer"
         )
     return tensor
 
@@ -235,7 +247,7 @@ def _distortion(extent: Sequence[int], size: tuple[int, int]) -> float:
 
 
 def _token_grid(tokens: int, size: tuple[int, int]) -> tuple[int, int]:
-    """The largest grid of the image's aspect ratio that so many tokens can fill; what is left over are class and register tokens."""
+    """The largest grid of the image's aspect ratio that so many tokens can fill; the rest are class and registers."""
     for height in range(int((tokens * size[0] / size[1]) ** 0.5) + 1, 0, -1):
         width = round(height * size[1] / size[0])
         if height * width <= tokens:
@@ -257,6 +269,7 @@ def _checked(maps: Tensor, activation: Tensor, attribution: str | AttributionFun
         raise ValueError(f"attribution: {attribution!r} must return maps of shape {expected}, got {tuple(maps.shape)}")
     if maps.device.type == "cpu" and maps.isnan().any():
         raise ValueError(
-            f"attribution: NaN in the map of {int(maps.isnan().any((1, 2)).sum())} of {len(maps)} images; is the loss finite?"
+            f"attribution: NaN in the map of {int(maps.isnan().any((1, 2)).sum())} of {len(maps)} images; "
+            "is the loss finite?"
         )
     return maps

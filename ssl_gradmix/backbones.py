@@ -1,4 +1,4 @@
-"""Encoders: any timm model that gives features, and ResNets for small images, registered with timm by importing this module."""
+"""Encoders: any timm model that gives features, and ResNets for small images, which importing this module registers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from safetensors.torch import save_file
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import nn
-
 
 SMALL = ("resnet10_tiny", "resnet18_small", "resnet34_small", "resnet50_small")
 
@@ -40,7 +39,8 @@ class SmallResNet(ResNet):
 
     def __init__(self, channels: tuple[int, int, int, int] = (64, 128, 256, 512), **kwargs: Any) -> None:
         width = channels[0]
-        # timm's deep stem is asked for because it alone gives the stem another width than 64; its first layers are then replaced.
+        # timm's deep stem is asked for because it alone gives the stem another width than 64; its first layers are then
+        # replaced.
         super().__init__(channels=channels, stem_type="deep", stem_width=width // 2, **kwargs)
         self.conv1 = nn.Conv2d(kwargs.get("in_chans", 3), width, 3, padding=1, bias=False)
         nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
@@ -88,7 +88,8 @@ def create(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
         **kwargs: The model's own arguments, for instance `drop_path_rate=0.1`.
 
     Raises:
-        ValueError: A name that timm does not know (near names are given), arguments that the model does not take, weights that are not to be had.
+        ValueError: A name that timm does not know (near names are given), arguments that the model does not take,
+            weights that are not to be had.
     """
     if ":" not in name and not timm.is_model(name.split(".")[0]):
         near = difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0.4) or SMALL
@@ -111,7 +112,7 @@ def num_features(backbone: nn.Module) -> int:
 
 
 def save(backbone: nn.Module, folder: Path, image_size: int, kwargs: dict[str, Any] | None = None) -> None:
-    """Writes a backbone in timm's own layout, for `timm.create_model("local-dir:FOLDER")`: config.json and model.safetensors.
+    """Writes config.json and model.safetensors in timm's own layout, for `timm.create_model("local-dir:FOLDER")`.
 
     Each file is written under a temporary name and renamed, so that a reader never sees half of one.
 

@@ -1,4 +1,4 @@
-"""GradMix, the view generator: attribution → region → fill. Depends on torch alone, so that any training loop can take it."""
+"""GradMix, the view generator: attribution → region → fill. Depends on torch alone, for any training loop."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ class MixedViews:
 
 @dataclass
 class GradMix:
-    """Makes one more view of each image: where the gradient of the loss says the encoder already looks, another image is mixed in.
+    """Makes one more view of each image: another image is mixed in where the loss says the encoder already looks.
 
-    After Xu, Kao, Keuper, "Informed Mixing: Improving Open Set Recognition via Attribution-based Augmentation", arXiv 2505.12803.
-    Everything is batched and stays on the device; only the loss's gradient with respect to the observed activations is computed,
-    so that parameters' gradients, and the hooks of distributed training, are left alone.
+    After Xu, Kao, Keuper, "Informed Mixing: Improving Open Set Recognition via Attribution-based Augmentation", arXiv
+    2505.12803. Everything is batched and stays on the device; only the loss's gradient with respect to the observed
+    activations is computed, so that parameters' gradients, and the hooks of distributed training, are left alone.
 
         gradmix = GradMix(layers=["layer3"])
         with gradmix.observe(encoder) as observed:
@@ -67,16 +67,19 @@ class GradMix:
         loss.backward()
 
     Args:
-        layers: Layers whose maps are summed, by their names in `encoder.named_modules()`, for instance `[layer3]`. Null takes the deepest
-            stage whose map is at least 4x4 for the images at hand and whose gradient is not all zero.
-        attribution: `layercam`, `gradcam`, or `random`, the control: the same mixing at a random place. In Python also a function
-            `(activation, gradient) -> (N, h, w)`.
-        target: `agreement` attributes −loss: what already makes the views agree. `loss` attributes +loss (the authors' sign).
-        fill: `donor` (another image, resized whole into the box), `crop` (the same place of the other image), `noise` (uniform, with each
-            channel's mean and deviation), `mean` (each channel's mean). In a mask, `donor` is the same as `crop`.
+        layers: Layers whose maps are summed, by their names in `encoder.named_modules()`, for instance `[layer3]`. Null
+            takes the deepest stage whose map is at least 4x4 for the images at hand and whose gradient is not all zero.
+        attribution: `layercam`, `gradcam`, or `random`, the control: the same mixing at a random place. In Python also
+            a function `(activation, gradient) -> (N, h, w)`.
+        target: `agreement` attributes −loss: what already makes the views agree. `loss` attributes +loss (the authors'
+            sign).
+        fill: `donor` (another image, resized whole into the box), `crop` (the same place of the other image), `noise`
+            (uniform, with each channel's mean and deviation), `mean` (each channel's mean). In a mask, `donor` is the
+            same as `crop`.
         alpha: The share kept is drawn, once a batch, from Beta(alpha, alpha), rescaled to `lam_range`.
         lam_range: Smallest and largest share of the image that is kept, within (0, 1).
-        region: `box` around the map's maximum, shifted inside the image; `mask`, the `1 − lam` share of pixels with the highest attribution.
+        region: `box` around the map's maximum, shifted inside the image; `mask`, the `1 − lam` share of pixels with the
+            highest attribution.
         generator: Source of all randomness, on the CPU; None is torch's global one.
     """
 
@@ -110,10 +113,10 @@ class GradMix:
             )
 
     def observe(self, encoder: nn.Module) -> AbstractContextManager[Observed]:
-        """Remembers the activations of `layers`, every forward pass of the encoder in order, for as long as the context lasts.
+        """Remembers the activations of `layers`, every forward pass in order, for as long as the context lasts.
 
-        Hooks are gone when it ends, also by an exception. The encoder may be wrapped by DistributedDataParallel or `torch.compile`;
-        see `ssl_gradmix.attribution.observe`.
+        Hooks are gone when it ends, also by an exception. The encoder may be wrapped by DistributedDataParallel or
+        `torch.compile`; see `ssl_gradmix.attribution.observe`.
 
         Raises:
             KeyError: A layer that the encoder has not, with near names.
@@ -128,19 +131,20 @@ class GradMix:
             images: (N, C, H, W) floating point, the first N of those that went through the encoder inside `observe`.
             loss: Scalar computed from the encoder's output; its graph is kept.
             observed: What `observe` yielded.
-            donors: (N, C, H, W) to take from, for instance the other view; image i takes from `donors[donor_index[i]]`, never from `donors[i]`
-                where N > 1. None takes from `images`.
+            donors: (N, C, H, W) to take from, for instance the other view; image i takes from `donors[donor_index[i]]`,
+                never from `donors[i]` where N > 1. None takes from `images`.
 
         Raises:
-            ValueError: Shapes that do not match, a layer without spatial extent, a loss that does not depend on the observed layers,
-                NaN in a map on the CPU.
+            ValueError: Shapes that do not match, a layer without spatial extent, a loss that does not depend on the
+                observed layers, NaN in a map on the CPU.
         """
         donors = images if donors is None else donors
         if images.ndim != 4 or not images.is_floating_point():
             raise ValueError(f"images must be floating point (N, C, H, W), got {images.dtype} {tuple(images.shape)}")
         if donors.shape != images.shape or donors.dtype != images.dtype:
             raise ValueError(
-                f"donors must match the images ({images.dtype} {tuple(images.shape)}), got {donors.dtype} {tuple(donors.shape)}"
+                f"donors must match the images ({images.dtype} {tuple(images.shape)}), "
+                f"got {donors.dtype} {tuple(donors.shape)}"
             )
         attribution = self._attribute(loss, observed, images)
         lam = mixing.draw_lam(self.alpha, tuple(self.lam_range), self.generator)
@@ -162,9 +166,10 @@ class GradMix:
         return normalise(sum(upscale(each, size) for each in maps))
 
     def _choose(self, loss: Tensor, observed: Observed, size: tuple[int, int]) -> str:
-        """The deepest layer with a map of at least 4x4 that the loss's gradient reaches; looked for once an encoder and image size.
+        """The deepest layer with room that the loss's gradient reaches; looked for once an encoder and image size.
 
-        The gradient counts because a transformer that is read at its class token alone passes none to its last patch tokens.
+        The gradient counts because a transformer that is read at its class token alone passes none to its last patch
+        tokens.
         """
         key = (*observed, size)
         if key not in self._chosen:

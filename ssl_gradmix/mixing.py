@@ -1,6 +1,7 @@
 """Which region of an image is replaced, and by what. Batched tensor operations on any device, torch alone.
 
-How much is replaced is a Python number and the same for a whole batch, so that every shape is known to the host; where it is replaced stays on the device.
+How much is replaced is a Python number and the same for a whole batch, so that every shape is known to the host; where
+it is replaced stays on the device.
 """
 
 from __future__ import annotations
@@ -16,16 +17,17 @@ Fill = Literal["donor", "crop", "noise", "mean"]
 
 
 def draw_lam(alpha: float, lam_range: tuple[float, float], generator: Generator | None = None) -> float:
-    """Draws the share of the image that is kept: Beta(alpha, alpha), rescaled to `lam_range`. A generator must be one of the CPU."""
+    """Draws the share of the image that is kept: Beta(alpha, alpha), rescaled to `lam_range`; on the CPU."""
     first, second = torch._standard_gamma(torch.full((2,), alpha, dtype=torch.float64), generator=generator).tolist()
     low, high = lam_range
-    # Both gammas underflow to zero where alpha is tiny; the limit is then one end or the other, and the middle stands for both.
+    # Both gammas underflow to zero where alpha is tiny; the limit is then one end or the other, and the middle stands
+    # for both.
     share = first / (first + second) if first + second > 0 else 0.5
     return low + (high - low) * share
 
 
 def box_extent(lam: float, size: tuple[int, int]) -> tuple[int, int]:
-    """Height and width of the box that replaces about `1 - lam` of an image, with the image's aspect ratio, in whole pixels (at least one)."""
+    """Height and width in whole pixels of a box with the image's aspect ratio that takes about `1 - lam` of it."""
     scale = math.sqrt(1 - lam)
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
@@ -38,8 +40,8 @@ def box_kept(extent: tuple[int, int], size: tuple[int, int]) -> float:
 def peak_boxes(attribution: Tensor, extent: tuple[int, int], generator: Generator | None = None) -> Tensor:
     """Boxes of one extent, each centred on its map's maximum and shifted inside the image.
 
-    GradMix's authors clip a box at the border instead, which makes its area differ from `1 - lam`. A flat map says nothing: its box lies at a
-    random place.
+    GradMix's authors clip a box at the border instead, which makes its area differ from `1 - lam`. A flat map says
+    nothing: its box lies at a random place.
 
     Args:
         attribution: (N, H, W).
@@ -71,13 +73,13 @@ def top_mask(attribution: Tensor, pixels: int, generator: Generator | None = Non
 
 
 def derangement(count: int, device: torch.device, generator: Generator | None = None) -> Tensor:
-    """A random permutation (N,) without fixed points where N > 1: each index follows another on one random cycle through all."""
+    """A random permutation (N,) without fixed points where N > 1: one random cycle through all."""
     cycle = randperm(count, device, generator)
     return torch.empty_like(cycle).scatter_(0, cycle, cycle.roll(1))
 
 
 def paste(images: Tensor, patches: Tensor, boxes: Tensor) -> Tensor:
-    """A copy of the images with a patch (N, C, h, w) pasted into each one's box (N, 4), all boxes of the patches' extent."""
+    """A copy of the images with patches (N, C, h, w) pasted into their boxes (N, 4), which have the patches' extent."""
     n, c, y, x = (torch.arange(extent, device=images.device) for extent in patches.shape)
     rows = boxes[:, 1, None, None, None] + y[:, None]
     columns = boxes[:, 0, None, None, None] + x
@@ -104,7 +106,7 @@ def shrink(images: Tensor, extent: tuple[int, int]) -> Tensor:
 
 
 def noise_like(images: Tensor, shape: tuple[int, ...], generator: Generator | None = None) -> Tensor:
-    """Uniform noise (n, C, h, w) with the mean and standard deviation of each channel of the batch, hence in the images' own normalisation."""
+    """Uniform noise (n, C, h, w) with each channel's mean and standard deviation, in the images' normalisation."""
     deviation, mean = torch.std_mean(images.float(), (0, 2, 3), correction=0, keepdim=True)
     uniform = rand(shape, images.device, generator) * 2 - 1
     return (mean + math.sqrt(3) * deviation * uniform).to(images.dtype)

@@ -1,6 +1,7 @@
 """Every setting of a run, one dataclass a subject: the command line, the YAML files and their help are read off these.
 
-Only what the standard library offers is imported here, so that `--help` is quick. GradMix is its own dataclass, in `gradmix.py`.
+Only what the standard library offers is imported here, so that `--help` is quick. GradMix is its own dataclass, in
+`gradmix.py`.
 """
 
 from __future__ import annotations
@@ -32,17 +33,21 @@ class Data:
     """Which images, and where they lie.
 
     Args:
-        name: `digits` (in scikit-learn, nothing to download), `cifar10`, `cifar100`, `svhn`, `mnist`, `stl10` (by torchvision), or `folder`.
+        name: `digits` (in scikit-learn, nothing to download), `cifar10`, `cifar100`, `svhn`, `mnist`, `stl10` (by
+            torchvision), or `folder`.
         root: Folder of the images. For `folder`: `root/train/<class>/*` and `root/test/<class>/*`, or `root/<class>/*`
-            (split by `test_fraction`), or images without class folders (unlabelled). For the named sets: where torchvision keeps its files.
+            (split by `test_fraction`), or images without class folders (unlabelled). For the named sets: where
+            torchvision keeps its files.
         size: Side of the square images that the encoder sees, in pixels.
         download: Let torchvision download a named set that is not in `root`.
-        classes: Use only these classes, by name or by number, for instance the known classes of an open-set split. Null uses all.
-        open_set: Use only the known classes of an open-set trial: `cifar10:2` is trial 2 of the literature's five, `random:6:0` draws six
-            classes with seed 0. Not together with `classes`.
+        classes: Use only these classes, by name or by number (a name wins), such as the known ones of an open-set
+            split. Null uses all.
+        open_set: Use only the known classes of an open-set trial: `cifar10:2` is trial 2 of the literature's five,
+            `random:6:0` draws six classes with seed 0. Not together with `classes`.
         test_fraction: Share of each class held out as test images, for folders that have no train/ and test/.
         split_seed: Seed of that split.
-        broken: What to do with an image that cannot be read: `stop` with its path, or `skip` it, counted and reported.
+        broken: What to do with an image that cannot be read: `stop` with its path, or `skip` it, counted and reported
+            (which decodes every file once at the start).
     """
 
     name: Literal["digits", "cifar10", "cifar100", "svhn", "mnist", "stl10", "folder"] = "digits"
@@ -71,8 +76,9 @@ class Augmentation:
     """The random changes that make views of an image. The same settings hold on the device and in workers.
 
     Args:
-        where: `device` makes the views of a batch at once where the encoder runs (kornia), `workers` image by image in loader processes
-            (lightly's transforms), `auto` takes the device where the decoded training images fit in 4 GiB.
+        where: `device` makes the views of a batch at once where the encoder runs (kornia), `workers` image by image in
+            loader processes (lightly's transforms), `auto` takes the device where the decoded training images fit in 4
+            GiB.
         min_scale: Smallest share of the image's area that a random resized crop keeps, in (0, 1].
         flip: Probability of a horizontal flip.
         jitter: Probability of a colour jitter.
@@ -109,8 +115,8 @@ class Backbone:
     """The encoder: any timm model that gives features.
 
     Args:
-        name: A timm model, or one of this project's small-image ResNets (3x3 stem, no max-pooling, for 32 px): `resnet10_tiny`,
-            `resnet18_small`, `resnet34_small`, `resnet50_small`.
+        name: A timm model, or one of this project's small-image ResNets (3x3 stem, no max-pooling, for 32 px):
+            `resnet10_tiny`, `resnet18_small`, `resnet34_small`, `resnet50_small`.
         kwargs: Keyword arguments of that model, for instance `{"drop_path_rate": 0.1}`.
         pretrained: Start from timm's published weights (downloads them).
     """

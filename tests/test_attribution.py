@@ -107,16 +107,22 @@ def test_leaves_gradients_training_flag_buffers_and_hooks_alone() -> None:
     net = timm.create_model("resnet18", num_classes=0)
     net.layer1.eval()
     training = [module.training for module in net.modules()]
-    with pytest.raises(RuntimeError, match="body"), observe(net, ["layer2", "layer3"]) as observed:
+    with observe(net, ["layer2", "layer3"]) as observed:
         loss = net(torch.randn(2, 3, 64, 64)).square().mean()
-        buffers = {name: buffer.clone() for name, buffer in net.named_buffers()}
-        attribute(loss, observed, (64, 64))
-        raise RuntimeError("body")
+    buffers = {name: buffer.clone() for name, buffer in net.named_buffers()}
+    attribute(loss, observed, (64, 64))
     assert all(parameter.grad is None for parameter in net.parameters())
     assert [module.training for module in net.modules()] == training
     assert all(torch.equal(buffer, buffers[name]) for name, buffer in net.named_buffers())
     assert all(not module._forward_hooks for module in net.modules())
     loss.backward()  # the graph is still there
+
+
+def test_hooks_are_gone_after_an_exception() -> None:
+    net = Net()
+    with pytest.raises(ZeroDivisionError, match="division"), observe(net, ["stage"]):
+        1 / 0  # noqa: B018
+    assert not net.stage._forward_hooks
 
 
 def test_compiled_encoders_are_observed_whether_compiled_before_or_not() -> None:

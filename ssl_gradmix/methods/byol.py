@@ -16,10 +16,11 @@ from ssl_gradmix.methods.losses import Losses, embedding_spread
 
 
 class BYOL(nn.Module):
-    """A student predicts a slowly moving teacher's embedding of the other view; the whole step happens inside one `forward`.
+    """A student predicts a slowly moving teacher's embedding of the other view, all inside one `forward`.
 
-    The third view goes through the student only, and its prediction is compared with the teacher's embeddings of both views, so that both
-    losses are symmetrical: `pair = d(p0, t1) + d(p1, t0)` and `extra = d(p2, t0) + d(p2, t1)` with `d(p, t) = 2 - 2 cos(p, t)`.
+    The third view goes through the student only, and its prediction is compared with the teacher's embeddings of both
+    views, so that both losses are symmetrical: `pair = d(p0, t1) + d(p1, t0)` and `extra = d(p2, t0) + d(p2, t1)` with
+        `d(p, t) = 2 - 2 cos(p, t)`.
 
     Args:
         backbone: Encoder from images (N, C, H, W) to features (N, D).

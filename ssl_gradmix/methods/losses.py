@@ -15,8 +15,8 @@ class Losses(NamedTuple):
         pair: Loss of the two views.
         extra: Loss of the third view, mixed or plain, not weighted; zero where there is none.
         lam: Share of the image that the third view keeps: 1 for a plain one, 0 where there is none.
-        spread: Standard deviation of the L2-normalised embeddings of the first view, mean over dimensions, times the root of their number:
-            about 1 for embeddings spread over the sphere, 0 for a collapsed encoder.
+        spread: Standard deviation of the L2-normalised embeddings of the first view, mean over dimensions, times the
+            root of their number: about 1 for embeddings spread over the sphere, 0 for a collapsed encoder.
     """
 
     total: Tensor
@@ -27,7 +27,7 @@ class Losses(NamedTuple):
 
 
 def embedding_spread(embeddings: Tensor) -> Tensor:
-    """`sqrt(D) * mean_d std(z_d / |z|)` of embeddings (N, D), the collapse measure of SimSiam (Chen & He 2021, figure 2), scaled by sqrt(D)."""
+    """`sqrt(D) * mean_d std(z_d / |z|)` of embeddings (N, D): SimSiam's measure of collapse (Chen & He 2021)."""
     unit = embeddings.detach().float()
     unit = unit / unit.norm(dim=1, keepdim=True).clamp_min(1e-12)
     return unit.std(0, correction=0).mean() * unit.shape[1] ** 0.5

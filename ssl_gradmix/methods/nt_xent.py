@@ -11,9 +11,10 @@ from torch import Tensor
 def nt_xent(z0: Tensor, z1: Tensor, temperature: float) -> Tensor:
     """Normalised temperature-scaled cross-entropy: each embedding picks its partner out of all others of all processes.
 
-    `mean_i −log( exp(cos(z_i, z_j(i)) / T) / sum_{k ≠ i} exp(cos(z_i, z_k) / T) )` over the 2N embeddings of this process; Chen et al. 2020,
-    equation 1. The same value as lightly's `NTXentLoss(gather_distributed=True)`, which selects by a boolean mask and so makes the
-    host wait for the device at every step; here shapes are fixed. Gathering, with its gradient, is lightly's.
+    `mean_i −log( exp(cos(z_i, z_j(i)) / T) / sum_{k ≠ i} exp(cos(z_i, z_k) / T) )` over the 2N embeddings of this
+    process; Chen et al. 2020, equation 1. The same value as lightly's `NTXentLoss(gather_distributed=True)`, which
+    selects by a boolean mask and so makes the host wait for the device at every step; here shapes are fixed. Gathering,
+    with its gradient, is lightly's.
 
     Args:
         z0: Embeddings (N, D) of the first views, float32; N must be the same on all processes.
@@ -21,7 +22,8 @@ def nt_xent(z0: Tensor, z1: Tensor, temperature: float) -> Tensor:
         temperature: T, above 0.
 
     Returns:
-        Scalar. Averaged over processes, as DistributedDataParallel does with gradients, it is the loss of the global batch.
+        Scalar. Averaged over processes, as DistributedDataParallel does with gradients, it is the loss of the global
+        batch.
     """
     z0, z1 = F.normalize(z0, dim=1), F.normalize(z1, dim=1)
     everyone = torch.cat([*_gathered(z0), *_gathered(z1)])

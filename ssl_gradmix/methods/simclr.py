@@ -12,11 +12,11 @@ from ssl_gradmix.methods.nt_xent import nt_xent
 
 
 class SimCLR(nn.Module):
-    """NT-Xent on two views, negatives gathered from all processes with gradients; the whole step happens inside one `forward`.
+    """NT-Xent on two views, negatives gathered from all processes with gradients, all inside one `forward`.
 
-    With `gradmix` the first view is mixed where the loss of the pair looks, and the mixed view is pulled towards the second one. Without
-    it the method is plain SimCLR; a third view given to `forward` then is the control: the same number of encoder passes and the same
-    loss, without mixing.
+    With `gradmix` the first view is mixed where the loss of the pair looks, and the mixed view is pulled towards the
+    second one. Without it the method is plain SimCLR; a third view given to `forward` then is the control: the same
+    number of encoder passes and the same loss, without mixing.
 
     Args:
         backbone: Encoder from images (N, C, H, W) to features (N, D).
@@ -49,7 +49,8 @@ class SimCLR(nn.Module):
         """Losses of a batch.
 
         Args:
-            views: Two, or three with a plain third one (only without `gradmix`), each (N, C, H, W). N must be the same on all processes.
+            views: Two, or three with a plain third one (only without `gradmix`), each (N, C, H, W). N must be the same
+                on all processes.
         """
         if self.gradmix is None:
             z = self._embed(torch.cat(views)).chunk(len(views))

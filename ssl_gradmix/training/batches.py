@@ -1,4 +1,4 @@
-"""Which images make a batch, and how their views are made: on the device from images kept there, or in worker processes."""
+"""Which images make a batch, and where their views are made: on the device that holds the images, or in workers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RESIDENT_BYTES = 4 * 2**30
 
 
 def seed_step(seed: int, epoch: int, step: int, process: int) -> None:
-    """Seeds torch's global generators for one step from its place in the training alone, so that a resumed run repeats it."""
+    """Seeds torch's global generators for a step from its place in the training, so that a resumed run repeats it."""
     torch.manual_seed(
         int(np.random.SeedSequence([seed, epoch, step, process]).generate_state(1, np.uint64)[0] >> np.uint64(1))
     )
@@ -30,7 +30,7 @@ def shuffled(count: int, seed: int, epoch: int) -> Tensor:
 
 
 class BatchIndices:
-    """Image indices of this process's share of each batch; global batches are the same however many processes share them.
+    """Image indices of this process's share of each batch, the same batches however many processes share them.
 
     The last images of an epoch that do not fill a global batch are left out.
 
@@ -121,7 +121,7 @@ def create(
     workers: int,
     device: torch.device,
 ) -> DeviceBatches | WorkerBatches:
-    """Chooses where views are made as `augmentation.where` says; `auto` is on the device where the decoded images fit."""
+    """Makes views where `augmentation.where` says; `auto` is on the device where the decoded images fit."""
     fits = len(images) * 3 * size * size <= RESIDENT_BYTES
     if augmentation.where == "device" or (augmentation.where == "auto" and fits):
         return DeviceBatches(images, DeviceViews(augmentation, size, mean, std), indices, n_views, device)

@@ -86,7 +86,8 @@ def load(folder: Path) -> State | None:
             )
     if paths:
         raise ValueError(
-            f"no readable checkpoint in {folder}: {', '.join(path.name for path in paths)} are damaged; --overwrite starts anew"
+            f"no readable checkpoint in {folder}: {', '.join(path.name for path in paths)} are damaged; "
+            "--overwrite true starts anew"
         )
     return None
 

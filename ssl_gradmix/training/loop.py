@@ -1,4 +1,4 @@
-"""The training loop: Accelerate for devices, processes and precision; everything random is a function of seed, epoch, step and process."""
+"""The training loop, on Accelerate. All that is random is a function of seed, epoch, step and process."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ def create_accelerator(
         project: Folder for what trackers write.
 
     Raises:
-        ValueError: Another number of processes than expected, a batch that they cannot share evenly, or a tracker that is not installed.
+        ValueError: Another number of processes than expected, a batch that they cannot share evenly, or a tracker that
+            is not installed.
     """
     trackers = training.trackers or []
     missing = [name for name in trackers if name not in map(str, get_available_trackers())]
@@ -70,7 +71,8 @@ def create_accelerator(
         )
     if training.batch_size % (found * training.accumulate):
         raise ValueError(
-            f"training.batch_size {training.batch_size} is not a multiple of {found} processes x {training.accumulate} micro-batches"
+            f"training.batch_size {training.batch_size} is not a multiple of {found} processes x "
+            f"{training.accumulate} micro-batches"
         )
     return accelerator
 
@@ -98,8 +100,8 @@ class Trainer:
     """Trains a method on images and leaves a run folder; goes on where an earlier training in that folder was stopped.
 
     Args:
-        method: Module with `forward(views) -> Losses`, a timm `backbone`, a `projector`, a `gradmix` (or None) and, where it has a teacher,
-            `update_teacher(step, steps)`.
+        method: Module with `forward(views) -> Losses`, a timm `backbone`, a `projector`, a `gradmix` (or None) and,
+            where it has a teacher, `update_teacher(step, steps)`.
         images: To train on; their labels serve the kNN reading alone.
         folder: Where everything is written, already started.
         accelerator: From `create_accelerator`.
@@ -172,7 +174,8 @@ class Trainer:
         self._resume()
         if self.epoch == self.training.epochs:
             self._say(
-                f"{self.folder.path} is finished: {_line(self.folder.read_log()[-1], self.epoch)}; --overwrite true starts anew"
+                f"{self.folder.path} is finished: {_line(self.folder.read_log()[-1], self.epoch)}; "
+                "--overwrite true starts anew"
             )
             return
         if self.training.trackers:
@@ -184,7 +187,8 @@ class Trainer:
             )
         else:
             self._say(
-                f"{self.steps_per_epoch * self.training.batch_size:,} images an epoch in batches of {self.training.batch_size}, "
+                f"{self.steps_per_epoch * self.training.batch_size:,} images an epoch "
+                f"in batches of {self.training.batch_size}, "
                 f"learning rate {self.peak:.4g} (scaled by batch / {optimisers.REFERENCE_BATCH}), {self.steps:,} steps"
             )
         began, first = time.perf_counter(), self.epoch
@@ -262,8 +266,9 @@ class Trainer:
         if broken.any():
             at = self.batch - len(unread) + int(broken.nonzero()[0])
             raise FloatingPointError(
-                f"loss is {values[broken][0, 0]:g} in epoch {self.epoch + 1}, batch {at + 1}; the last good checkpoint is in "
-                f"{self.folder.checkpoint}. A lower --optimiser.lr, a longer --optimiser.warmup_epochs or --optimiser.clip may help"
+                f"loss is {values[broken][0, 0]:g} in epoch {self.epoch + 1}, batch {at + 1}; "
+                f"the last good checkpoint is in {self.folder.checkpoint}. A lower --optimiser.lr or a longer "
+                "--optimiser.warmup_epochs may help"
             )
         for name, total in zip(("loss", *Losses._fields[1:]), values.double().sum(0).tolist(), strict=True):
             self.totals[name] = self.totals.get(name, 0.0) + total
@@ -273,7 +278,7 @@ class Trainer:
         return bool(signals) and self.accelerator.num_processes == 1
 
     def _stop_if_asked(self, signals: list[int]) -> None:
-        """Saves and stops where any process got a signal; all have to agree, or some would wait for the others for ever."""
+        """Saves and stops where any process got a signal; all agree, or some would wait for the others for ever."""
         asked = torch.tensor(max(signals, default=0), device=self.accelerator.device)
         number = int(self.accelerator.gather(asked).max())
         if number:
@@ -302,7 +307,7 @@ class Trainer:
             tqdm.write(line)
 
     def _draw_samples(self) -> None:
-        """Mixes a few images with a copy of the method, on all processes because the loss gathers, and draws them on the main one."""
+        """Mixes a few images with a copy of the method, on all processes because the loss gathers, and draws them."""
         batches.seed_step(self.training.seed, 0, 0, self.accelerator.process_index)
         method = copy.deepcopy(self.bare)
         views = [view[:SAMPLED].clone() for view in self.source.views(next(iter(self.source.epoch(0, 0))))[:2]]

@@ -15,7 +15,8 @@ from ssl_gradmix.evaluation.knn import knn_accuracy
 class KnnMonitor:
     """Reads how well held-out training images are classified by their neighbours among other training images.
 
-    Both come from the training split, so that whoever watches it, or chooses settings by it, has not looked at test images.
+    Both come from the training split, so that whoever watches it, or chooses settings by it, has not looked at test
+    images.
 
     Args:
         images: Labelled training images.
@@ -40,7 +41,8 @@ class KnnMonitor:
         order = np.random.default_rng(seed).permutation(len(images))[: bank + queries]
         labels = images.labels[order]
         queries = min(queries, len(order) // 5)
-        # Classes of a single image cannot be divided; where there are such, or more classes than queries, the draw is a plain one.
+        # Classes of a single image cannot be divided; where there are such, or more classes than queries, the draw is a
+        # plain one.
         divisible = np.unique(labels, return_counts=True)[1].min() > 1 and queries >= len(np.unique(labels))
         voting, asked = train_test_split(
             order, test_size=queries, random_state=seed, stratify=labels if divisible else None

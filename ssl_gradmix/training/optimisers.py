@@ -12,7 +12,7 @@ from torch import nn
 from ssl_gradmix.settings import Optimiser
 
 REFERENCE_BATCH = 256
-"""Learning rates are given for this many images a global batch and scaled in proportion (Goyal et al. 2017, arXiv 1706.02677)."""
+"""Learning rates are given for so many images a global batch and scaled (Goyal et al. 2017, arXiv 1706.02677)."""
 
 
 def create(method: nn.Module, settings: Optimiser) -> torch.optim.Optimizer:

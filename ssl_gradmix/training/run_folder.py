@@ -18,8 +18,9 @@ from ssl_gradmix.version import __version__
 PARTS = ("config.yaml", "log.jsonl", "checkpoint", "backbone", "projector.safetensors", "samples", "eval")
 """All that a run writes; nothing else is ever removed."""
 
-FREE = ("run", "overwrite", "expect_processes", "environment", "data.root", "data.download") + tuple(
-    f"training.{name}" for name in ("workers", "knn_every", "samples_every", "checkpoint_every", "trackers")
+FREE = (
+    *("run", "overwrite", "expect_processes", "environment", "data.root", "data.download"),
+    *(f"training.{name}" for name in ("workers", "knn_every", "samples_every", "checkpoint_every", "trackers")),
 )
 """Settings that may differ when a run is resumed: they change no weight."""
 

@@ -534,6 +534,10 @@ def test_frost_mixes_in_a_random_crop(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(numbers) == {0, 1, 2, 3, 4}
 
 
+def test_frost_never_wraps_round() -> None:
+    assert (corrupt_batch(grey(255), "frost", 1) == 255).all()
+
+
 @pytest.fixture
 def frost_package(tmp_path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest):
     """A package of five one-coloured textures, as `imagecorruptions` or `torch_uncertainty_assets` would be found."""

@@ -1,4 +1,4 @@
-"""Run by torchrun with two processes: what must hold for a method that mixes inside one forward. Prints a line a check; a failed one raises."""
+"""Run by torchrun with two processes: what must hold for a method that mixes inside one forward. A line a check."""
 
 from __future__ import annotations
 
