@@ -213,18 +213,20 @@ class Training:
         seed: Seeds initialisation, shuffling, augmentation and mixing.
         precision: `no` is float32; `bf16` and `fp16` are mixed precision.
         workers: Loader processes, where augmentation runs in workers.
+        threads: CPU threads of each process, where it trains on the CPU; null shares the cores out. (Launchers set one.)
         knn_every: Epochs between two readings of kNN accuracy on held-out training images; 0 for never.
         samples_every: Epochs between two pictures of mixed views in `samples/`; 0 for never.
         checkpoint_every: Epochs between two checkpoints.
         trackers: Accelerate trackers to log to as well, for instance `[tensorboard]`.
     """
 
-    epochs: int = 30
+    epochs: int = 20
     batch_size: int = 128
     accumulate: int = 1
     seed: int = 0
     precision: Literal["no", "bf16", "fp16"] = "no"
     workers: int = 2
+    threads: int | None = None
     knn_every: int = 10
     samples_every: int = 10
     checkpoint_every: int = 1
@@ -234,6 +236,7 @@ class Training:
         for name in ("epochs", "accumulate", "checkpoint_every"):
             _require_between(f"training.{name}", getattr(self, name), 1)
         _require_between("training.batch_size", self.batch_size, 2)
+        _require(self.threads is None or self.threads >= 1, "training.threads", self.threads, "at least 1 or null")
         for name in ("seed", "workers", "knn_every", "samples_every"):
             _require_between(f"training.{name}", getattr(self, name), 0)
         _require(

@@ -196,10 +196,11 @@ def test_bad_input_is_one_line(run, capsys, arguments, message):
     assert not list(run.glob("eval/linear_probe*"))
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_two_processes_give_what_one_gives(run, tmp_path):
     assert main([str(run), "--epochs", "2", "--out", str(tmp_path / "one")]) == 0
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", str(SCRIPT)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
     done = subprocess.run(
         [*launch, str(run), "--epochs", "2", "--out", str(tmp_path / "two")],
         env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parents[1])},

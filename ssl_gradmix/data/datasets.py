@@ -238,6 +238,11 @@ def _folder(data: Data, split: str) -> ImageSet:
     root = Path(data.root).expanduser()
     if not root.is_dir():
         raise FileNotFoundError(f"data.root {str(root)!r} is not a folder")
+    inside = _class_folders(root)
+    if len(inside) == 1 and (root / inside[0] / "train").is_dir():
+        raise ValueError(
+            f"data.root {str(root)!r} holds one folder with train/ in it: set data.root to {str(root / inside[0])!r}"
+        )
     name = f"folder:{root.resolve().name}/{split}"
     if (root / "train").is_dir() or (root / "test").is_dir():
         _check_split_folders(root, split)

@@ -114,7 +114,7 @@ def for_each(count: int, work: Callable[[int], None], description: str, progress
         count: Number of calls.
         work: What to do; an exception in it ends the rest and is raised here, the lowest i first.
         description: Said beside the progress bar.
-        progress: Show a bar, once it has taken some seconds.
+        progress: Show a bar on a terminal, once it has taken some seconds.
     """
 
     def chunk(start: int) -> int:
@@ -125,7 +125,7 @@ def for_each(count: int, work: Callable[[int], None], description: str, progress
 
     with (
         ThreadPoolExecutor(_THREADS) as pool,
-        tqdm(total=count, desc=description, unit="image", delay=3, disable=not progress) as bar,
+        tqdm(total=count, desc=description, unit="image", delay=3, disable=None if progress else True) as bar,
     ):
         for done in pool.map(chunk, range(0, count, _CHUNK)):
             bar.update(done)

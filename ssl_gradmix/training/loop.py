@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -64,6 +65,9 @@ def create_accelerator(
     logger.info(
         "%d process%s on %s, precision %s", found, "" if found == 1 else "es", accelerator.device, training.precision
     )
+    if accelerator.device.type == "cpu":
+        # `accelerate launch` and torchrun leave one thread a process, however many cores there are.
+        torch.set_num_threads(training.threads or max(1, len(os.sched_getaffinity(0)) // found))
     if expect_processes not in (None, found):
         raise ValueError(
             f"expect_processes: {expect_processes} expected, {found} running; several processes on a CPU need "

@@ -20,7 +20,7 @@ PARTS = ("config.yaml", "log.jsonl", "checkpoint", "backbone", "projector.safete
 
 FREE = (
     *("run", "overwrite", "expect_processes", "environment", "data.root", "data.download"),
-    *(f"training.{name}" for name in ("workers", "knn_every", "samples_every", "checkpoint_every", "trackers")),
+    *(f"training.{name}" for name in ("workers", "threads", "knn_every", "samples_every", "checkpoint_every", "trackers")),
 )
 """Settings that may differ when a run is resumed: they change no weight."""
 

@@ -53,10 +53,10 @@ def draw(images: Tensor, mixed: MixedViews, mean: Sequence[float], std: Sequence
 
 
 def _region(before: np.ndarray, after: np.ndarray, box: list[int] | None) -> np.ndarray:
-    """The image, white where it is replaced."""
+    """The image, flat orange where it is replaced."""
     if box is None:
         replaced = (before != after).any(-1)
     else:
         replaced = np.zeros(before.shape[:2], bool)
         replaced[box[1] : box[3], box[0] : box[2]] = True
-    return np.where(replaced[..., None], 1.0, before)
+    return np.where(replaced[..., None], (0.96, 0.5, 0.14), before)

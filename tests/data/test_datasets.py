@@ -484,3 +484,10 @@ def test_known_part_of_a_set_keeps_its_label_numbers() -> None:
     assert set(digits.labels) == set(range(10))
     assert set(known.labels) == {2, 4, 5, 9, 8, 3}
     assert known.classes == digits.classes
+
+
+def test_a_folder_around_the_data_set_is_not_taken_for_a_class(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        (tmp_path / "cifar10" / split / "cat").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"holds one folder with train/ in it: set data.root to '.*cifar10'"):
+        load(Data(name="folder", root=str(tmp_path)), "train")

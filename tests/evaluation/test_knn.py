@@ -89,6 +89,12 @@ def test_closer_neighbours_outvote_more_neighbours():
     assert knn_predict(query, bank, labels, k=3, temperature=0.30).item() == 1
 
 
+def test_small_temperatures_do_not_overflow():
+    """In float32, exp(1 / 0.01) and exp(0.9 / 0.01) are both infinite."""
+    bank = torch.tensor([[0.9, 0.19**0.5], [1.0, 0.0], [0.9, -(0.19**0.5)]])
+    assert knn_predict(torch.tensor([[1.0, 0.0]]), bank, torch.tensor([3, 8, 3]), temperature=0.01).item() == 8
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_computed_in_float32(clouds, dtype):
     features, _, bank, labels = map(torch.from_numpy, clouds)

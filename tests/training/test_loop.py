@@ -23,7 +23,7 @@ from ssl_gradmix.training.loop import Trainer, check_images, create_accelerator
 from ssl_gradmix.training.monitor import KnnMonitor
 from ssl_gradmix.training.run_folder import RunFolder
 
-TRAINING = Training(epochs=3, batch_size=8, workers=0, knn_every=0, samples_every=0)
+TRAINING = Training(epochs=3, batch_size=8, workers=0, threads=1, knn_every=0, samples_every=0)
 
 
 @pytest.fixture(autouse=True)
