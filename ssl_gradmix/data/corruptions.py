@@ -435,9 +435,8 @@ def _smear(image: np.ndarray, radius: int, sigma: float, angle: float) -> np.nda
 
 def _zoom_blur(image: np.ndarray, generator: np.random.Generator, stop: float, step: float) -> np.ndarray:
     blurred = _zoom_blur_matrix(*image.shape[:2], stop, step) @ (image / 255).reshape(-1, 3)
-    return _to_uint8(
-        blurred.astype(np.float32).reshape(image.shape)
-    )  # in float64 white would come out as .9999... and be truncated
+    # In float64 white would come out as .9999..., and be truncated to 254.
+    return _to_uint8(blurred.astype(np.float32).reshape(image.shape))
 
 
 @lru_cache(maxsize=8)

@@ -14,6 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 _PICKLED = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".tar")
+_ELSEWHERE = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path"}
+"""Arguments of timm.create_model that have it load other weights, pickles too."""
+
 _CONVERT = """\
 {path} is a pickled checkpoint, which can run code when it is read, so it is refused. Where you trust it, convert it:
     import torch, safetensors.torch
@@ -119,8 +122,6 @@ def _from_folder(
     folder: Path, image_size: int | None, name: str, run: Path | None = None, config: dict | None = None
 ) -> Encoder:
     """Builds what timm's config.json describes and loads model.safetensors, strictly, which timm itself does not."""
-    from ssl_gradmix import backbones
-
     description = folder / "config.json"
     if not description.exists():
         raise FileNotFoundError(f"{folder} is no folder in timm's layout: it has no config.json")
@@ -128,32 +129,36 @@ def _from_folder(
         described = json.loads(description.read_text(encoding="utf-8"))
         architecture, cfg = str(described["architecture"]), described["pretrained_cfg"]
         kwargs = {key: value for key, value in (described.get("model_args") or {}).items() if key != "num_classes"}
+        if _ELSEWHERE & kwargs.keys():
+            raise ValueError(f"model_args must not have {', '.join(sorted(_ELSEWHERE & kwargs.keys()))}")
         _preparation(cfg)
     except (ValueError, KeyError, TypeError, AttributeError) as error:  # JSON and Unicode errors are ValueErrors
         raise ValueError(f"{description} is damaged: {_one_line(error)}") from error
-    model = backbones.create(architecture, **kwargs)
+    model = _create(architecture, **kwargs)
     _load(model, folder / "model.safetensors")
     return _encoder(model, cfg, image_size, name, run, config)
 
 
 def _from_file(architecture: str, weights: Path) -> nn.Module:
-    from ssl_gradmix import backbones
-
-    model = backbones.create(architecture)
+    model = _create(architecture)
     _load(model, weights)
     return model
+
+
+def _create(architecture: str, **kwargs: object) -> nn.Module:
+    from ssl_gradmix import backbones
+
+    if ":" in architecture:
+        raise ValueError(f"the architecture must be one of timm's own models, got {architecture!r}")
+    return backbones.create(architecture, **kwargs)
 
 
 def _published(name: str) -> nn.Module:
     """Lets timm load its own weights, but in safetensors only: its fallback is a pickle."""
     import timm
 
-    from ssl_gradmix import backbones
-
-    if ":" in name:
-        raise ValueError(f"timm:NAME takes the name of one of timm's own models, got {name!r}")
-    if not timm.is_model(name):
-        backbones.create(name)  # raises, with near names
+    if ":" in name or not timm.is_model(name):
+        _create(name)  # raises, with near names
     try:
         published = timm.get_pretrained_cfg(name)
     except RuntimeError:

@@ -609,7 +609,7 @@ def bilinear_by_hand(x: np.ndarray, row: float, column: float, twice_edge: bool)
             while not 0 <= index < size:
                 index = -index - twice_edge if index < 0 else 2 * (size - 1) + twice_edge - index
             place.append(index)
-        return x[tuple(place)]
+        return x[tuple(place)].astype(np.float64)
 
     top, left = math.floor(row), math.floor(column)
     down, right = row - top, column - left
@@ -662,7 +662,7 @@ def test_spatter_with_mud_is_brown_and_needs_no_opencv(monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "cv2", None)
     image = grey(200, count=1)[0]
     everywhere = corruptions._spatter(image, generator(), 0.9, 0, 1, 0.69, 0.6, mud=1)
-    assert np.array_equal(everywhere, np.broadcast_to([63, 42, 20], image.shape))
+    assert np.abs(everywhere - np.array([63, 42, 20])).max() <= 1
     splashes = corrupt(image, "spatter", 5)
     assert 0.01 < (splashes != 200).mean() < 0.5
 

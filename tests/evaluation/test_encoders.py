@@ -165,6 +165,8 @@ class TestPublished:
             load_encoder("timm:resnet10_tiny")
         with pytest.raises(ValueError, match="one of timm's own models, got 'hf-hub:someone/model'"):
             load_encoder("timm:hf-hub:someone/model")
+        with pytest.raises(ValueError, match="one of timm's own models, got 'local-dir:here'"):
+            load_encoder("timm:local-dir:here", weights="w.safetensors")
 
 
 class Bomb:
@@ -211,6 +213,14 @@ class TestPickles:
         torch.save(Bomb(exploded), run / "backbone" / "pytorch_model.bin")
         with self.refused(run / "backbone" / "pytorch_model.bin"):
             load_encoder(f"local-dir:{run / 'backbone'}")
+
+    @pytest.mark.parametrize("argument", ["checkpoint_path", "pretrained_cfg"])
+    def test_a_description_cannot_point_to_one(self, run, exploded, argument):
+        torch.save(Bomb(exploded), run / "bomb.pt")
+        path = run / "backbone" / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"model_args": {argument: str(run / "bomb.pt")}}))
+        with pytest.raises(ValueError, match=f"config.json is damaged: model_args must not have {argument}"):
+            load_encoder(run)
 
     def test_the_way_out_works(self, tmp_path, backbone, monkeypatch):
         monkeypatch.chdir(tmp_path)
