@@ -1,4 +1,4 @@
-"""What GradMix costs: one training step against the same step with a plain third view, which has as many encoder passes.
+"""What GradMix costs: a training step against the same step with a plain third view, with as many encoder passes.
 
 Steps of both are timed in turn, so that a machine that slows down slows both; ratios are taken pair by pair, of the
 time that passes and of the processor's time, which other programs on the machine disturb less. Making the views is left

@@ -213,7 +213,7 @@ class Training:
         seed: Seeds initialisation, shuffling, augmentation and mixing.
         precision: `no` is float32; `bf16` and `fp16` are mixed precision.
         workers: Loader processes, where augmentation runs in workers.
-        threads: CPU threads of each process, where it trains on the CPU; null shares the cores out. (Launchers set one.)
+        threads: CPU threads of each process, where it trains on the CPU; null shares the cores out.
         knn_every: Epochs between two readings of kNN accuracy on held-out training images; 0 for never.
         samples_every: Epochs between two pictures of mixed views in `samples/`; 0 for never.
         checkpoint_every: Epochs between two checkpoints.

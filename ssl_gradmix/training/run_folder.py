@@ -20,7 +20,8 @@ PARTS = ("config.yaml", "log.jsonl", "checkpoint", "backbone", "projector.safete
 
 FREE = (
     *("run", "overwrite", "expect_processes", "environment", "data.root", "data.download"),
-    *(f"training.{name}" for name in ("workers", "threads", "knn_every", "samples_every", "checkpoint_every", "trackers")),
+    *("training.workers", "training.threads", "training.knn_every", "training.samples_every"),
+    *("training.checkpoint_every", "training.trackers"),
 )
 """Settings that may differ when a run is resumed: they change no weight."""
 
@@ -65,12 +66,21 @@ class RunFolder:
             )
 
     def start(self, settings: dict[str, Any], overwrite: bool) -> None:
-        """Creates the folder and writes the settings, with what they ran on; clears away an old run where asked to."""
+        """Creates the folder and writes the settings, with what they ran on; clears away an old run where asked to.
+
+        Raises:
+            ValueError: The folder cannot be created.
+        """
         if overwrite:
             for part in PARTS:
                 target = self.path / part
                 shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"run: {self.path} cannot be written to ({error.strerror}); choose another with --run"
+            ) from error
         if not self.config.exists():
             write_text(self.config, yaml.safe_dump({**settings, "environment": environment()}, sort_keys=False))
 

@@ -1,0 +1,198 @@
+"""The recipes as a user meets them: what they write, and what they answer to input that will not do."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState, GradientState
+from PIL import Image
+from safetensors.torch import load_file
+
+from ssl_gradmix import command_line
+
+ROOT = Path(__file__).parent.parent
+QUICK = [
+    "--training.epochs",
+    "1",
+    "--training.threads",
+    "1",
+    "--training.knn_every",
+    "0",
+    "--training.samples_every",
+    "0",
+]
+
+
+@pytest.fixture(autouse=True)
+def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    yield
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+
+
+def recipe(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "recipes" / f"{name}_gradmix.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few real files: two classes, with train/ and test/."""
+    root = tmp_path_factory.mktemp("images")
+    for split, count in (("train", 12), ("test", 4)):
+        for label, name in enumerate(("dark", "bright")):
+            target = root / split / name
+            target.mkdir(parents=True)
+            for i in range(count):
+                pixels = np.random.default_rng(i).integers(0, 100, (20, 24, 3)) + 150 * label
+                Image.fromarray(pixels.astype(np.uint8)).save(target / f"{i}.png")
+    return root
+
+
+def small(folder: Path) -> list[str]:
+    return [
+        *QUICK,
+        "--data.name",
+        "folder",
+        "--data.root",
+        str(folder),
+        "--data.size",
+        "16",
+        "--training.batch_size",
+        "8",
+    ]
+
+
+BAD = {
+    "unknown data set": (["--data.name", "imagenet22k"], "data.name.*Expected .*'digits'.* Got value: imagenet22k"),
+    "unknown option": (["--trainin.epochs", "3"], r"(?i)unrecognized arguments: --trainin.epochs"),
+    "unknown backbone": (["--backbone.name", "resnet1812"], "timm knows no model 'resnet1812'; near names are resnet"),
+    "backbone's arguments": (
+        ["--backbone.kwargs", "{depth: 3}"],
+        "backbone.kwargs: resnet10_tiny does not take {'depth': 3}",
+    ),
+    "backbone for another size": (["--backbone.name", "vit_tiny_patch16_224"], "does not take images of 32x32"),
+    "unknown layer": (["--gradmix.layers", "[layr3]"], "no layer 'layr3'; near names are .*layer3"),
+    "layer without extent": (["--gradmix.layers", "[global_pool]"], r"'global_pool' has no spatial extent"),
+    "no such folder": (["--data.name", "folder", "--data.root", "nowhere"], "data.root 'nowhere' is not a folder"),
+    "nothing downloaded": (["--data.name", "cifar10"], "--data.download true fetches it, or set data.root"),
+    "batch above the data": (
+        ["--training.batch_size", "5000"],
+        "batch_size 5000 exceeds the 1438 images of digits/train",
+    ),
+    "negative rate": (["--optimiser.lr=-0.1"], "optimiser.lr must be above 0, got -0.1"),
+    "NaN": (["--method.temperature", ".nan"], "(method.temperature must be above 0|Got value: .nan|nan)"),
+    "lam_range": (["--gradmix.lam_range", "[0.9, 0.5]"], "gradmix.lam_range must be two rising numbers"),
+    "unwritable": (["--run", "/proc/run"], "/proc/run cannot be written to"),
+    "fewer negatives": (["--training.accumulate", "2"], "another loss than that of the whole batch"),
+    "processes": (["--expect-processes", "4"], "4 expected, 1 running"),
+    "unknown class": (["--data.classes", "[cat]"], "neither a class nor its number"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD.values(), ids=BAD)
+def test_bad_input_is_one_line_status_2_and_nothing_written(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command_line.run(recipe("simclr").main, [*QUICK, *arguments]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert re.search(message, lines[0])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", ["empty", "one image"])
+def test_a_folder_with_too_little_is_refused(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "images").mkdir()
+    if content == "one image":
+        Image.new("RGB", (20, 20)).save(tmp_path / "images" / "a.png")
+    assert command_line.run(recipe("byol").main, [*QUICK, "--data.name", "folder", "--data.root", "images"]) == 2
+    assert re.search("error: (no image in the folder 'images'|.* has 1 image, at least 2)", capsys.readouterr().err)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("name", ["simclr", "byol"])
+@pytest.mark.parametrize("extra_view", ["gradmix", "augmented", "none"])
+def test_trains_on_a_folder_and_answers_the_same_command_again(
+    name: str, extra_view: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main, arguments = recipe(name).main, [*small(folder), "--extra_view", extra_view]
+    assert command_line.run(main, arguments) == 0
+    run = tmp_path / "runs" / name
+    assert sorted(path.name for path in run.iterdir()) == [
+        "backbone", "checkpoint", "config.yaml", "log.jsonl", "projector.safetensors",
+    ]  # fmt: skip
+    (entry,) = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert entry["epoch"] == 1
+    assert (entry["extra"] > 0) == (extra_view != "none")
+    assert 0.5 <= entry["lam"] <= 0.95 if extra_view == "gradmix" else entry["lam"] == (extra_view == "augmented")
+    assert "learning rate 0.00625 (scaled by batch / 256)" in capsys.readouterr().out
+
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert command_line.run(main, arguments) == 0
+    assert "is finished: epoch 1/1" in capsys.readouterr().out
+    assert command_line.run(main, [*arguments, "--optimiser.lr", "0.5"]) == 2
+    assert "was started with other settings (optimiser.lr was 0.2, now 0.5)" in capsys.readouterr().err
+    (checkpoint,) = (run / "checkpoint").iterdir()
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+    (checkpoint / "method.safetensors").write_bytes(b"truncated")
+    assert command_line.run(main, arguments) == 2
+    assert "no readable checkpoint" in capsys.readouterr().err
+    assert command_line.run(main, [*arguments, "--overwrite", "true"]) == 0
+
+
+def test_a_runs_config_runs_it_again(folder: Path, tmp_path: Path) -> None:
+    main = recipe("byol").main
+    assert command_line.run(main, [*small(folder), "--gradmix.layers", "[layer3]", "--data.classes", "[bright]"]) == 0
+    config = tmp_path / "runs/byol/config.yaml"
+    assert yaml.safe_load(config.read_text())["environment"]["torch"] == version("torch")
+    assert command_line.run(main, ["--config", str(config), "--run", "again"]) == 0
+    first, second = (
+        load_file(next((tmp_path / run / "checkpoint").glob("epoch-*")) / "method.safetensors")
+        for run in ("runs/byol", "again")
+    )
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.distributed
+def test_two_processes_train_one_run(script, folder: Path, tmp_path: Path) -> None:
+    arguments = [
+        *small(folder),
+        "--expect-processes",
+        "2",
+        "--training.samples_every",
+        "1",
+        "--training.knn_every",
+        "1",
+    ]
+    done = script("recipes/simclr_gradmix.py", *arguments, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert "2 processes on cpu" in done.stderr
+    assert done.stdout.count("epoch 1/1") == 1
+    (entry,) = [json.loads(line) for line in (tmp_path / "runs/simclr/log.jsonl").read_text().splitlines()]
+    assert entry["step"] == 3
+    assert 0 <= entry["knn"] <= 1
+    again = script("recipes/simclr_gradmix.py", *arguments)
+    assert again.returncode == 2
+    assert "error: expect_processes: 2 expected, 1 running" in again.stderr
+
+
+def test_importing_the_package_needs_torch_alone() -> None:
+    code = "import ssl_gradmix, sys; print([n for n in ('torchvision', 'timm', 'lightly', 'sklearn', 'PIL') if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.strip() == "[]"
