@@ -129,7 +129,8 @@ def save(backbone: nn.Module, folder: Path, image_size: int, kwargs: dict[str, A
         "num_classes": 0,
         "num_features": num_features(backbone),
         "pretrained_cfg": {
-            **{key: known[key] for key in ("mean", "std", "interpolation", "first_conv", "classifier") if key in known},
+            **{key: known[key] for key in ("mean", "std", "first_conv", "classifier") if key in known},
+            "interpolation": "bilinear",
             "input_size": [known["input_size"][0], image_size, image_size],
             "fixed_input_size": False,
             "crop_pct": 1.0,

@@ -153,7 +153,9 @@ def make_c(
             np.save(file, np.tile(labels.astype(np.int64), len(SEVERITIES)))
         os.replace(file.name, out / "labels.npy")
     missing = [name for name in names if not (out / f"{name}.npy").exists()]
-    with tqdm(total=len(missing) * len(SEVERITIES) * len(images), unit="image", disable=not progress) as bar:
+    with tqdm(
+        total=len(missing) * len(SEVERITIES) * len(images), unit="image", disable=None if progress else True
+    ) as bar:
         for name in missing:
             bar.set_description(name)
             _write_corruption(images, out / f"{name}.npy", name, seed, preset, workers, bar)

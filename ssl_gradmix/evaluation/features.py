@@ -113,7 +113,9 @@ def _encode(encoder: Encoder, images: ImageSet, batch_size: int, device: torch.d
     mean = torch.tensor(encoder.mean, device=device).view(3, 1, 1)
     std = torch.tensor(encoder.std, device=device).view(3, 1, 1)
     features = []
-    with tqdm(total=len(images), desc=f"encoding {images.name}", unit="image", delay=3, disable=not progress) as bar:
+    with tqdm(
+        total=len(images), desc=f"encoding {images.name}", unit="image", delay=3, disable=None if progress else True
+    ) as bar:
         for start in range(0, len(images), batch_size):
             chunk = images.subset(np.arange(start, min(start + batch_size, len(images))))
             pixels = chunk.pixels(encoder.size, progress=False).to(device)

@@ -183,7 +183,7 @@ class Trainer:
             )
             return
         if self.training.trackers:
-            self.accelerator.init_trackers("ssl_gradmix")
+            self.accelerator.init_trackers("trackers")
         if self.epoch or self.batch:
             self._say(
                 f"{self.folder.path} goes on after epoch {self.epoch}"

@@ -15,7 +15,7 @@ import yaml
 
 from ssl_gradmix.version import __version__
 
-PARTS = ("config.yaml", "log.jsonl", "checkpoint", "backbone", "projector.safetensors", "samples", "eval")
+PARTS = ("config.yaml", "log.jsonl", "checkpoint", "backbone", "projector.safetensors", "samples", "eval", "trackers")
 """All that a run writes; nothing else is ever removed."""
 
 FREE = (

@@ -1,0 +1,137 @@
+"""What lies in run folders, read for a report. Nothing is unpickled, nothing is written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from ssl_gradmix.evaluation.results import Row, read_rows
+from ssl_gradmix.training.run_folder import RunFolder
+
+TASKS = ("linear_probe", "osr", "ood", "corruption")
+"""The evaluations that a report knows; each has its results in `<task>.json`."""
+
+
+@dataclass(eq=False)
+class Results:
+    """What one evaluation of a run found.
+
+    Args:
+        rows: Its rows.
+        extra: What its file says besides.
+        samples: Arrays (N,) by name, as they are in `<task>_samples.safetensors`; empty where there are none.
+    """
+
+    rows: list[Row]
+    extra: dict[str, Any]
+    samples: dict[str, np.ndarray]
+
+
+@dataclass(eq=False)
+class Run:
+    """A run, or a folder of results of another encoder.
+
+    Args:
+        path: As the user gave it.
+        name: What the report calls it.
+        config: What is in config.yaml, None for a folder of results.
+        log: Lines of log.jsonl.
+        picture: Last one of `samples/`.
+        results: By task, for those evaluated.
+    """
+
+    path: str
+    name: str
+    config: dict[str, Any] | None
+    log: list[dict[str, Any]]
+    picture: Path | None
+    results: dict[str, Results]
+
+
+def read_runs(paths: Sequence[str]) -> list[Run]:
+    """Reads run folders, and folders of results that `--out` of an evaluation made.
+
+    Args:
+        paths: At least one; a run's name is that of its folder, or its path where several have the same name.
+
+    Raises:
+        FileNotFoundError: If there is no such folder.
+        ValueError: If a folder is given twice, is neither a run nor holds results, a file is damaged, or no run was
+            evaluated.
+    """
+    resolved = [Path(path).resolve() for path in paths]
+    names = [path.name for path in resolved]
+    for path, where in zip(paths, resolved, strict=True):
+        if resolved.count(where) > 1:
+            raise ValueError(f"{path} is given twice")
+    runs = [
+        _read(path, where.name if names.count(where.name) == 1 else path)
+        for path, where in zip(paths, resolved, strict=True)
+    ]
+    if not any(run.results for run in runs):
+        raise ValueError(
+            f"nothing to report: no evaluation in {', '.join(paths)}; run eval/linear_probe.py {paths[0]} first"
+        )
+    return runs
+
+
+def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings without nesting: `{"data": {"name": "digits"}}` becomes `{"data.name": "digits"}`."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return found
+
+
+def _read(path: str, name: str) -> Run:
+    folder = RunFolder(path)
+    if not folder.path.is_dir():
+        raise FileNotFoundError(f"no run folder {path!r}")
+    is_run = folder.config.exists()
+    results = _read_results(folder.path / "eval" if is_run else folder.path)
+    if not is_run and not results:
+        raise ValueError(f"{path} is no run (it has no config.yaml) and holds no results of an evaluation")
+    pictures = sorted(folder.samples.glob("*.png"))
+    return Run(
+        path,
+        name,
+        _read_config(folder.config) if is_run else None,
+        [entry for entry in folder.read_log() if isinstance(entry, dict)],
+        pictures[-1] if pictures else None,
+        results,
+    )
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is damaged: it holds no settings")
+    return config
+
+
+def _read_results(folder: Path) -> dict[str, Results]:
+    results = {}
+    for task in TASKS:
+        path = folder / f"{task}.json"
+        if path.exists():
+            rows, extra = read_rows(path)
+            results[task] = Results(rows, extra, _read_samples(folder / f"{task}_samples.safetensors"))
+    return results
+
+
+def _read_samples(path: Path) -> dict[str, np.ndarray]:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        return load_file(path) if path.exists() else {}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
