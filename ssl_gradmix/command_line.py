@@ -92,7 +92,12 @@ def run(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None
         main(argv)
     except (ArgumentError, ValueError, KeyError, OSError, FloatingPointError) as error:
         if speaks:
-            text = str(error.args[0]) if isinstance(error, KeyError) else str(error)
-            print(f"error: {' '.join(text.split())}", file=sys.stderr)
+            print(f"error: {_message(error)}", file=sys.stderr)
         return 1 if isinstance(error, FloatingPointError) else 2
     return 0
+
+
+def _message(error: Exception) -> str:
+    """One line, but for messages that are written in several, such as how to convert a checkpoint."""
+    text = str(error.args[0]) if isinstance(error, KeyError) else str(error) or type(error).__name__
+    return " ".join(text.split()) if isinstance(error, ArgumentError) else text

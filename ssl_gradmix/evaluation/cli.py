@@ -1,19 +1,18 @@
-"""What the command lines of `eval/` share: what they evaluate, on which images, and errors of one line.
+"""What the command lines of `eval/` share: what they evaluate, and on which images.
 
 Parsing needs no more than the settings; everything heavy is imported once the arguments are understood.
 """
 
 from __future__ import annotations
 
-import sys
-from argparse import ArgumentError, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
+from jsonargparse import ArgumentParser, Namespace
 
+from ssl_gradmix import command_line
 from ssl_gradmix.settings import Data
 
 
@@ -38,10 +37,6 @@ class Subject:
     cache: bool = True
 
 
-class _Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
-    """Keeps the lines of the description."""
-
-
 def main(evaluate: Callable[..., None], options: type, description: str, argv: Sequence[str] | None = None) -> int:
     """Runs `evaluate(evaluation, options)` from a command line, with an `ssl_gradmix.evaluation.setup.Evaluation`.
 
@@ -54,19 +49,23 @@ def main(evaluate: Callable[..., None], options: type, description: str, argv: S
     Returns:
         The exit status: 0, or 2 with one line on stderr for bad input.
     """
-    parser = ArgumentParser(description=description, formatter_class=_Formatter, exit_on_error=False)
+    parser = ArgumentParser(
+        description=description,
+        usage="%(prog)s ENCODER [options]",
+        formatter_class=command_line.Formatter,
+        exit_on_error=False,
+    )
     parser.add_argument("--config", action="config", help="YAML file of these options.")
     parser.add_class_arguments(Subject, as_positional=True)
     parser.add_class_arguments(Data, "data")
     parser.add_class_arguments(options)
-    try:
+
+    def parse_and_evaluate(argv: Sequence[str] | None) -> None:
         given = parser.parse_args(argv, defaults=False)
         evaluation, settings = _resolve(parser, given)
         evaluate(evaluation, _pick(options, settings))
-    except (ArgumentError, ValueError, OSError) as error:
-        print(f"{parser.prog}: error: {_message(error)}", file=sys.stderr)
-        return 2
-    return 0
+
+    return command_line.run(parse_and_evaluate, argv)
 
 
 def _resolve(parser: ArgumentParser, given: Namespace) -> tuple[Any, Namespace]:
@@ -101,9 +100,3 @@ def _data(given: Namespace, of_run: dict) -> dict:
     if {"classes", "open_set"} & given.keys():
         of_run = {name: value for name, value in of_run.items() if name not in ("classes", "open_set")}
     return of_run | given
-
-
-def _message(error: Exception) -> str:
-    """One line, but for messages that are written in several, such as how to convert a checkpoint."""
-    text = str(error) or type(error).__name__
-    return " ".join(text.split()) if isinstance(error, ArgumentError) else text
