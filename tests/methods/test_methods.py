@@ -43,7 +43,7 @@ def views(number: int, count: int = 6) -> list[Tensor]:
 def cosine_distance(predicted: Tensor, target: Tensor) -> float:
     """BYOL's squared distance of unit vectors, mean over the batch, image by image."""
     return sum(
-        float((p / p.norm() - t / t.norm()).square().sum()) for p, t in zip(predicted, target, strict=True)
+        float((p / p.norm() - t / t.norm()).square().sum()) for p, t in zip(predicted.detach(), target, strict=True)
     ) / len(predicted)
 
 
