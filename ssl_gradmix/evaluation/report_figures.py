@@ -5,7 +5,6 @@ Every text in them is plain: what looks like mathematics or markup is not read a
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,10 +19,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Colours that the page knows by name, in a light and a dark shade each.
-_INK, _MUTED, _RULE = "#1b1f27", "#626a76", "#dfe2e7"
+_INK, _MUTED, _RULE, _PAPER = "#1b1f27", "#626a76", "#dfe2e7", "#fefefe"
 _RUNS = ("#0072b2", "#d55e00", "#009e73", "#b8559a", "#9a7500", "#5b5bd6")
 _DASHES = ("-", (0, (5, 2)), (0, (2, 2)), (0, (6, 2, 2, 2)))
-_VARIABLES = {_INK: "--ink", _MUTED: "--muted", _RULE: "--rule"} | {c: f"--run-{i}" for i, c in enumerate(_RUNS)}
+_VARIABLES = {_INK: "--ink", _MUTED: "--muted", _RULE: "--rule", _PAPER: "--paper"} | {
+    c: f"--run-{i}" for i, c in enumerate(_RUNS)
+}
 
 _BINS = 60
 
@@ -43,16 +44,15 @@ class Line:
     y: Sequence[float] | np.ndarray
 
 
-def curves(lines: Sequence[Line], x_label: str, y_label: str, shares: bool = False) -> str:
+def curves(lines: Sequence[Line], x_label: str, shares: bool = False) -> str:
     """Draws measured points and lines between them.
 
     Args:
         lines: A curve a run.
         x_label: Said below.
-        y_label: Said above.
         shares: Whether y is a share, to be shown in percent.
     """
-    with _drawing(y_label, x_label) as (figure, axes):
+    with _drawing(x_label) as (figure, axes):
         for line in lines:
             marker = "o" if len(line.x) <= 12 else None
             axes.plot(line.x, line.y, color=_colour(line.run), linestyle=_dashes(line.run), marker=marker, markersize=3)
@@ -63,14 +63,21 @@ def curves(lines: Sequence[Line], x_label: str, y_label: str, shares: bool = Fal
         return _svg(figure)
 
 
-def rates(lines: Sequence[Line], y_label: str) -> str:
-    """Draws a ROC or OSCR curve a line over the share of unknown samples accepted, 0 to 1 both."""
-    with _drawing(y_label, "unknown samples accepted (%)", height=2.9) as (figure, axes):
-        axes.plot([0, 1], [0, 1], color=_RULE, linewidth=1)
+def rates(lines: Sequence[Line], y_label: str, chance: bool = False) -> str:
+    """Draws a ROC or OSCR curve a line over the share of unknown samples accepted, 0 to 1 both.
+
+    Args:
+        lines: One or several a run.
+        y_label: Said above.
+        chance: Draw the diagonal.
+    """
+    with _drawing("unknown accepted (%)", y_label, height=2.9) as (figure, axes):
+        if chance:
+            axes.plot([0, 1], [0, 1], color=_MUTED, linewidth=0.8, linestyle=(0, (1, 2)))
         alone = len(lines) == len({line.run for line in lines})
         for line in lines:
             axes.plot(
-                *_thinned(np.asarray(line.x), np.asarray(line.y)),
+                *_thinned(np.asarray(line.x), np.asarray(line.y), max(80, 4000 // len(lines))),
                 color=_colour(line.run),
                 linestyle=_dashes(line.run),
                 linewidth=1.4 if alone else 0.9,
@@ -92,7 +99,7 @@ def histogram(known: np.ndarray, unknown: np.ndarray, run: int, threshold: float
     """
     low, high = np.quantile(np.concatenate([known, unknown]), [0.002, 0.998])
     edges = np.linspace(low, high, _BINS + 1) if high > low else np.linspace(low - 0.5, low + 0.5, _BINS + 1)
-    with _drawing("", "score", height=1.75) as (figure, axes):
+    with _drawing("score", height=1.75) as (figure, axes):
         for scores, style in (
             (known, {"fill": True, "color": _colour(run), "alpha": 0.55}),
             (unknown, {"edgecolor": _INK, "linewidth": 1.1}),
@@ -107,7 +114,7 @@ def histogram(known: np.ndarray, unknown: np.ndarray, run: int, threshold: float
 
 
 def heat_map(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], difference: bool = False) -> str:
-    """Draws a table of shares, in percent: dark is low, or, of differences, orange below zero and blue above.
+    """Draws a table of shares, in percent: dark is high, or, of differences, orange is below zero and violet above.
 
     Args:
         values: (len(rows), len(columns)), NaN where there is none.
@@ -118,20 +125,26 @@ def heat_map(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], di
     from matplotlib import colormaps
     from matplotlib.colors import Normalize
 
-    reach = max(np.nanmax(np.abs(values)), 0.01)
+    reach = np.nanmax(np.abs(values), initial=0.01)
     scale = Normalize(-reach, reach) if difference else Normalize(0, 1)
-    colours = colormaps["PuOr" if difference else "cividis"](scale(values))
-    with _drawing("", "severity", height=0.55 + 0.245 * len(rows)) as (figure, axes):
-        axes.pcolormesh(np.ma.masked_invalid(values), cmap="PuOr" if difference else "cividis", norm=scale)
+    colours = colormaps["PuOr" if difference else "Blues"](scale(values))
+    with _drawing("severity", height=0.55 + 0.245 * len(rows)) as (figure, axes):
+        axes.pcolormesh(
+            np.ma.masked_invalid(values),
+            cmap="PuOr" if difference else "Blues",
+            norm=scale,
+            edgecolors=_PAPER,
+            linewidth=1,
+        )
         for (i, j), value in np.ndenumerate(values):
             if not np.isnan(value):
                 light = colours[i, j, :3] @ (0.299, 0.587, 0.114) > 0.55
-                text = f"{100 * value:+.1f}" if difference else f"{100 * value:.1f}"
+                text = f"{100 * value:+.1f}".replace("-", "−") if difference else f"{100 * value:.1f}"
                 axes.text(
                     j + 0.5, i + 0.5, text, ha="center", va="center", fontsize=7.5, color="black" if light else "white"
                 )
         axes.set_xticks(np.arange(len(columns)) + 0.5, columns)
-        axes.set_yticks(np.arange(len(rows)) + 0.5, rows)
+        axes.set_yticks(np.arange(len(rows)) + 0.5, [_shortened(name) for name in rows])
         axes.invert_yaxis()
         axes.grid(False)
         axes.spines[:].set_visible(False)
@@ -146,12 +159,18 @@ def scatter(points: np.ndarray, colours: Sequence[str], labels: tuple[str, str])
         colours: One a point.
         labels: Of the axes.
     """
-    with _drawing(labels[1], labels[0], height=3.1) as (figure, axes):
-        axes.scatter(*points.T, c=list(colours), s=7, alpha=0.75, linewidths=0, rasterized=True)
+    with _drawing(*labels, height=3.1) as (figure, axes):
+        axes.scatter(
+            *points.T, c=list(colours), s=np.clip(8000 / len(points), 7, 16), alpha=0.75, linewidths=0, rasterized=True
+        )
         axes.grid(False)
         axes.set(xticks=[], yticks=[])
         axes.set_aspect("equal", adjustable="datalim")
         return _svg(figure)
+
+
+def _shortened(name: str, length: int = 24) -> str:
+    return name if len(name) <= length else f"{name[: length - 1]}…"
 
 
 def _colour(run: int) -> str:
@@ -162,7 +181,7 @@ def _dashes(run: int) -> str | tuple:
     return _DASHES[run // len(_RUNS) % len(_DASHES)]
 
 
-def _thinned(x: np.ndarray, y: np.ndarray, points: int = 400) -> tuple[np.ndarray, np.ndarray]:
+def _thinned(x: np.ndarray, y: np.ndarray, points: int) -> tuple[np.ndarray, np.ndarray]:
     """Keeps what can be seen of a rising curve: points evenly spaced along it, both ends among them."""
     if len(x) <= points:
         return x, y
@@ -172,7 +191,7 @@ def _thinned(x: np.ndarray, y: np.ndarray, points: int = 400) -> tuple[np.ndarra
 
 
 @contextmanager
-def _drawing(y_label: str, x_label: str, height: float = 2.4) -> Iterator[tuple[Figure, Axes]]:
+def _drawing(x_label: str, y_label: str = "", height: float = 2.4) -> Iterator[tuple[Figure, Axes]]:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -209,7 +228,10 @@ def _drawing(y_label: str, x_label: str, height: float = 2.4) -> Iterator[tuple[
 
 
 def _svg(figure: Figure) -> str:
-    """The figure as an element of an HTML page: as wide as its place, without styles or ids that others could meet."""
+    """The figure as an element of an HTML page: as wide as its place, in the page's colours, without own style.
+
+    The ids left in it are those that it refers to.
+    """
     buffer = StringIO()
     figure.savefig(buffer, format="svg", transparent=True)
     text = buffer.getvalue()
@@ -220,8 +242,7 @@ def _svg(figure: Figure) -> str:
         ' xmlns="http://www.w3.org/2000/svg"', ""
     )
     text = re.sub(r'<g id="[^"]*"', "<g", text)
-    own = hashlib.sha256(text.encode()).hexdigest()[:8]
-    text = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{own}-", text)
+    text = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), text)  # a hundredth of a point
     for colour, variable in _VARIABLES.items():
         text = text.replace(colour, f"var({variable})")
     return text

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import count
 from typing import ClassVar
 
 from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
 
 from ssl_gradmix.version import __version__
 
@@ -82,6 +85,7 @@ class Figures:
         title: What they show.
         panels: The pictures.
         note: How to read them.
+        runs: Names of the runs for a key of lines, where one is needed.
         folded: Whether the page shows them on demand only.
         wide: Whether each takes the whole width.
     """
@@ -90,6 +94,7 @@ class Figures:
     title: str
     panels: Sequence[Panel]
     note: str = ""
+    runs: Sequence[str] = ()
     folded: bool = False
     wide: bool = False
 
@@ -108,6 +113,9 @@ class Missing:
     command: str = ""
 
 
+Part = Table | Figures | Missing
+
+
 @dataclass(frozen=True)
 class Section:
     """A chapter of the report.
@@ -119,7 +127,7 @@ class Section:
     """
 
     title: str
-    parts: Sequence[Table | Figures | Missing]
+    parts: Sequence[Part]
     text: str = ""
 
     @property
@@ -137,7 +145,7 @@ def render_html(title: str, runs: Sequence[str], sections: Sequence[Section]) ->
         sections: Its chapters.
     """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    # Figures are markup and pass as they are: `safe` stands there and nowhere else in the page.
+    environment.filters["figure"] = partial(_figure, count())
     return environment.from_string(_PAGE).render(title=title, runs=runs, sections=sections, version=__version__)
 
 
@@ -150,12 +158,18 @@ def render_markdown(title: str, sections: Sequence[Section]) -> str:
             blocks.append(_escaped(section.text))
         for part in section.parts:
             if isinstance(part, Table):
-                blocks += [f"### {_escaped(part.title)}", _markdown_table(part)]
+                blocks += [f"### {_escaped(part.title)}"] if part.title != section.title else []
+                blocks.append(_markdown_table(part))
                 blocks += [_escaped(part.note)] if part.note else []
             elif isinstance(part, Missing):
                 command = f" {_code(part.command)}" if part.command else ""
                 blocks.append(f"*{_escaped(part.text)}*{command}")
     return "\n\n".join(blocks) + "\n"
+
+
+def _figure(numbers: Iterator[int], svg: str) -> Markup:
+    """A figure as markup, the only one that passes as it is. Its ids become its own: figures may have the same."""
+    return Markup(re.sub(r'( id="|url\(#|href="#)', rf"\g<1>f{next(numbers)}-", svg))
 
 
 def _markdown_table(table: Table) -> str:
@@ -189,10 +203,13 @@ _PAGE = """\
 {% macro name(text, run) %}
 {% if run is not none %}{{ swatch(run) }} {% endif %}{{ text }}
 {%- endmacro %}
-{% macro cell(tag, it, scope="") %}
-<{{ tag }}{% if scope %} scope="{{ scope }}"{% endif %}{% if it.best %} class="best"{% endif %}>{{ name(it.text, it.run) }}
+{% macro cell(tag, it, scope="", column=none) %}
+<{{ tag }}{% if scope %} scope="{{ scope }}"{% endif %}{% if it.best %} class="best"{% endif %}>\
+{{ name(it.text, it.run) }}
 {%- if it.detail %} <small>{{ it.detail }}</small>{% endif %}
-{%- if it.bar is not none %}<span class="bar" style="--share: {{ it.bar }}"></span>{% endif %}
+{%- if it.bar is not none %}
+<span class="bar" style="--share: {{ it.bar }}; --of: var(--run-{{ column.run % 6 }})"></span>
+{%- endif %}
 </{{ tag }}>
 {%- endmacro %}
 {% macro table(it) %}
@@ -208,7 +225,7 @@ _PAGE = """\
 <tr>
 {{ cell("th", row[0], "row") }}
 {% for value in row[1:] %}
-{{ cell("td", value) }}
+{{ cell("td", value, column=it.head[loop.index]) }}
 {% endfor %}
 </tr>
 {% endfor %}
@@ -218,6 +235,13 @@ _PAGE = """\
 {% if it.note %}<p class="note">{{ it.note }}</p>{% endif %}
 {% endmacro %}
 {% macro figures(it) %}
+{% if it.runs %}
+<p class="key">
+{% for run in it.runs %}
+<span>{{ name(run, loop.index0) }}</span>
+{% endfor %}
+</p>
+{% endif %}
 <div class="panels{% if it.wide %} wide{% endif %}">
 {% for panel in it.panels %}
 <figure>
@@ -225,7 +249,7 @@ _PAGE = """\
 {% if panel.picture.startswith("data:") %}
 <img src="{{ panel.picture }}" alt="{{ it.title }}: {{ panel.title }}">
 {% else %}
-<div role="img" aria-label="{{ it.title }}: {{ panel.title }}">{{ panel.picture | safe }}</div>
+<div role="img" aria-label="{{ it.title }}: {{ panel.title }}">{{ panel.picture | figure }}</div>
 {% endif %}
 {% if panel.legend %}
 <p class="legend">
@@ -270,9 +294,11 @@ body {
 h1 { margin: 0 0 .5rem; font-size: 2rem; line-height: 1.2; letter-spacing: -.02em; overflow-wrap: anywhere; }
 h2 { margin: 5rem 0 .5rem; font-size: 1.4rem; line-height: 1.3; letter-spacing: -.01em; }
 h3 { margin: 2.5rem 0 .5rem; font-size: 1rem; }
+h2 + h3 { margin-top: 1.25rem; }
 p { max-width: 46rem; margin: .5rem 0 1rem; overflow-wrap: anywhere; }
 code { padding: .15em .4em; border-radius: .3em; background: var(--soft); overflow-wrap: anywhere;
   font: .875em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
+.missing code { display: inline-block; max-width: 100%; overflow-x: auto; vertical-align: bottom; white-space: nowrap; }
 a { color: inherit; text-decoration-color: var(--rule); text-underline-offset: .25em; }
 a:hover { text-decoration-color: currentcolor; }
 nav { display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; font-size: .9rem; }
@@ -287,14 +313,14 @@ table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabul
 th, td { padding: .45rem .75rem; border-bottom: 1px solid var(--rule); text-align: right; vertical-align: top;
   min-width: 5.5rem; max-width: 22rem; overflow-wrap: break-word; }
 th { font-weight: 500; }
-thead th { border-bottom: 2px solid var(--ink); vertical-align: bottom; }
+thead th { border-bottom: 2px solid var(--ink); vertical-align: bottom; text-wrap: balance; }
 th:first-child { text-align: left; min-width: 9rem; }
 td:first-child, th:first-child { padding-left: 0; }
 small { display: block; color: var(--muted); font-size: .8em; font-weight: 400; line-height: 1.4; }
 td small { white-space: nowrap; }
 .best { background: var(--best); font-weight: 650; }
 .bar { display: block; height: 3px; margin-top: .3rem; border-radius: 2px;
-  background: linear-gradient(to right, var(--muted) calc(var(--share) * 100%), var(--rule) 0); }
+  background: linear-gradient(to right, var(--of) calc(var(--share) * 100%), var(--rule) 0); }
 
 .panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 19rem), 1fr)); gap: 2rem 2rem;
   margin: 1rem 0; }
@@ -307,9 +333,11 @@ figure svg * { stroke-linejoin: round; }
 img { max-width: 100%; border-radius: .3rem; background: #fff; }
 .legend { display: flex; flex-wrap: wrap; gap: .1rem .9rem; margin: .35rem 0 0; color: var(--muted);
   font-size: .8rem; }
+.key { display: flex; flex-wrap: wrap; gap: .1rem 1.25rem; max-width: none; font-size: .9rem; }
 .legend i { display: inline-block; width: .65em; height: .65em; margin-right: .35em; border-radius: 50%; }
 details { margin: 1.5rem 0; }
 summary { cursor: pointer; font-weight: 600; }
+@media (max-width: 40rem) { body { padding: 2rem 1rem 4rem; } h2 { margin-top: 3.5rem; } }
 footer { margin-top: 6rem; color: var(--muted); font-size: .875rem; }
 </style>
 </head>
@@ -336,7 +364,7 @@ footer { margin-top: 6rem; color: var(--muted); font-size: .875rem; }
 <details><summary>{{ part.title }}</summary>
 {{ content }}</details>
 {% else %}
-<h3>{{ part.title }}</h3>
+{% if part.title != section.title %}<h3>{{ part.title }}</h3>{% endif %}
 {{ content }}
 {% endif %}
 {% endif %}

@@ -23,12 +23,12 @@ class Results:
 
     Args:
         rows: Its rows.
-        extra: What its file says besides.
+        data: Settings of the data that it read, empty where the file does not say.
         samples: Arrays (N,) by name, as they are in `<task>_samples.safetensors`; empty where there are none.
     """
 
     rows: list[Row]
-    extra: dict[str, Any]
+    data: dict[str, Any]
     samples: dict[str, np.ndarray]
 
 
@@ -68,7 +68,7 @@ def read_runs(paths: Sequence[str]) -> list[Run]:
     names = [path.name for path in resolved]
     for path, where in zip(paths, resolved, strict=True):
         if resolved.count(where) > 1:
-            raise ValueError(f"{path} is given twice")
+            raise ValueError(f"the run {path!r} is given twice")
     runs = [
         _read(path, where.name if names.count(where.name) == 1 else path)
         for path, where in zip(paths, resolved, strict=True)
@@ -88,6 +88,13 @@ def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def plain(value: Any) -> str:
+    """A setting in words."""
+    if isinstance(value, list | tuple):
+        return ", ".join(map(plain, value))
+    return "–" if value is None else str(value)
+
+
 def _read(path: str, name: str) -> Run:
     folder = RunFolder(path)
     if not folder.path.is_dir():
@@ -95,7 +102,7 @@ def _read(path: str, name: str) -> Run:
     is_run = folder.config.exists()
     results = _read_results(folder.path / "eval" if is_run else folder.path)
     if not is_run and not results:
-        raise ValueError(f"{path} is no run (it has no config.yaml) and holds no results of an evaluation")
+        raise ValueError(f"{path!r} is no run (it has no config.yaml) and holds no results of an evaluation")
     pictures = sorted(folder.samples.glob("*.png"))
     return Run(
         path,
@@ -123,7 +130,10 @@ def _read_results(folder: Path) -> dict[str, Results]:
         path = folder / f"{task}.json"
         if path.exists():
             rows, extra = read_rows(path)
-            results[task] = Results(rows, extra, _read_samples(folder / f"{task}_samples.safetensors"))
+            data = extra.get("data")
+            results[task] = Results(
+                rows, data if isinstance(data, dict) else {}, _read_samples(folder / f"{task}_samples.safetensors")
+            )
     return results
 
 

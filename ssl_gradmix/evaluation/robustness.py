@@ -1,8 +1,8 @@
-"""How classifiers of frozen features hold up where test images are corrupted, and the open-set scores with them.
+"""How classifiers of frozen features hold up where test images are corrupted, and open-set scores with them.
 
 Classifiers are fitted on clean training images. Each test image is then corrupted at severities 1 to 5, here or by
-others (CIFAR-10-C, ImageNet-C), and the encoder sees it as any other. Means take every severity of a corruption with
-equal weight, then every corruption; errors are fractions. The 4 extra corruptions are never in a mean over all.
+others (CIFAR-10-C, ImageNet-C), and the encoder sees it as any other. Means give every severity of a corruption equal
+weight, then every corruption; errors are fractions. The 4 extra corruptions are in no mean with the common ones.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,29 +27,30 @@ from ssl_gradmix.data.corruptions import (
     GROUPS,
     SEVERITIES,
     SMALLEST_SIDE,
-    check_request,
     corrupt,
     corrupt_batch,
+    default_preset,
+    frost_source,
 )
 from ssl_gradmix.data.datasets import ImageSet
 from ssl_gradmix.evaluation import scores
+from ssl_gradmix.evaluation.intervals import Interval, accuracy_interval, bootstrap_interval
 from ssl_gradmix.evaluation.knn import knn_predict, used_k
 from ssl_gradmix.evaluation.metrics import (
     ALEXNET_CLEAN_ERROR,
     ALEXNET_ERRORS,
+    auroc,
     mean_corruption_error,
     relative_mce,
 )
 from ssl_gradmix.evaluation.probes import LinearProbe, label_subset
 from ssl_gradmix.evaluation.results import Row, read_rows
 
-TASK = "corruption"
-
 CLASSIFIERS = ("linear", "knn")
-"""Scores of the metric `accuracy`: the linear probe and weighted kNN."""
+"""Scores of the metrics `accuracy` and `clean_accuracy`: the linear probe and weighted kNN."""
 
 OPEN_SET_SCORES = ("knn_distance", "max_logit")
-"""Scores of the metric `auroc`."""
+"""Scores of the metrics `auroc` and `clean_auroc`."""
 
 GROUP_OF: dict[str, str] = {name: group for group, names in {**GROUPS, "extra": EXTRA}.items() for name in names}
 """Group of each corruption: `noise`, `blur`, `weather`, `digital`, or `extra`."""
@@ -56,63 +58,69 @@ GROUP_OF: dict[str, str] = {name: group for group, names in {**GROUPS, "extra": 
 _DECODED_AT_MOST = 4 * 2**30  # bytes
 
 
-def choose_corruptions(names: Sequence[str] | None = None, extra: bool = False, seed: int = 0) -> list[str]:
+def choose_corruptions(names: Sequence[str] | None = None, extra: bool = False) -> list[str]:
     """The corruptions to evaluate, in the benchmark's order.
 
     Args:
         names: Those wanted; None is the 15 common ones.
         extra: Add the 4 extra ones.
-        seed: Of the corruptions, checked here too.
 
     Raises:
-        ValueError: If there is none or an unknown one, `seed` is negative, or one needs a library that is missing.
+        ValueError: If there is none, or one is unknown.
     """
     wanted = {*(COMMON if names is None else names), *(EXTRA if extra else ())}
-    if not wanted:
-        raise ValueError(f"corruptions must name at least one; there are {', '.join(COMMON + EXTRA)}")
-    for name in sorted(wanted):
-        check_request(name, SEVERITIES[0], seed, "cifar")
-        try:
-            corrupt(np.zeros((SMALLEST_SIDE, SMALLEST_SIDE, 3), np.uint8), name, SEVERITIES[0])
-        except ImportError as error:
-            raise ValueError(f"cannot make {name}: {error}") from error
+    unknown = sorted(wanted - GROUP_OF.keys())
+    if unknown or not wanted:
+        problem = f"unknown corruption {unknown[0]!r}" if unknown else "corruptions must name at least one"
+        raise ValueError(f"{problem}; there are {', '.join(COMMON + EXTRA)}")
     return [name for name in COMMON + EXTRA if name in wanted]
 
 
-def choose_images(
-    images: ImageSet, classes: Sequence[int] | None = None, count: int | None = None, seed: int = 0
-) -> np.ndarray:
-    """Numbers of the labelled images to evaluate, ascending.
+def check_can_make(names: Iterable[str]) -> None:
+    """Raises ValueError if one of these corruptions needs a library that is not installed."""
+    for name in names:
+        try:
+            corrupt(np.zeros((SMALLEST_SIDE, SMALLEST_SIDE, 3), np.uint8), name, severity=1)
+        except ImportError as error:
+            raise ValueError(f"cannot make {name}: {error}") from error
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which test images are evaluated.
 
     Args:
-        images: The whole test set.
         classes: Labels to keep; None keeps all.
         count: About how many images, the same share of each class and at least one; None takes all.
-        seed: Of the draw.
-
-    Raises:
-        ValueError: If no image is labelled, none is of these classes, or there are fewer than `count`.
+        seed: Of that draw.
     """
-    labelled = images.labels >= 0
-    if not labelled.any():
-        raise ValueError(f"{images.name} has no labels, this evaluation needs them: a folder has one a class folder")
-    if classes is not None:
-        labelled &= np.isin(images.labels, classes)
-    numbers = np.flatnonzero(labelled)
-    if len(numbers) == 0:
-        raise ValueError(f"{images.name} has no image of the classes {list(classes)}")
-    if count is None:
-        return numbers
-    if not 1 <= count <= len(numbers):
-        raise ValueError(f"images must be 1 to the {len(numbers)} of {images.name}, got {count}")
-    return numbers[label_subset(torch.from_numpy(images.labels[numbers]), count / len(numbers), seed).numpy()]
 
+    classes: Sequence[int] | None = None
+    count: int | None = None
+    seed: int = 0
 
-def decoded(images: ImageSet, size: int) -> ImageSet:
-    """Images in memory at `size`, if that takes no more than 4 GiB: each is corrupted many times. Else as they are."""
-    if len(images) * size * size * 3 > _DECODED_AT_MOST:
-        return images
-    return replace(images, images=images.pixels(size).permute(0, 2, 3, 1).contiguous().numpy())
+    def numbers(self, images: ImageSet) -> np.ndarray:
+        """Numbers of the selected images in a whole test set, ascending; unlabelled ones are never selected.
+
+        Raises:
+            ValueError: If no image is labelled, none is of these classes, or there are fewer than `count`.
+        """
+        kept = images.labels >= 0
+        if not kept.any():
+            raise ValueError(
+                f"{images.name} has no labels, this evaluation needs them: a folder has one a class folder"
+            )
+        if self.classes is not None:
+            kept &= np.isin(images.labels, self.classes)
+        numbers = np.flatnonzero(kept)
+        if len(numbers) == 0:
+            raise ValueError(f"{images.name} has no image of the classes {list(self.classes)}")
+        if self.count is None:
+            return numbers
+        if not 1 <= self.count <= len(numbers):
+            raise ValueError(f"images must be 1 to the {len(numbers)} of {images.name}, got {self.count}")
+        labels = torch.from_numpy(images.labels[numbers])
+        return numbers[label_subset(labels, self.count / len(numbers), self.seed).numpy()]
 
 
 @dataclass(eq=False)
@@ -167,45 +175,96 @@ class CorruptedImages:
         return torch.from_numpy(corrupted).permute(0, 3, 1, 2).contiguous()
 
 
+class Generated:
+    """A corrupted set made on the fly.
+
+    Args:
+        test: All clean test images.
+        selection: Which of them.
+        size: Side of the encoder's images in pixels, at which they are corrupted.
+        preset: As in `corruptions.corrupt`; None takes `corruptions.default_preset(size)`.
+        seed: As in `corruptions.corrupt`.
+        workers: Processes that share the work.
+    """
+
+    def __init__(
+        self,
+        test: ImageSet,
+        selection: Selection,
+        size: int,
+        preset: str | None = None,
+        seed: int = 0,
+        workers: int = 1,
+    ) -> None:
+        self.numbers = selection.numbers(test)
+        self.clean = _decoded(test.subset(self.numbers), size)
+        self.preset, self.seed, self.workers = preset or default_preset(size), seed, workers
+
+    def read(self, name: str, severity: int) -> CorruptedImages:
+        """The selected images with one corruption at one severity."""
+        return CorruptedImages(self.clean, self.numbers, name, severity, self.preset, self.seed, self.workers)
+
+    def origin(self) -> dict[str, object]:
+        """What results say of it."""
+        return {"source": "generated", "preset": self.preset, "seed": self.seed, "frost_source": frost_source()}
+
+    def fingerprint(self) -> None:
+        """None: images are fingerprinted clean, and `origin` says the rest."""
+
+
 class Published:
     """A corrupted set on disk: CIFAR-10-C's arrays, as `make_c` writes them too, or ImageNet-C's folders.
 
     Args:
         root: Its folder.
-        clean: All clean test images. Folders are matched to its classes by name, the labels of arrays by number.
+        test: All clean test images. Folders are matched to its classes by name, the labels of arrays by number.
+        selection: Which images, as many of each class. In a set of another order than `test` they are other images.
 
     Raises:
         FileNotFoundError: If there is no such folder.
-        ValueError: If its meta.json is damaged.
     """
 
-    def __init__(self, root: str | Path, clean: ImageSet) -> None:
-        self.root, self.clean = Path(root).expanduser(), clean
+    def __init__(self, root: str | Path, test: ImageSet, selection: Selection) -> None:
+        self.root, self.test, self.selection = Path(root).expanduser(), test, selection
         if not self.root.is_dir():
             raise FileNotFoundError(f"no folder {str(root)!r} of published corruptions")
-        self.origin = {"source": "published", **self._meta()}
-        """What results say of it, with preset, seed and frost textures where `make_c` wrote a meta.json."""
 
     def read(self, name: str, severity: int) -> ImageSet:
-        """Reads the images of all classes at one severity, in the order of the disk.
+        """Reads the selected images with one corruption at one severity.
 
         Raises:
             FileNotFoundError: If something is missing.
-            ValueError: If something is damaged or pickled, or there are not as many images of each class as in `clean`.
+            ValueError: If something is damaged or pickled, or there are not as many images of each class as in `test`.
         """
         if any(self.root.glob("*.npy")):
             images, labels = read_cifar_c(self.root, name, severity)
         else:
             images, labels, folders = read_imagenet_c(self.root, name, severity)
-            labels = self._numbers_of(folders)[labels]
-        theirs, ours = Counter(labels.tolist()), Counter(self.clean.labels[self.clean.labels >= 0].tolist())
+            labels = self._labels_of(folders)[labels]
+        theirs, ours = Counter(labels.tolist()), Counter(self.test.labels[self.test.labels >= 0].tolist())
         if theirs != ours:
             label = min(label for label in theirs | ours if theirs[label] != ours[label])
             raise ValueError(
-                f"the labels of {name} in {self.root} do not fit {self.clean.name}: there are {theirs[label]} images of "
-                f"class {label}, not {ours[label]}; give the data set that it was made from as --data"
+                f"the labels of {name} in {self.root} do not fit {self.test.name}: it has {theirs[label]} images of "
+                f"class {label}, not {ours[label]}; --data must be what it was made from"
             )
-        return ImageSet(images, labels, self.clean.classes, self.clean.name)
+        whole = ImageSet(images, labels, self.test.classes, self.test.name)
+        return whole.subset(self.selection.numbers(whole))
+
+    def origin(self) -> dict[str, object]:
+        """What results say of it; preset, seed and frost textures where `make_c` wrote a meta.json.
+
+        Raises:
+            ValueError: If that file is damaged.
+        """
+        path = self.root / "meta.json"
+        if not path.exists():
+            return {"source": "published"}
+        try:
+            meta = json.loads(path.read_text(encoding="utf-8"))
+            return {"source": "published", **{key: meta[key] for key in ("preset", "seed", "frost_source")}}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged, or not by make_c: {error!r}") from error
 
     def fingerprint(self) -> str:
         """Changes with the arrays' sizes and times, or with what the folders of severities list."""
@@ -215,37 +274,38 @@ class Published:
             digest.update(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}\n".encode())
         return digest.hexdigest()[:32]
 
-    def _meta(self) -> dict[str, object]:
-        path = self.root / "meta.json"
-        if not path.exists():
-            return {}
-        try:
-            meta = json.loads(path.read_text(encoding="utf-8"))
-            return {key: meta[key] for key in ("preset", "seed", "frost_source")}
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is damaged, or not by make_c: {error!r}") from error
-
-    def _numbers_of(self, folders: Sequence[str]) -> np.ndarray:
-        numbers = {name: number for number, name in enumerate(self.clean.classes)}
-        strange = [name for name in folders if name not in numbers]
+    def _labels_of(self, folders: Sequence[str]) -> np.ndarray:
+        labels = {name: label for label, name in enumerate(self.test.classes)}
+        strange = [name for name in folders if name not in labels]
         if strange:
             raise ValueError(
-                f"{self.root} has classes that {self.clean.name} has not, such as {strange[0]!r}: give the data set that "
-                "it was made from as --data"
+                f"{self.root} has a class {strange[0]!r}, which {self.test.name} has not: --data must be what it was "
+                "made from"
             )
-        return np.array([numbers[name] for name in folders])
+        return np.array([labels[name] for name in folders])
+
+
+class Measurement(NamedTuple):
+    """A number about some images, in the terms of `results.Row`."""
+
+    score: str
+    metric: str
+    interval: Interval
+    n: int
+    params: dict[str, float | None]
 
 
 @dataclass(eq=False)
 class Classifiers:
-    """A linear probe and weighted kNN on clean training features: scores `linear` and `knn`.
+    """A linear probe and weighted kNN on clean training features, and the open-set scores that go with them.
 
     Args:
         probe: The linear probe.
-        features: (N, D) that kNN looks among, those that the probe was trained on.
+        features: (N, D), what it was trained on, and kNN looks among.
         labels: (N,).
         k: Neighbours of kNN.
         temperature: Of kNN.
+        open_set: Whether images of classes that are none of `labels` are to be told from the others.
     """
 
     probe: LinearProbe
@@ -253,28 +313,41 @@ class Classifiers:
     labels: Tensor
     k: int = 20
     temperature: float = 0.07
+    open_set: bool = False
 
-    def params(self) -> dict[str, dict[str, float | None]]:
-        """What results depend on, by score."""
-        used = scores.parameters_used(self.features, self.labels)
-        return {
-            "linear": {"learning_rate": self.probe.learning_rate},
-            "knn": {"k": used_k(self.k, self.features), "temperature": self.temperature},
-            "knn_distance": used["knn_distance"],
-            "max_logit": {"learning_rate": self.probe.learning_rate},
-        }
+    def measure(self, features: Tensor, labels: Tensor) -> list[Measurement]:
+        """How the classifiers do on images.
 
-    def correct(self, features: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Whether each guess is right, boolean (M,) by score, for features (M, D) and their labels (M,)."""
-        nearest = knn_predict(features, self.features, self.labels, self.k, self.temperature)
-        return {"linear": self.probe.accuracy(features, labels).top1, "knn": nearest == labels}
+        Args:
+            features: (M, D) of the images.
+            labels: (M,), their classes. With `open_set` some must be of the training classes and some not, else all of
+                them must.
 
-    def known_scores(self, features: Tensor) -> dict[str, np.ndarray]:
-        """How known features (M, D) look, float64 (M,) by score, larger = more known."""
-        return {
-            "knn_distance": scores.knn_distance(self.features, self.labels, features),
-            "max_logit": scores.max_logit(self.probe.logits(features)),
-        }
+        Returns:
+            `accuracy` of each of `CLASSIFIERS` on images of the training classes, with Wilson 95% interval; with
+            `open_set` also `auroc` of each of `OPEN_SET_SCORES`, with bootstrap 95% interval.
+
+        Raises:
+            ValueError: If labels are not as above.
+        """
+        rate = {"learning_rate": self.probe.learning_rate}
+        known = torch.isin(labels, self.probe.classes) if self.open_set else torch.ones_like(labels, dtype=torch.bool)
+        asked, wanted = features[known], labels[known]
+        linear = self.probe.accuracy(asked, wanted).top1
+        nearest = knn_predict(asked, self.features, self.labels, self.k, self.temperature)
+        votes = {"k": used_k(self.k, self.features), "temperature": self.temperature}
+        measured = [
+            Measurement("linear", "accuracy", accuracy_interval(linear), len(wanted), rate),
+            Measurement("knn", "accuracy", accuracy_interval(nearest == wanted), len(wanted), votes),
+        ]
+        if self.open_set:
+            distance = scores.knn_distance(self.features, self.labels, features)
+            neighbour = scores.parameters_used(self.features, self.labels)["knn_distance"]
+            logit = scores.max_logit(self.probe.logits(features))
+            for score, values, params in (("knn_distance", distance, neighbour), ("max_logit", logit, rate)):
+                interval = bootstrap_interval(auroc, values, known, strata=known)
+                measured.append(Measurement(score, "auroc", interval, len(labels), params))
+        return measured
 
 
 @dataclass(frozen=True)
@@ -293,27 +366,33 @@ class Baseline:
 
 
 ALEXNET = Baseline(
-    "alexnet",
-    {score: ALEXNET_ERRORS for score in CLASSIFIERS},
-    {score: ALEXNET_CLEAN_ERROR for score in CLASSIFIERS},
+    "alexnet", dict.fromkeys(CLASSIFIERS, ALEXNET_ERRORS), dict.fromkeys(CLASSIFIERS, ALEXNET_CLEAN_ERROR)
 )
-"""AlexNet's errors on ImageNet-C, as the benchmark's authors normalise by; for ImageNet alone."""
+"""AlexNet's errors on ImageNet-C, by which the benchmark's authors normalise."""
 
 
-def read_baseline(where: str | Path, names: Iterable[str], images: Mapping[str, object]) -> Baseline:
-    """Reads the errors of another run.
+def read_baseline(where: str, names: Iterable[str], images: Mapping[str, object]) -> Baseline:
+    """Reads the errors of another run, or gives AlexNet's.
 
     Args:
-        where: Its folder, or its `corruption.json`.
-        names: The common corruptions that it must have.
-        images: What that file must say of the images, for the errors to be comparable.
+        where: A run's folder, its `corruption.json`, or `alexnet`, which is for ImageNet's 1000 classes alone.
+        names: The corruptions that it must have; extra ones are passed over.
+        images: What is evaluated: the file must say the same under `images`, for its errors to be comparable. For
+            AlexNet `n_classes` and `preset` count.
 
     Raises:
-        FileNotFoundError: If it has no results.
+        FileNotFoundError: If the run has no results.
         ValueError: If these are no results of corruptions, lack a corruption, or are of other images.
     """
-    where = Path(where).expanduser()
-    places = (where / "eval" / f"{TASK}.json", where / f"{TASK}.json", where)
+    if where == "alexnet":
+        if images["n_classes"] != 1000 or images["preset"] not in ("imagenet", None):
+            raise ValueError(
+                "baseline alexnet is for ImageNet's 1000 classes and the preset imagenet, "
+                f"got {images['n_classes']} classes and {images['preset']}: give another run as baseline"
+            )
+        return ALEXNET
+    folder = Path(where).expanduser()
+    places = (folder / "eval" / "corruption.json", folder / "corruption.json", folder)
     path = next((place for place in places if place.is_file()), None)
     if path is None:
         raise FileNotFoundError(f"the baseline has no {str(places[0])!r}: run eval/corruption.py on it first")
@@ -323,19 +402,14 @@ def read_baseline(where: str | Path, names: Iterable[str], images: Mapping[str, 
     if differing:
         raise ValueError(f"the baseline {path} is of other images: {'; '.join(differing)}")
     errors = {score: errors_by_corruption(rows, score) for score in CLASSIFIERS}
-    missing = [name for name in names if any(name not in errors[score] for score in CLASSIFIERS)]
+    missing = [name for name in names if name in COMMON and any(name not in errors[score] for score in CLASSIFIERS)]
     if missing:
         raise ValueError(f"the baseline {path} lacks {', '.join(missing)}: evaluate them there too, or not here")
     return Baseline(rows[0].encoder, errors, {score: 1 - clean_value(rows, score, "accuracy") for score in CLASSIFIERS})
 
 
-def errors_by_corruption(rows: Sequence[Row], score: str) -> dict[str, list[float]]:
-    """Errors in [0, 1] of one score by corruption, mildest first."""
-    return {name: [1 - value for value in values] for name, values in by_corruption(rows, score, "accuracy").items()}
-
-
-def by_corruption(rows: Sequence[Row], score: str, metric: str) -> dict[str, list[float]]:
-    """Values of one score and metric by corruption, mildest first, in the benchmark's order."""
+def by_corruption(rows: Iterable[Row], score: str, metric: str) -> dict[str, list[float]]:
+    """Values of one score and metric by corruption, in the benchmark's order, mildest first."""
     found = {
         (row.params["corruption"], row.params["severity"]): row.value
         for row in rows
@@ -348,35 +422,39 @@ def by_corruption(rows: Sequence[Row], score: str, metric: str) -> dict[str, lis
     }
 
 
-def clean_value(rows: Sequence[Row], score: str, metric: str) -> float:
-    """Value of `clean_<metric>` of one score."""
+def errors_by_corruption(rows: Iterable[Row], score: str) -> dict[str, list[float]]:
+    """Errors in [0, 1] of one classifier by corruption, mildest first."""
+    return {name: [1 - value for value in values] for name, values in by_corruption(rows, score, "accuracy").items()}
+
+
+def clean_value(rows: Iterable[Row], score: str, metric: str) -> float:
+    """Value of one score and metric on clean images."""
     return next(row.value for row in rows if (row.score, row.metric) == (score, f"clean_{metric}"))
 
 
 def summarise(rows: Sequence[Row], baseline: Baseline | None = None) -> tuple[list[Row], list[str]]:
-    """Means over corruptions, from the rows of each corruption and severity and of clean images.
+    """Means over corruptions.
 
     Args:
-        rows: Of metrics `accuracy` and `clean_accuracy`, and `auroc` and `clean_auroc` where unknown classes were
-            evaluated too.
+        rows: Of each corruption at each severity (`accuracy`, and `auroc` where unknown classes were evaluated too),
+            and of clean images (`clean_accuracy`).
         baseline: What to divide errors by.
 
     Returns:
-        Rows of the metrics `mean_corruption_error` (common corruptions, not normalised; the usual number for CIFAR),
-        `group_corruption_error` (of each group, the extra ones too, `params["group"]`), `mce` and `relative_mce` (as
-        ratios to the baseline; papers print 100 times that) and `mean_corruption_auroc`. `params["corruptions"]` counts
-        those in a mean. Second, remarks: why a ratio could not be had.
+        Rows of these metrics, and remarks why a ratio cannot be had. `params["corruptions"]` counts those in a mean.
+
+        - `mean_corruption_error`: of the common corruptions, not normalised; what is usual for CIFAR.
+        - `group_corruption_error`: of those of `params["group"]`, which may be `extra`.
+        - `mce`, `relative_mce`: of the common corruptions, as ratios to the baseline; papers print 100 times that.
+        - `mean_corruption_auroc`: of the common corruptions.
     """
     summary, remarks = [], []
-    like = next(row for row in rows if row.metric == "accuracy")
-    origin = {key: like.params[key] for key in like.params if key in ("source", "preset", "seed", "frost_source")}
 
     def add(score: str, metric: str, value: float, corruptions: int, **params: object) -> None:
-        n = next(row.n for row in rows if row.score == score)
-        params = {"corruptions": corruptions, **params, **origin}
-        summary.append(
-            replace(like, score=score, metric=metric, value=value, ci_low=None, ci_high=None, n=n, params=params)
-        )
+        like = next(row for row in rows if row.score == score and "corruption" in row.params)
+        shared = {key: value for key, value in like.params.items() if key not in ("corruption", "severity", "group")}
+        params = {"corruptions": corruptions, **params, **shared}
+        summary.append(replace(like, metric=metric, value=value, ci_low=None, ci_high=None, params=params))
 
     for score in CLASSIFIERS:
         errors = errors_by_corruption(rows, score)
@@ -398,42 +476,49 @@ def summarise(rows: Sequence[Row], baseline: Baseline | None = None) -> tuple[li
                 add(score, metric, ratio(), len(common), baseline=baseline.name)
             except ValueError as error:
                 remarks.append(f"no {metric} of {score} against {baseline.name}: {error}")
+
     for score in OPEN_SET_SCORES:
-        aurocs = {name: v for name, v in by_corruption(rows, score, "auroc").items() if name in COMMON}
-        if aurocs:
-            value = float(np.mean([np.mean(values) for values in aurocs.values()]))
-            add(score, "mean_corruption_auroc", value, len(aurocs))
+        values = [values for name, values in by_corruption(rows, score, "auroc").items() if name in COMMON]
+        if values:
+            add(score, "mean_corruption_auroc", float(np.mean(values)), len(values))
     return summary, remarks
 
 
 def severity_table(rows: Sequence[Row], score: str, metric: str) -> str:
-    """Lays out values of one score for a terminal, in %: a line a corruption, a column a severity, and their mean."""
+    """Lays out one score and metric for a terminal, in %: a line a corruption, a column a severity, and the mean."""
     table = by_corruption(rows, score, metric)
-    width = max(map(len, (*table, "corruption"))) + 2
-    lines = [f"{'severity':{width}}" + "".join(f"{severity:>7}" for severity in SEVERITIES) + f"{'mean':>8}"]
-    lines.append(f"{'(none)':{width}}" + " " * 7 * len(SEVERITIES) + f"{clean_value(rows, score, metric):8.1%}")
-    group = None
+    width = max(map(len, (*table, "clean images"))) + 2
+    lines = [
+        f"{'severity':{width}}{''.join(f'{severity:>7}' for severity in SEVERITIES)}{'mean':>8}",
+        f"{'clean images':{width}}{'':{7 * len(SEVERITIES)}}{100 * clean_value(rows, score, metric):8.1f}",
+    ]
     for name, values in table.items():
-        if GROUP_OF[name] != group:
-            group = GROUP_OF[name]
-            lines.append(group)
-        lines.append(f"  {name:{width - 2}}" + "".join(f"{v:7.1%}" for v in values) + f"{np.mean(values):8.1%}")
+        lines.append(f"{name:{width}}{''.join(f'{100 * value:7.1f}' for value in values)}{100 * np.mean(values):8.1f}")
     return "\n".join(lines)
 
 
 def summary_table(summary: Sequence[Row]) -> str:
-    """Lays out what `summarise` gives for a terminal: a line a number, a column a score."""
-    columns = list(dict.fromkeys(row.score for row in summary))
-    cells: dict[str, dict[str, str]] = {}
+    """Lays out what `summarise` gives for a terminal: a line a mean, a column a score."""
+    lines: dict[str, dict[str, float]] = {}
     for row in summary:
-        what = f"{row.metric.replace('_', ' ')}, {row.params['corruptions']} corruptions"
-        if "group" in row.params:
-            what = f"  {row.params['group']} ({row.params['corruptions']})"
+        what = row.metric.replace("_", " ")
         if "baseline" in row.params:
-            what += f", against {row.params['baseline']}"
-        cells.setdefault(what, {})[row.score] = f"{row.value:.4f}"
-    width = max(map(len, cells)) + 2
-    lines = [" " * width + "".join(f"{score:>14}" for score in columns)]
-    lines += [f"{what:{width}}" + "".join(f"{line.get(s, ''):>14}" for s in columns) for what, line in cells.items()]
-    return "\n".join(line.rstrip() for line in lines)
+            what += f" against {row.params['baseline']}"
+        if "group" in row.params:
+            what = f"  {row.params['group']}"
+        lines.setdefault(f"{what} ({row.params['corruptions']})", {})[row.score] = row.value
+    columns = list(dict.fromkeys(row.score for row in summary))
+    width = max(map(len, lines))
+    head = " " * width + "".join(f"  {score:>12}" for score in columns)
+    body = [
+        f"{what:{width}}" + "".join(f"  {f'{line[score]:.4f}' if score in line else '':>12}" for score in columns)
+        for what, line in lines.items()
+    ]
+    return "\n".join(line.rstrip() for line in (head, *body))
 
+
+def _decoded(images: ImageSet, size: int) -> ImageSet:
+    """Images in memory at `size`, as each is corrupted many times, unless that takes too much of it."""
+    if len(images) * size * size * 3 > _DECODED_AT_MOST:
+        return images
+    return replace(images, images=images.pixels(size).permute(0, 2, 3, 1).contiguous().numpy())

@@ -20,8 +20,6 @@ from ssl_gradmix.version import __version__
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from ssl_gradmix.evaluation.intervals import Interval
-
 
 @dataclass(eq=False)
 class Evaluation:
@@ -50,13 +48,13 @@ class Evaluation:
         known = known_classes(data, images.classes)
         return images if known is None else images.only(known)
 
-    def load_labelled(self, split: str) -> ImageSet:
+    def load_labelled(self, split: str, data: Data | None = None) -> ImageSet:
         """As `load`, without unlabelled images.
 
         Raises:
             ValueError: If no image is labelled.
         """
-        images = self.load(split)
+        images = self.load(split, data)
         labelled = images.subset(images.labels >= 0)
         if len(labelled) == 0:
             raise ValueError(
@@ -72,11 +70,20 @@ class Evaluation:
         return features.to(self.accelerator.device), labels.to(self.accelerator.device)
 
     def row(
-        self, task: str, images: ImageSet, score: str, metric: str, interval: Interval, n: int, **params: object
+        self,
+        task: str,
+        images: ImageSet,
+        score: str,
+        metric: str,
+        interval: tuple[float, float | None, float | None],
+        n: int,
+        *,
+        trial: int | None = None,
+        **params: object,
     ) -> Row:
-        """A result of frozen backbone features on these images."""
+        """A result of frozen backbone features on these images, with value and ends of its interval."""
         dataset, _, split = images.name.rpartition("/")
-        return Row(task, dataset, split, None, self.encoder.name, "backbone", score, metric, *interval, n, params)
+        return Row(task, dataset, split, trial, self.encoder.name, "backbone", score, metric, *interval, n, params)
 
     def describe(self) -> dict:
         """What a results file says of its origin beside the rows."""

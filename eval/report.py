@@ -1,0 +1,46 @@
+"""Compares runs in one page: accuracies, open-set recognition, robustness, what was set differently.
+
+Reads what the evaluations left in the run folders, and writes report.html, which opens without network, and report.md.
+
+    python eval/report.py runs/a runs/b
+    python eval/report.py runs/a runs/b results/resnet18 --out report --map tsne
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Literal
+
+from jsonargparse import ArgumentParser
+
+from ssl_gradmix import command_line
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = ArgumentParser(
+        description=__doc__,
+        usage="%(prog)s RUN [RUN ...] [options]",
+        formatter_class=command_line.Formatter,
+        exit_on_error=False,
+    )
+    parser.add_argument(
+        "runs", type=str, nargs="+", help="Run folders, or folders of results; differences are to the first."
+    )
+    parser.add_argument("--out", type=str, default="report", help="Folder to write to.")
+    parser.add_argument(
+        "--map",
+        type=Literal["pca", "tsne", "none"],
+        default="pca",
+        help="How test features are laid out in the plane; none leaves the map out, and needs no images.",
+    )
+    settings = parser.parse_args(argv)
+
+    from ssl_gradmix.evaluation.report import write_report
+
+    for path in write_report(settings.runs, settings.out, settings.map):
+        print(path)
+
+
+if __name__ == "__main__":
+    sys.exit(command_line.run(main))
