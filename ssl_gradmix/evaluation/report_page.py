@@ -313,7 +313,7 @@ table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabul
 th, td { padding: .45rem .75rem; border-bottom: 1px solid var(--rule); text-align: right; vertical-align: top;
   min-width: 5.5rem; max-width: 22rem; overflow-wrap: break-word; }
 th { font-weight: 500; }
-thead th { border-bottom: 2px solid var(--ink); vertical-align: bottom; text-wrap: balance; }
+thead th { min-width: 6.75rem; border-bottom: 2px solid var(--ink); vertical-align: bottom; text-wrap: balance; }
 th:first-child { text-align: left; min-width: 9rem; }
 td:first-child, th:first-child { padding-left: 0; }
 small { display: block; color: var(--muted); font-size: .8em; font-weight: 400; line-height: 1.4; }

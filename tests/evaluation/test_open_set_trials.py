@@ -73,7 +73,12 @@ def test_unknown_classes_of_cifar_plus_n_are_of_cifar100():
 @pytest.mark.parametrize(
     ("data", "classes", "asked", "message"),
     [
-        (Data("stl10"), TEN, {"protocol": "cifar10"}, "split does not fit: stl10 does not number its classes as cifar10"),
+        (
+            Data("stl10"),
+            TEN,
+            {"protocol": "cifar10"},
+            "split does not fit: stl10 does not number its classes as cifar10",
+        ),
         (Data("folder"), TEN[:7], {"protocol": "cifar10"}, "cifar10 is for 10 classes, the data set has 7"),
         (Data("folder"), TEN, {"protocol": "tinyimagenet"}, "tinyimagenet is for 200 classes, the data set has 10"),
         (Data("mnist"), TEN, {"n_known": 3}, "n_known is for the protocol random, got 3 with mnist"),
@@ -88,7 +93,7 @@ def test_unknown_classes_of_cifar_plus_n_are_of_cifar100():
         (Data("folder", classes=list(TEN)), TEN, {}, "10 known and 0 unknown"),
         (Data("folder", classes=["a", "z"]), TEN, {}, "data.classes has 'z'"),
         (Data("folder", classes=["a", "b"]), TEN, {"numbers": [1]}, "trials and n_known need a protocol"),
-        (Data(open_set="random:6"), TEN, {}, "data.open_set must be like|no open-set trials"),
+        (Data(open_set="random:6"), TEN, {}, "dataset 'random' has no open-set trials"),
         (Data(open_set="tinyimagenet:0"), TEN, {}, "has label 197, but the data set has 10 classes"),
     ],
 )
@@ -132,16 +137,23 @@ def test_a_run_of_all_classes_has_known_ones_only_where_all_are_known():
 
 
 def test_folders_go_by_their_name(tmp_path):
-    data, of_run = Data("folder", str(tmp_path / "a" / "pets")), {"name": "folder", "root": str(tmp_path / "b" / "pets")}
+    data, of_run = (
+        Data("folder", str(tmp_path / "a" / "pets")),
+        {"name": "folder", "root": str(tmp_path / "b" / "pets")},
+    )
     assert pretraining({"data": of_run}, data, TEN, [0, 1], [2]) == ALL_CLASSES
     assert pretraining({"data": of_run | {"root": "birds"}}, data, TEN, [0, 1], [2]) == "other data (folder:birds)"
 
 
-@pytest.mark.parametrize("choice", [{"open_set": "cifar10:2"}, {"classes": [0, 6, 4]}, {"classes": [0, 6, 4, 9, 1, 7, 2]}])
+@pytest.mark.parametrize(
+    "choice", [{"open_set": "cifar10:2"}, {"classes": [0, 6, 4]}, {"classes": [0, 6, 4, 9, 1, 7, 2]}]
+)
 def test_a_run_of_other_known_classes_is_refused(choice):
     _, trials = choose_trials(Data("cifar10"), TEN, "cifar10", [0])
     config = {"data": {"name": "cifar10", "root": "data", **choice}}
-    with pytest.raises(ValueError, match=r"was pretrained on the classes \[.*\] alone, but known are \[0, 1, 4, 6, 7, 9\]"):
+    with pytest.raises(
+        ValueError, match=r"was pretrained on the classes \[.*\] alone, but known are \[0, 1, 4, 6, 7, 9\]"
+    ):
         pretraining(config, Data("cifar10"), TEN, trials[0].known, trials[0].unknown)
 
 
@@ -250,25 +262,28 @@ def test_fingerprint_of_files_survives_a_move_but_no_edit(tmp_path):
     assert fingerprint(tmp_path / "two" / "copy") != first
 
 
-def test_unknown_images_of_folders(tmp_path):
-    write_images(tmp_path / "flat", ["."], count=3) if (tmp_path / "flat").mkdir() else write_images(
-        tmp_path, ["flat/inner"], count=3
-    )
+def test_unknown_images_are_all_of_a_folder_without_test_split(tmp_path):
+    write_images(tmp_path, ["flat"], count=3)
+    flat = load_unknown(Data("folder", str(tmp_path / "flat")))
+    assert (len(flat), flat.name, set(flat.labels)) == (3, "folder:flat/all", {-1})
+
     write_images(tmp_path / "classes", "abc", count=5)
+    everything = load_unknown(Data("folder", str(tmp_path / "classes")))
+    assert everything.name == "folder:classes/all"
+    assert sorted(everything.images) == sorted((tmp_path / "classes").rglob("*.png"))
+    for path, label in zip(everything.images, everything.labels, strict=True):
+        assert path.parent.name == "abc"[label]
+    assert len(load_unknown(Data("folder", str(tmp_path / "classes"), classes=["b"]))) == 5
+
+
+def test_unknown_images_are_test_images_where_there_are_such(tmp_path):
     write_images(tmp_path / "split" / "train", "ab", count=4)
     write_images(tmp_path / "split" / "test", "ab", count=3)
-
-    everything = load_unknown(Data("folder", str(tmp_path / "classes")))
-    assert (len(everything), everything.name) == (15, "folder:classes/all")
-    assert np.bincount(everything.labels).tolist() == [5, 5, 5]
-    assert sorted(everything.images) == sorted((tmp_path / "classes").rglob("*.png"))
-    assert len({(path.parent.name == "abc"[label]) for path, label in zip(everything.images, everything.labels, strict=True)}) == 1
-    assert len(load_unknown(Data("folder", str(tmp_path / "classes"), classes=["b"]))) == 5
     held_out = load_unknown(Data("folder", str(tmp_path / "split")))
     assert (len(held_out), held_out.name) == (6, "folder:split/test")
+    assert load_unknown(Data()).labels.tolist() == load(Data(), "test").labels.tolist()
     with pytest.raises(ValueError, match="unknown: data.root '.*nowhere' is not a folder"):
         load_unknown(Data("folder", str(tmp_path / "nowhere")))
-    assert len(load_unknown(Data())) == len(load(Data(), "test"))
 
 
 def test_groups_of_other_sets(tmp_path):
@@ -303,7 +318,7 @@ def test_other_sets_that_make_no_sense_are_refused(data, others, message):
 
 
 def test_cifar100_must_be_told_and_have_its_classes(tmp_path):
-    with pytest.raises(ValueError, match="say where it is, as in? --unknown.name cifar100|say where it is"):
+    with pytest.raises(ValueError, match="say where it is, as --unknown.name cifar100"):
         load_cifar100(Data("folder"), None)
     with pytest.raises(ValueError, match="digits/test has 10 classes, and CIFAR-100"):
         load_cifar100(Data("folder"), [Data()])

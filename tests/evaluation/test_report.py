@@ -339,6 +339,20 @@ def test_corruption_means_and_heat_maps(runs):
     assert "gaussian noise shot noise impulse noise" in texts[0]
 
 
+def test_severity_curves_begin_at_clean_images_and_leave_extra_corruptions_out(runs):
+    rows = add_corruption(runs[0], names=("fog", "snow", "saturate"))
+    page, _ = report(runs[0])
+    svg = page.text[page.text.index("Accuracy of the linear probe</figcaption>") :]
+    (drawn,) = paths(svg[: svg.index("</svg>")], "var(--run-0)")
+    means = [
+        np.mean([find(rows, "linear", "accuracy", corruption=name, severity=s).value for name in ("fog", "snow")])
+        for s in range(1, 6)
+    ]
+    slope, intercept = np.polyfit(drawn[:, 1], [0.9, *means], 1)
+    assert slope < 0
+    np.testing.assert_allclose(slope * drawn[:, 1] + intercept, [0.9, *means], atol=1e-3)
+
+
 def test_corruptions_of_other_images_are_not_subtracted(runs):
     add_corruption(runs[0])
     add_corruption(runs[1], n=100)
@@ -666,7 +680,12 @@ def test_heat_map_without_values_and_histogram_of_constants():
     svg = figures.heat_map(np.array([[np.nan, 0.5]]), ["fog $x$ <b>"], ["1", "2"], difference=True)
     assert re.findall(r">([^<>]*)</text>", svg) == ["1", "2", "severity", "fog $x$ &lt;b&gt;", "+50.0"]
     assert figures.heat_map(np.array([[np.nan]]), ["fog"], ["1"], difference=True).startswith("<svg")
-    assert figures.histogram(np.ones(5), np.ones(3), 0, threshold=1.0).startswith("<svg")
+    svg = figures.histogram(np.ones(5), np.ones(3), 0, threshold=1.0)
+    ((x, y),) = (
+        np.array(re.findall(r"[ML] ([\d.]+) ([\d.]+)", path), float).T
+        for path in re.findall(r'<path d="([^"]*)"[^>]*style="fill: var\(--run-0\)', svg)
+    )
+    assert abs(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1))) / 2 > 50  # square points: all in one bin
 
 
 # The map of features
