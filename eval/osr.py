@@ -6,7 +6,8 @@ classes, over several trials; or those of other data sets, which is out-of-distr
     python eval/osr.py runs/x
     python eval/osr.py runs/x --protocol random --n_known 6 --trials '[0, 1, 2]'
     python eval/osr.py runs/x --protocol cifar+10 --unknown.name cifar100 --unknown.root data
-    python eval/osr.py runs/x --unknown.name svhn --unknown.root data --unknown+.name folder --unknown.root textures
+    python eval/osr.py runs/x --unknown.name svhn --unknown.root data
+    python eval/osr.py runs/x --unknown '[{name: svhn, root: data}, {name: folder, root: textures}]'
     python eval/osr.py runs/x --compare runs/y
 """
 
@@ -24,7 +25,7 @@ from ssl_gradmix.settings import Data
 
 if TYPE_CHECKING:
     from ssl_gradmix.data.datasets import ImageSet
-    from ssl_gradmix.evaluation.open_set_recognition import Samples
+    from ssl_gradmix.evaluation.open_set_samples import Samples
     from ssl_gradmix.evaluation.open_set_trials import Group, Labelled
     from ssl_gradmix.evaluation.probes import LinearProbe
     from ssl_gradmix.evaluation.results import Row
@@ -44,10 +45,9 @@ class Options:
             --data.open_set or --data.classes give; else the trials of the data set; else random ones.
         trials: Numbers of the trials, or seeds of random ones; null takes 0 to 4.
         n_known: Number of known classes in random trials; null takes 60%.
-        unknown: Other data sets, each with the settings of --data, as in `--unknown.name svhn --unknown.root data`, and
-            `--unknown+.name folder --unknown.root textures` for another one. Their test images, or all images of a
-            folder without train/ and test/, are the unknown ones. With protocol cifar+10 or cifar+50: where CIFAR-100
-            is.
+        unknown: Other data sets, each with the settings of --data; a single one also as --unknown.name and so on. Their
+            test images, or all images of a folder without train/ and test/, are the unknown ones. With protocol
+            cifar+10 or cifar+50: where CIFAR-100 is.
         compare: Another run evaluated so, to test whether the two differ on the same images.
         k: Whose neighbour's distance is the score knn_distance; null takes 50, or as many as there are.
         top_k: Neighbours in each class of the score top_k_cosine; null takes 3, or as many as there are.
@@ -69,7 +69,7 @@ class Options:
 
 def evaluate(evaluation: Evaluation, options: Options) -> None:
     """Measures, and on the main process writes rows, samples and a picture, and prints tables."""
-    from ssl_gradmix.evaluation.open_set_recognition import Samples, Settings
+    from ssl_gradmix.evaluation.open_set_samples import Samples, Settings
 
     # All that may be wrong with what is asked for is found before the encoder starts.
     every_class = replace(evaluation.data, classes=None, open_set=None)
@@ -117,7 +117,7 @@ def _groups(evaluation: Evaluation, options: Options, test: ImageSet) -> tuple[s
 
 
 def _read_other(folder: Path, task: str) -> Samples:
-    from ssl_gradmix.evaluation.open_set_recognition import Samples
+    from ssl_gradmix.evaluation.open_set_samples import Samples
 
     name = f"{task}_samples.safetensors"
     path = next((path for path in (folder / "eval" / name, folder / name) if path.exists()), None)

@@ -5,20 +5,11 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file, save_file
 from sklearn.metrics import average_precision_score, roc_auc_score
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 
-from ssl_gradmix.evaluation.open_set_recognition import (
-    Samples,
-    Settings,
-    closed_set,
-    compare,
-    detect,
-    fit,
-    over_trials,
-    score_table,
-)
+from ssl_gradmix.evaluation.open_set_recognition import closed_set, compare, detect, fit, over_trials, score_table
+from ssl_gradmix.evaluation.open_set_samples import Settings
 from ssl_gradmix.evaluation.results import Row
 
 D = 6
@@ -142,25 +133,16 @@ def test_what_lies_far_from_all_clusters_is_unknown():
         assert [value_of(rows, score, metric) for metric in ("auroc", "oscr", "fpr95_id_pos")] == [1, 1, 0], score
 
 
-def test_neighbours_are_clamped_and_recorded_unless_asked_for():
+def test_neighbours_are_clamped_and_recorded():
     labels = np.array([3, 3, 8, 8, 8])
     train = torch.eye(5, 4) + torch.arange(5)[:, None], torch.from_numpy(labels)
     test = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([3, 8, 3, 1, 1, 2])
     settings = Settings(epochs=1)
-    settings.check(labels)
     rows, _ = detect(fit(train, settings), train, test, test[1] > 2, settings, row)
     params = {each.score: each.params for each in rows}
     assert (params["knn_distance"], params["top_k_cosine"]) == ({"k": 5}, {"k": 2})
     _, knn = closed_set(fit(train, settings), train, (test[0][:3], test[1][:3]), settings, row)
     assert knn.params["k"] == 5
-
-    Settings(k=5, top_k=2).check(labels)
-    with pytest.raises(ValueError, match="k must be from 1 to 5, the training images of all known classes, got 6"):
-        Settings(k=6).check(labels)
-    with pytest.raises(ValueError, match="top_k must be from 1 to 2, those of the smallest known class, got 3"):
-        Settings(top_k=3).check(labels)
-    with pytest.raises(ValueError, match="k must be from 1 to 5, .* got 0"):
-        Settings(k=0).check(labels)
 
 
 def interval(value):
@@ -184,52 +166,6 @@ def test_mean_and_spread_over_the_trials_counted():
     std = np.sqrt(sum((v - 2 / 3) ** 2 for v in (0.5, 0.6, 0.9)) / 2)
     assert first.params == {**shared, "over": "trials", "std": pytest.approx(std), "trials": [0, 2, 3]}
     assert (second.metric, second.value) == ("oscr", pytest.approx(0.2))
-
-
-@pytest.fixture
-def samples(detected):
-    return Samples("mine", Settings(k=4, epochs=5), {"trial0": "abc", "folder:x": "def"}, {"trial0": detected[2]})
-
-
-def test_samples_survive_the_disk_exactly(samples, tmp_path):
-    path = tmp_path / "deep" / "osr_samples.safetensors"
-    samples.write(path)
-    stored = load_file(path)
-    assert sorted(stored) == sorted(f"trial0/{name}" for name in ["is_known", "correct", "labels", *SCORES])
-    assert (stored["trial0/is_known"].dtype, stored["trial0/labels"].dtype) == (np.uint8, np.int64)
-    read = Samples.read(path)
-    assert (read.encoder, read.settings, read.images) == (samples.encoder, samples.settings, samples.images)
-    for name, array in samples.arrays["trial0"].items():
-        assert read.arrays["trial0"][name].dtype == array.dtype
-        assert np.array_equal(read.arrays["trial0"][name], array)
-
-
-def test_files_that_are_no_samples_are_refused(samples, tmp_path):
-    save_file({"weight": np.zeros(3)}, tmp_path / "weights.safetensors")
-    samples.write(tmp_path / "cut.safetensors")
-    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "cut.safetensors").read_bytes()[:-40])
-    for name in ("weights", "cut"):
-        with pytest.raises(ValueError, match=f"{name}.safetensors is no file of open-set samples, or damaged"):
-            Samples.read(tmp_path / f"{name}.safetensors")
-    with pytest.raises(FileNotFoundError, match="nothing"):
-        Samples.read(tmp_path / "nothing.safetensors")
-
-
-@pytest.mark.parametrize(
-    ("images", "settings", "message"),
-    [
-        ({"trial1": "abc"}, Settings(k=4, epochs=5), "evaluated on trial1, not trial0, folder:x"),
-        ({"trial0": "other"}, Settings(k=4, epochs=5), "the images of trial0 differ"),
-        ({"trial0": "abc"}, Settings(k=5, epochs=5), "was scored with .*k=5.*this with .*k=4"),
-    ],
-)
-def test_other_samples_are_not_compared(samples, images, settings, message):
-    with pytest.raises(ValueError, match=f"theirs .*{message}"):
-        samples.check_comparable(Samples("theirs", settings, images))
-
-
-def test_samples_of_some_of_the_groups_compare(samples):
-    samples.check_comparable(Samples("theirs", samples.settings, {"trial0": "abc", "trial4": "ghi"}))
 
 
 def test_comparison_with_itself_and_with_a_worse_run(detected):
