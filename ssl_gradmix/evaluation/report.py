@@ -247,6 +247,9 @@ def _attribution(runs: Sequence[Run]) -> Section:
 
 def _image(path: Path) -> str:
     """A picture as an address that holds it."""
-    with Image.open(path, formats=["PNG"]) as picture:
-        picture.verify()
+    try:
+        with Image.open(path, formats=["PNG"]) as picture:
+            picture.verify()
+    except (OSError, SyntaxError) as error:  # Pillow has no nearer name for a broken PNG
+        raise ValueError(f"{path} is damaged: {error}") from error
     return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"

@@ -517,7 +517,7 @@ def test_a_run_given_twice(runs):
         ("eval/osr_samples.safetensors", b"\x10\x00", "osr_samples.safetensors is damaged"),
         ("config.yaml", b"a: [", "config.yaml is damaged"),
         ("config.yaml", b"just text", "config.yaml is damaged: it holds no settings"),
-        ("samples/epoch-00009.png", b"GIF89a", "cannot identify image"),
+        ("samples/epoch-00009.png", b"GIF89a", "epoch-00009.png is damaged"),
     ],
 )
 def test_damaged_files_are_named_and_nothing_is_written(runs, name, content, message):
@@ -526,6 +526,14 @@ def test_damaged_files_are_named_and_nothing_is_written(runs, name, content, mes
     with pytest.raises((ValueError, OSError), match=message):
         report(*runs)
     assert not (runs[0].parent / "report").exists()
+
+
+def test_a_truncated_picture_is_named(runs):
+    add_linear_probe(runs[0])
+    picture = runs[0] / "samples" / "epoch-00003.png"
+    picture.write_bytes(picture.read_bytes()[:-20])
+    with pytest.raises(ValueError, match="epoch-00003.png is damaged"):
+        report(*runs)
 
 
 def test_samples_without_is_known(runs):
@@ -563,11 +571,13 @@ def test_pickles_are_refused_and_not_run(runs, tmp_path, name):
 def test_yaml_tags_are_refused_and_not_run(runs, tmp_path):
     add_linear_probe(runs[0])
     trace = tmp_path / "ran"
-    text = f"!!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path ['{trace}']]"
-    (runs[0] / "config.yaml").write_text(f"a: {text}\n")
+    attack = f"a: !!python/object/apply:os.mkdir ['{trace}']\n"
+    (runs[0] / "config.yaml").write_text(attack)
     with pytest.raises(ValueError, match="config.yaml is damaged"):
         report(*runs)
     assert not trace.exists()
+    yaml.unsafe_load(attack)
+    assert trace.exists()  # the attack itself works
 
 
 def assert_inert(page: Page) -> None:
