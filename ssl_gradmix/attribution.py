@@ -51,9 +51,8 @@ def observe(encoder: nn.Module, layers: Sequence[str] | None = None) -> Iterator
     modules.pop("")
     observed: Observed = {name: [] for name in layers or []}
     if layers is None:
-        layers = [name for name, module in modules.items() if next(module.children(), None) is not None] or list(
-            modules
-        )
+        stages = [name for name, module in modules.items() if next(module.children(), None) is not None]
+        layers = stages or list(modules)
     for name in layers:
         if name not in modules:
             near = difflib.get_close_matches(name, modules, n=5, cutoff=0.3) or list(modules)[:5]
@@ -127,10 +126,9 @@ def attribute(
     """Attributes a loss to the places of the images that led to it.
 
     One backward pass from the loss to the observed layers and no further: no parameter's `.grad` is touched and the
-        graph is kept.
-    Each layer's map is min-max normalised per image, resized to the image (bilinear), and the layers are summed and
-    normalised again. GradMix's authors normalise over the whole batch, which with several layers weighs images
-    unequally.
+    graph is kept. Each layer's map is min-max normalised per image, resized to the image (bilinear), and the layers are
+    summed and normalised again. GradMix's authors normalise over the whole batch, which with several layers weighs
+    images unequally.
 
     Args:
         loss: Scalar that depends on the activations.

@@ -82,7 +82,7 @@ def run(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None
 
     Returns:
         The exit status: 0, 2 for input that will not do (ValueError, KeyError, OSError), 1 for a training that broke
-            down.
+        down.
     """
     # Every process says the same; one is enough.
     speaks = os.environ.get("RANK", "0") == "0"

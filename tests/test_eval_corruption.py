@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -18,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import KNeighborsClassifier
+from support import SIZE, help_of, load_script
 
 from ssl_gradmix.data.corruption_sets import read_cifar_c
 from ssl_gradmix.data.corruptions import COMMON, corrupt
@@ -30,19 +30,10 @@ from ssl_gradmix.evaluation.robustness import CorruptedImages
 from ssl_gradmix.settings import Data
 
 EVAL = Path(__file__).parents[1] / "eval"
-SIZE = 16
 
 
-def load_script(name: str):
-    spec = importlib.util.spec_from_file_location(f"{name}_script", EVAL / f"{name}.py")
-    script = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = script
-    spec.loader.exec_module(script)
-    return script
-
-
-main = load_script("corruption").main
-make_c = load_script("make_c")
+main = load_script("eval/corruption.py").main
+make_c = load_script("eval/make_c.py")
 
 
 def make_run(folder: Path, seed: int = 0, **data) -> Path:
@@ -479,17 +470,7 @@ def test_two_processes_give_what_one_gives(run, tmp_path):
 
 @pytest.mark.parametrize("script", ["corruption", "make_c"])
 def test_help_teaches_and_comes_before_heavy_imports(script):
-    code = (
-        "import runpy, sys\n"
-        f"sys.argv = ['{script}.py', '--help']\n"
-        "try:\n"
-        f"    runpy.run_path({str(EVAL / f'{script}.py')!r}, run_name='__main__')\n"
-        "finally:\n"
-        "    heavy = {'timm', 'torchvision', 'sklearn', 'scipy', 'matplotlib', 'accelerate', 'kornia', 'lightly'}\n"
-        "    print('HEAVY', sorted(heavy & set(sys.modules)))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "HEAVY []" in done.stdout
-    assert f"python eval/{script}.py" in done.stdout
+    text = help_of(f"eval/{script}.py")
+    assert f"python eval/{script}.py" in text
     for option in ("--corruptions", "--extra", "--preset", "--data.name", "--out", "--seed"):
-        assert option in done.stdout
+        assert option in text

@@ -1,24 +1,19 @@
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
-import timm
-import torch
-import yaml
 from PIL import Image
 from safetensors.numpy import load_file
-from safetensors.torch import save_file
 from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import NearestNeighbors
+from support import help_of, load_script, make_run
 
 from ssl_gradmix.data.datasets import load
 from ssl_gradmix.data.open_set import split
@@ -29,35 +24,10 @@ from ssl_gradmix.evaluation.results import read_rows
 from ssl_gradmix.settings import Data
 
 SCRIPT = Path(__file__).parents[1] / "eval" / "osr.py"
-SIZE = 16
 QUICK = ["--epochs", "3"]
 
 
-def load_script():
-    spec = importlib.util.spec_from_file_location("osr_script", SCRIPT)
-    script = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = script
-    spec.loader.exec_module(script)
-    return script
-
-
-main = load_script().main
-
-
-def make_run(folder: Path, seed: int = 0, **data) -> Path:
-    torch.manual_seed(seed)
-    model = timm.create_model("resnet10t", num_classes=0, channels=(8, 16, 24, 32), stem_width=8, stem_type="")
-    described = {
-        "architecture": "resnet10t",
-        "num_classes": 0,
-        "pretrained_cfg": {"input_size": [3, SIZE, SIZE], "mean": [0.5] * 3, "std": [0.25] * 3},
-        "model_args": {"channels": [8, 16, 24, 32], "stem_width": 8, "stem_type": ""},
-    }
-    (folder / "backbone").mkdir(parents=True)
-    (folder / "backbone" / "config.json").write_text(json.dumps(described))
-    save_file(model.state_dict(), folder / "backbone" / "model.safetensors")
-    (folder / "config.yaml").write_text(yaml.safe_dump({"data": asdict(Data(size=SIZE, **data)), "method": "byol"}))
-    return folder
+main = load_script("eval/osr.py").main
 
 
 @pytest.fixture
@@ -316,17 +286,7 @@ def test_two_processes_give_what_one_gives(run, tmp_path):
 
 
 def test_help_teaches_and_comes_before_heavy_imports():
-    code = (
-        "import runpy, sys\n"
-        f"sys.argv = ['osr.py', '--help']\n"
-        "try:\n"
-        f"    runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
-        "finally:\n"
-        "    heavy = {'timm', 'torchvision', 'sklearn', 'scipy', 'matplotlib', 'accelerate', 'kornia', 'lightly'}\n"
-        "    print('HEAVY', sorted(heavy & set(sys.modules)))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "HEAVY []" in done.stdout
-    assert "python eval/osr.py runs/x" in done.stdout
+    text = help_of("eval/osr.py")
+    assert "python eval/osr.py runs/x" in text
     for option in ("encoder ", "--protocol", "--trials", "--unknown", "--compare", "--out"):
-        assert option in done.stdout
+        assert option in text

@@ -1,12 +1,11 @@
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
+from support import load_script
 
 SCRIPT = Path(__file__).parents[1] / "eval" / "report.py"
 ROW = {
@@ -26,15 +25,7 @@ ROW = {
 }
 
 
-def load_script():
-    spec = importlib.util.spec_from_file_location("report_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-script = load_script()
+script = load_script("eval/report.py")
 
 
 def run_script(*arguments: object) -> int:

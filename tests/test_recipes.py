@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import subprocess
@@ -18,6 +17,7 @@ import yaml
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 from safetensors.torch import load_file
+from support import load_script
 
 from ssl_gradmix import command_line
 
@@ -43,10 +43,7 @@ def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def recipe(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "recipes" / f"{name}_gradmix.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(f"recipes/{name}_gradmix.py")
 
 
 @pytest.fixture(scope="module")

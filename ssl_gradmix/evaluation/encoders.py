@@ -7,6 +7,7 @@ import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -87,7 +88,7 @@ def load_encoder(spec: str | Path, weights: str | Path | None = None, image_size
 
     run = Path(spec)
     _check_is_run(run)
-    config = _read_config(run / "config.yaml")
+    config = read_config(run / "config.yaml")
     return _from_folder(run / "backbone", image_size, run.resolve().name, run, config)
 
 
@@ -106,7 +107,12 @@ def _check_is_run(path: Path) -> None:
         raise FileNotFoundError(f"the run {path} has no backbone yet: {path}/backbone/model.safetensors is missing")
 
 
-def _read_config(path: Path) -> dict:
+def read_config(path: Path) -> dict[str, Any]:
+    """A run's config.yaml, read without running what its tags may ask for.
+
+    Raises:
+        ValueError: If it is no YAML, or holds no settings.
+    """
     import yaml
 
     try:

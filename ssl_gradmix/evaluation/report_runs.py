@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
+from ssl_gradmix.evaluation.encoders import read_config
 from ssl_gradmix.evaluation.results import Row, read_rows
 from ssl_gradmix.training.run_folder import RunFolder
 
@@ -107,21 +107,11 @@ def _read(path: str, name: str) -> Run:
     return Run(
         path,
         name,
-        _read_config(folder.config) if is_run else None,
+        read_config(folder.config) if is_run else None,
         [entry for entry in folder.read_log() if isinstance(entry, dict)],
         pictures[-1] if pictures else None,
         results,
     )
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} is damaged: it holds no settings")
-    return config
 
 
 def _read_results(folder: Path) -> dict[str, Results]:

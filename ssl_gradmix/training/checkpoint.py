@@ -45,10 +45,9 @@ def save(folder: Path, state: State) -> None:
     unfinished = folder / ".unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
-    save_file(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in _unshared(state.method).items()},
-        unfinished / "method.safetensors",
-    )
+    # safetensors refuses tensors that share memory, hence the copies.
+    method = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.method.items()}
+    save_file(method, unfinished / "method.safetensors")
     progress = {
         "epoch": state.epoch,
         "batch": state.batch,
@@ -95,11 +94,6 @@ def load(folder: Path) -> State | None:
 def _read(path: Path) -> State:
     progress = torch.load(path / "progress.pt", map_location="cpu", weights_only=True)
     return State(method=load_file(path / "method.safetensors"), **progress)
-
-
-def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    # safetensors refuses tensors that share memory.
-    return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
 def _flush(path: Path) -> None:
