@@ -33,7 +33,9 @@ def observe(encoder: nn.Module, layers: Sequence[str] | None = None) -> Iterator
 
     A compiled graph hides its inner activations from autograd, so that an encoder compiled as a whole runs eagerly
     here. To keep the speed of `torch.compile`, compile its stages instead (`encoder.layer3 =
-    torch.compile(encoder.layer3)`): their outputs can be observed.
+    torch.compile(encoder.layer3)`): their outputs can be observed. Stages behind an observed layer are then run
+    backwards twice, which torch's compiled graphs allow only with `torch._functorch.config.donated_buffer = False`, set
+    before the first forward pass.
 
     Args:
         encoder: The module whose layers are observed; may be wrapped by DistributedDataParallel or `torch.compile`.
@@ -169,7 +171,8 @@ def gradients(loss: Tensor, outputs: Mapping[str, Sequence[Tensor]], sign: float
     In half precision it is scaled by `FP16_SCALE`.
 
     Raises:
-        ValueError: A loss that is no scalar, or that depends on none of the outputs.
+        ValueError: A loss that is no scalar, or that depends on none of the outputs; a compiled stage that allows no
+            second backward pass, see `observe`.
     """
     if loss.numel() != 1:
         raise ValueError(f"loss must be a scalar, got shape {tuple(loss.shape)}; reduce it over the batch first")
@@ -180,7 +183,17 @@ def gradients(loss: Tensor, outputs: Mapping[str, Sequence[Tensor]], sign: float
             "with gradients enabled"
         )
     scale = FP16_SCALE if any(output.dtype == torch.float16 for output in flat) else 1.0
-    found = torch.autograd.grad(loss, flat, torch.full_like(loss, sign * scale), retain_graph=True, allow_unused=True)
+    try:
+        found = torch.autograd.grad(
+            loss, flat, torch.full_like(loss, sign * scale), retain_graph=True, allow_unused=True
+        )
+    except RuntimeError as error:
+        if "donated buffer" not in str(error):
+            raise
+        raise ValueError(
+            "encoder: a stage behind an observed layer was compiled in a way that allows a single backward pass; set "
+            "torch._functorch.config.donated_buffer = False before its first forward pass"
+        ) from error
     if all(gradient is None for gradient in found):
         raise ValueError(
             f"loss does not depend on the observed layers {list(outputs)}; is it computed from this encoder's output?"

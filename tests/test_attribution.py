@@ -143,6 +143,26 @@ def test_compiled_encoders_are_observed_whether_compiled_before_or_not() -> None
     torch.testing.assert_close(attribute(loss, observed, (8, 8)), expected)
 
 
+class SingleUse(torch.autograd.Function):
+    """Refuses to go backwards where its graph is kept, as torch's compiled graphs with donated buffers do."""
+
+    @staticmethod
+    def forward(ctx: object, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: object, gradient: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("This backward function was compiled with non-empty donated buffers which requires ...")
+
+
+def test_a_compiled_stage_that_allows_a_single_backward_pass_is_named_with_the_way_out() -> None:
+    net = Net()
+    with observe(net, ["stage"]) as observed:
+        loss = SingleUse.apply(net(torch.randn(2, 3, 8, 8))).square().mean()
+    with pytest.raises(ValueError, match=r"set torch._functorch.config.donated_buffer = False before"):
+        attribute(loss, observed, (8, 8))
+
+
 @pytest.mark.parametrize(
     ("shape", "expected"),
     [
