@@ -1,98 +1,189 @@
 """What GradMix costs: a training step against the same step with a plain third view, with as many encoder passes.
 
-Steps of both are timed in turn, so that a machine that slows down slows both; ratios are taken pair by pair, of the
-time that passes and of the processor's time, which other programs on the machine disturb less. Making the views is left
-out, in the plain third view's favour: it would have to be augmented, while the mixed view is not.
+Steps are timed in turn, on views that stay the same. Making views is left out, in the plain third view's favour: it
+would have to be augmented, while the mixed view is not. On a GPU the step runs once under
+`torch.cuda.set_sync_debug_mode("error")`, which raises wherever the host waits for the device.
 
-python benchmarks/step_cost.py --backbone resnet18_small --batch 32 --pairs 15
+    python benchmarks/step_cost.py
+    python benchmarks/step_cost.py --backbone resnet50_small --batch 16
+    python benchmarks/step_cost.py --backbone vit_small_patch16_224 --kwargs '{"img_size": 32, "patch_size": 4}' \\
+        --layers blocks.8 blocks.5
+    python benchmarks/step_cost.py --profile       where the time of a step goes
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
+import json
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
 
+import timing
 import torch
-from torch import Tensor
+from torch import nn
 
-from ssl_gradmix import GradMix, backbones
+from ssl_gradmix import GradMix, attribution, backbones
+from ssl_gradmix import gradmix as gradmix_module
+from ssl_gradmix.data.augmentation import DeviceViews
 from ssl_gradmix.methods.byol import BYOL
 from ssl_gradmix.methods.simclr import SimCLR
+from ssl_gradmix.settings import Augmentation
 
 METHODS = {"simclr": SimCLR, "byol": BYOL}
+PARTS = ("views", "forward", "attribution", "mixing", "backward", "optimiser")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = timing.parser(__doc__)
     parser.add_argument("--method", choices=METHODS, nargs="+", default=list(METHODS))
     parser.add_argument("--backbone", default="resnet18_small", help="any timm model (default: %(default)s)")
+    parser.add_argument("--kwargs", type=json.loads, default={}, help="the model's own arguments, as JSON")
     parser.add_argument("--size", type=int, default=32, help="side of the images in pixels (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=32, help="images a step (default: %(default)s)")
-    parser.add_argument("--layers", nargs="+", default=["layer3"], help="observed layers (default: %(default)s)")
-    parser.add_argument("--pairs", type=int, default=15, help="timed pairs (default: %(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--layers",
+        nargs=2,
+        default=["layer3", "layer2"],
+        help="observed layers: the first alone, then both (default: %(default)s)",
+    )
     parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--profile", action="store_true", help="where the time of a step goes, in place of ratios")
     options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
     print(
-        f"{options.backbone}, {options.size} px, batch {options.batch}, {options.precision}, {options.device}, "
-        f"{torch.get_num_threads()} threads, torch {torch.__version__}, {options.pairs} pairs"
+        f"{options.backbone}, {options.size} px, batch {options.batch}, {options.precision}, {options.rounds} rounds, "
+        f"{timing.origin(options.device)}\n"
     )
     for name in options.method:
-        plain = step(METHODS[name], None, options)
-        mixed = step(METHODS[name], GradMix(layers=options.layers), options)
-        compare(f"{name}, layers {' '.join(options.layers)}", mixed, plain, options)
+        print(f"{name}\n\n{(profile if options.profile else ratios)(METHODS[name], options)}\n", flush=True)
 
 
-def step(kind: type, gradmix: GradMix | None, options: argparse.Namespace) -> Callable[[], None]:
-    """One optimiser step of a method, on views that stay the same."""
-    torch.manual_seed(0)
-    backbone = backbones.create(options.backbone)
-    method = kind(backbone, backbones.num_features(backbone), gradmix=gradmix)
-    method.to(options.device, memory_format=torch.channels_last)
-    optimiser = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], 0.01, momentum=0.9)
-    images = torch.randn(2 if gradmix else 3, options.batch, 3, options.size, options.size, device=options.device)
-    views: list[Tensor] = [view.contiguous(memory_format=torch.channels_last) for view in images]
-
-    def run() -> None:
-        optimiser.zero_grad()
-        with torch.autocast(options.device, torch.bfloat16, enabled=options.precision == "bfloat16"):
-            losses = method(views)
-        losses.total.backward()
-        optimiser.step()
-
-    return run
-
-
-def compare(name: str, mixed: Callable[[], None], plain: Callable[[], None], options: argparse.Namespace) -> None:
-    """Prints medians and the median ratio of the pairs, with its range."""
-    for warm_up in (mixed, plain, mixed, plain):
-        warm_up()
-    pairs = []
-    for pair in range(options.pairs):
-        order = (mixed, plain) if pair % 2 else (plain, mixed)
-        taken = {run: seconds(run, options.device) for run in order}
-        pairs.append((taken[mixed], taken[plain]))
-    print(name)
-    for clock, label in enumerate(("wall", "processor")):
-        ratios = sorted(one[clock] / two[clock] for one, two in pairs)
-        ours, theirs = (statistics.median(pair[which][clock] for pair in pairs) for which in (0, 1))
-        print(
-            f"  {label:<10} GradMix {ours * 1e3:8.1f} ms   plain third view {theirs * 1e3:8.1f} ms   "
-            f"ratio {statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})"
-        )
+def ratios(kind: type[nn.Module], options: argparse.Namespace) -> str:
+    """Times of the steps, and their ratios to a plain third view."""
+    first, second = options.layers
+    third = "plain third view"
+    steps = {
+        "two views": Step(kind, None, 2, options),
+        third: Step(kind, None, 3, options),
+        "GradMix, layers=None": Step(kind, GradMix(), 2, options),
+        f"GradMix, {first}": Step(kind, GradMix(layers=[first]), 2, options),
+        f"GradMix, {first} and {second}": Step(kind, GradMix(layers=[first, second]), 2, options),
+    }
+    taken = timing.take_turns(steps, options.rounds, options.device)
+    if options.device.startswith("cuda"):
+        for step in steps.values():
+            step.without_waiting()
+    rows = [
+        [
+            name,
+            timing.median_ms(times.wall),
+            timing.ratio(times.wall, taken[third].wall),
+            timing.ratio(times.processor, taken[third].processor),
+        ]
+        for name, times in taken.items()
+    ]
+    return timing.table(["step", "ms", "ratio, wall", "ratio, processor"], rows)
 
 
-def seconds(run: Callable[[], None], device: str) -> tuple[float, float]:
-    """Wall and processor time of one call."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    wall, processor = time.perf_counter(), time.process_time()
-    run()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - wall, time.process_time() - processor
+def profile(kind: type[nn.Module], options: argparse.Namespace) -> str:
+    """Share of each part in a step with GradMix; views are made on the device. A GPU is waited for after each part."""
+    step = Step(kind, GradMix(layers=options.layers[:1]), 2, options)
+    parts = Parts(options.device)
+    make_views = DeviceViews(Augmentation(), options.size, (0.5,) * 3, (0.25,) * 3).to(options.device)
+    images = torch.randint(256, (options.batch, 3, options.size, options.size), dtype=torch.uint8).to(options.device)
+
+    def once() -> None:
+        with parts.measured("views"):
+            step.views = [v.contiguous(memory_format=torch.channels_last) for v in make_views(images, 2)]
+        step.optimiser.zero_grad()
+        with parts.measured("forward"):
+            losses = step.forward()
+        with parts.measured("backward"):
+            losses.total.backward()
+        with parts.measured("optimiser"):
+            step.optimiser.step()
+
+    once()
+    step.method.gradmix._mix_box = parts.watch("mixing", step.method.gradmix._mix_box)
+    gradmix_module.attribute = parts.watch("attribution", attribution.attribute)
+    try:
+        parts.spent.clear()
+        for _ in range(options.rounds):
+            once()
+    finally:
+        gradmix_module.attribute = attribution.attribute
+    total = sum(parts.spent.values())
+    rows = [[p, f"{parts.spent[p] / options.rounds * 1e3:,.1f}", f"{parts.spent[p] / total:.1%}"] for p in PARTS]
+    return timing.table([f"part, GradMix at {options.layers[0]}", "ms", "share"], rows)
+
+
+class Step:
+    """One optimiser step of a method, on random views that stay the same."""
+
+    def __init__(self, kind: type[nn.Module], gradmix: GradMix | None, n_views: int, options: argparse.Namespace):
+        torch.manual_seed(0)
+        backbone = backbones.create(options.backbone, **options.kwargs)
+        self.method = kind(backbone, backbones.num_features(backbone), gradmix=gradmix)
+        self.method.to(options.device, memory_format=torch.channels_last)
+        self.optimiser = torch.optim.SGD([p for p in self.method.parameters() if p.requires_grad], 0.01, momentum=0.9)
+        images = torch.randn(n_views, options.batch, 3, options.size, options.size, device=options.device)
+        self.views = [view.contiguous(memory_format=torch.channels_last) for view in images]
+        self.autocast = {
+            "device_type": options.device.split(":")[0],
+            "dtype": torch.bfloat16,
+            "enabled": options.precision == "bfloat16",
+        }
+
+    def forward(self):
+        with torch.autocast(**self.autocast):
+            return self.method(self.views)
+
+    def __call__(self) -> None:
+        self.optimiser.zero_grad()
+        self.forward().total.backward()
+        self.optimiser.step()
+
+    def without_waiting(self) -> None:
+        """Raises where the host waits for the GPU."""
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            self()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+class Parts:
+    """Time spent in named parts; what is spent in a part inside another counts for the inner one alone."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.spent: dict[str, float] = defaultdict(float)
+        self._inside: list[str] = []
+
+    @contextmanager
+    def measured(self, part: str) -> Iterator[None]:
+        timing.synchronise(self.device)
+        began = time.perf_counter()
+        self._inside.append(part)
+        yield
+        timing.synchronise(self.device)
+        self._inside.pop()
+        seconds = time.perf_counter() - began
+        self.spent[part] += seconds
+        if self._inside:
+            self.spent[self._inside[-1]] -= seconds
+
+    def watch(self, part: str, function: Callable) -> Callable:
+        @wraps(function)
+        def watched(*args: object, **kwargs: object) -> object:
+            with self.measured(part):
+                return function(*args, **kwargs)
+
+        return watched
 
 
 if __name__ == "__main__":
