@@ -1,9 +1,9 @@
 """Does GradMix help? A grid of cells (method, variant, data, seed), each a training run and its evaluations.
 
-    python benchmarks/evidence.py --data cifar10 --estimate                      what is to be done, and how long it takes
-    python benchmarks/evidence.py --data cifar10 --jobs 2                        does it; again, it goes on where it was
-    python benchmarks/evidence.py --data cifar10 --print simclr/e/all/0          the commands of one cell, to be repeated
-    python benchmarks/evidence.py --report                                       tables and figures: EVIDENCE.md
+    python benchmarks/evidence.py --data cifar10 --estimate               what there is to do, and how long it takes
+    python benchmarks/evidence.py --data cifar10 --jobs 2                 does it; stopped, it goes on where it was
+    python benchmarks/evidence.py --data cifar10 --print simclr/e/all/0   the commands of one cell, to be repeated
+    python benchmarks/evidence.py --report                                tables and figures: EVIDENCE.md
 
 On a GPU: --grid gpu --images 50000 --epochs 100 --backbone resnet18_small --batch 512 -- --training.precision bf16
 What stands behind -- goes to the recipes.
@@ -124,8 +124,8 @@ def estimate(cells: Sequence[Cell], grid: Grid, done: int) -> None:
         training = weighed * SHARE[cell.data] * grid.images / RATE / 60
         total += training + EVALUATION_MINUTES[cell.data]
         print(
-            f"{cell!s:<28} {count.encoder:>4} encoder passes, {count.attribution:>3} attributions, {count.teacher:>3} of "
-            f"a teacher: {training:5.1f} training, {EVALUATION_MINUTES[cell.data]} evaluation"
+            f"{cell!s:<28} {count.encoder:>4} encoder passes, {count.attribution:>3} attributions, "
+            f"{count.teacher:>3} of a teacher: {training:5.1f} training, {EVALUATION_MINUTES[cell.data]} evaluation"
         )
     print(f"{total:.0f} minutes, {total / 60:.1f} hours")
 

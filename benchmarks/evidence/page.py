@@ -19,7 +19,8 @@ BEGIN, END = "<!-- generated from rows: begin -->", "<!-- generated from rows: e
 
 TEMPLATE = f"""# Does GradMix help?
 
-Controlled experiments: the same training with and without GradMix's parts, on the same images, seed by seed. Losing rows stay.
+Controlled experiments: the same training with and without GradMix's parts, on the same images, seed by seed. Losing
+rows stay.
 
 ## Answers
 
@@ -37,17 +38,19 @@ QUESTIONS = {
 }
 """What GradMix's e and f are compared with, and what is equal then."""
 
-METHOD = """Encoders are frozen; protocols are those of the README's evaluation. The test images of a cell are read once. What is to be chosen (sign,
-layers, range, weight) is chosen by the rows of held-out training images. A difference is the mean over seeds of this variant minus that
-one, at the same seed, with the 95% t interval of that mean in brackets; **bold** where it leaves 0 out: a win, or a ***loss***. Intervals are not
-corrected for the number of comparisons: of twenty where nothing differs, one is bold. Shares are in percent, their differences in percentage points.
+PROTOCOL = """## How to read the tables
 
-Open set: seed s pretrains on the known classes of the s-th distinct trial of CIFAR-10 (0, 2, 3, 4), and meets its unknown ones in the evaluation. Two
-cues: images of a bright digit on the left and a faint one on the right; in pretraining they show the same number nine times in ten. How well each can be
-read off the frozen features is the accuracy of a linear classifier trained and tested where they are independent. Effective rank is RankMe of the training
-images' features. Seconds are those of the training alone. Variants: """ + "; ".join(
-    f"**{name}** {title}" for name, (title, _) in VARIANTS.items()
-)
+Encoders are frozen, protocols those of the README's evaluation, and a cell's test images are read once. Sign, layers,
+range and weight are chosen by the rows of held-out training images. A difference is the mean over seeds of one variant
+minus another at the same seed, with the 95% t interval of that mean: **bold** where it leaves 0 out for the better,
+***bold italics*** where for the worse. Nothing is corrected for the number of comparisons: of twenty where nothing
+differs, about one stands out. Shares are in percent, their differences in percentage points.
+
+Open set: seed s pretrains on the known classes of the s-th distinct trial of CIFAR-10 (0, 2, 3, 4), and meets the
+unknown ones in the evaluation. Two cues: a bright digit on the left and a faint one on the right, which show the same
+number in 90% of the pretraining images; a linear classifier reads each off the frozen features where they are
+independent. Effective rank: RankMe of the training images' features.
+"""
 
 
 def write(rows: Sequence[Row], page: Path, figures: Path) -> list[Path]:
@@ -70,7 +73,7 @@ def write(rows: Sequence[Row], page: Path, figures: Path) -> list[Path]:
     if not begin or not end:
         raise ValueError(f"{page} must have the lines {BEGIN!r} and {END!r}, between which it is generated")
     written: list[Path] = []
-    parts = ["", METHOD + ".", ""] if rows else [""]
+    parts = ["", PROTOCOL, *(f"- **{name}**: {title}" for name, (title, _) in VARIANTS.items()), ""] if rows else [""]
     for grid, method in dict.fromkeys((row.grid, row.method) for row in rows):
         of_grid = [row for row in rows if (row.grid, row.method) == (grid, method)]
         pictures = {}
@@ -132,9 +135,9 @@ def _described(rows: Sequence[Row]) -> list[str]:
     cells = len({row.cell for row in rows})
     commits = ", ".join(f"`{commit}`" for commit in sorted({row.commit for row in rows}))
     return [
-        f"{settings['images']:,} training images of {settings['data']}, {settings['backbone']}, {settings['epochs']} epochs, "
-        f"batch {settings['batch']}; corruption on {settings['corrupted']:,} test images; out of distribution: "
-        f"{', '.join(settings['ood'])}. {cells} cells, commit {commits}.",
+        f"{settings['images']:,} training images of {settings['data']}, {settings['backbone']}, "
+        f"{settings['epochs']} epochs, batch {settings['batch']}; corruption on {settings['corrupted']:,} test images; "
+        f"out of distribution: {', '.join(settings['ood'])}. {cells} cells, commit {commits}.",
         "",
         f"    {shlex.join(command)}",
     ]
@@ -176,8 +179,9 @@ def _cost(rows: Sequence[Row], variants: Sequence[str]) -> list[str]:
     lines = [
         "### What it costs",
         "",
-        "Passes of a training image in the whole training: of the encoder, of GradMix's attribution (backward, to the observed layer), of BYOL's "
-        "teacher (forward). Seconds of training, all classes: mean over seeds; against c: mean of the ratios at the same seed (range).",
+        "Passes of a training image in the whole training: of the encoder; of GradMix's attribution (backward, to the "
+        "observed layer); of BYOL's teacher (forward). Seconds are those of training alone, on all classes: mean over "
+        "seeds, and mean ratio to c at the same seed (range).",
         "",
         "| variant | encoder | attribution | teacher | threads | seconds | against c |",
         "|---|---|---|---|---|---|---|",
