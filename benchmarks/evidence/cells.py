@@ -37,11 +37,14 @@ CHANGES: dict[str, dict[str, str]] = {
     **{f"layer{m}+{n}": {"gradmix.layers": f"[layer{m}, layer{n}]"} for m, n in ((2, 3), (2, 4), (3, 4))},
     "lam0.3-0.7": {"gradmix.lam_range": "[0.3, 0.7]"},
     "lam0.7-0.9": {"gradmix.lam_range": "[0.7, 0.9]"},
-    "weight0.5": {"method.weight": "0.5"},
-    "weight2": {"method.weight": "2.0"},
+    **{f"weight{weight}": {"method.weight": weight} for weight in ("0.5", "0.7", "2.0")},
     "crop": {"gradmix.fill": "crop"},
 }
-"""What may differ from one of the variants: `e-layer2` is e with another layer."""
+"""What may differ from one of the variants: `e-layer2` is e with another layer.
+
+The loss of a plain third view counts in full, that of a mixed one by its `lam`, 0.7 on average: `c-weight0.7` makes up
+for it.
+"""
 
 TRIALS = open_set.distinct_trials("cifar10")
 
@@ -122,6 +125,10 @@ class Cell:
                 f"variant must be one of {', '.join(VARIANTS)}, or one of them with a change such as e-layer2 "
                 f"({', '.join(CHANGES)}), got {self.variant!r}"
             )
+        settings = VARIANTS[base][1]
+        views, changed = settings["extra_view"], "".join(CHANGES.get(change, {}))
+        if change and (views == "none" or (views == "augmented" and changed.startswith("gradmix"))):
+            raise ValueError(f"variant {self.variant!r} is the same as {base}, which does not read {changed}")
         for name, value, options in (("method", self.method, METHODS), ("data", self.data, tuple(DATA))):
             if value not in options:
                 raise ValueError(f"{name} must be one of {', '.join(options)}, got {value!r}")

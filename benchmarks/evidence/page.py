@@ -44,7 +44,8 @@ Encoders are frozen, protocols those of the README's evaluation, and a cell's te
 range and weight are chosen by the rows of held-out training images. A difference is the mean over seeds of one variant
 minus another at the same seed, with the 95% t interval of that mean: **bold** where it leaves 0 out for the better,
 ***bold italics*** where for the worse. Nothing is corrected for the number of comparisons: of twenty where nothing
-differs, about one stands out. Shares are in percent, their differences in percentage points.
+differs, about one stands out. Shares are in percent, their differences in percentage points. A cell is repeated by its
+grid's command with `--cells simclr/e/all/0` behind it; `--print simclr/e/all/0` lists its single commands.
 
 Open set: seed s pretrains on the known classes of the s-th distinct trial of CIFAR-10 (0, 2, 3, 4), and meets the
 unknown ones in the evaluation. Two cues: a bright digit on the left and a faint one on the right, which show the same
