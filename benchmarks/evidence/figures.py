@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from PIL import Image
 
 from evidence.cells import VARIANTS
 from evidence.differences import Values, compare
 from evidence.rows import MEASURES
 from ssl_gradmix.evaluation.plots import ACCENT, GRID, INK, MUTED
+from ssl_gradmix.evaluation.results import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -68,3 +73,11 @@ def forest(found: Values, reference: str) -> Figure | None:
         color=INK,
     )
     return figure
+
+
+def write(path: Path, figure: Figure) -> None:
+    """Writes a figure as PNG of 32 colours, which is small enough for a repository."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=120)
+    picture = Image.open(drawn).convert("RGB").quantize(32)
+    write_whole(path, lambda temporary: picture.save(temporary, format="PNG", optimize=True))

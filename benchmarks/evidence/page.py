@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 
+from evidence import figures as drawing
 from evidence.cells import CHANGES, VARIANTS
 from evidence.differences import Difference, Values, compare, values
-from evidence.figures import forest
 from evidence.rows import MEASURES, Measure, Row
-from ssl_gradmix.evaluation.results import write_figure, write_whole
+from ssl_gradmix.evaluation.results import write_whole
 
 BEGIN, END = "<!-- generated from rows: begin -->", "<!-- generated from rows: end -->"
 
@@ -79,10 +79,10 @@ def write(rows: Sequence[Row], page: Path, figures: Path) -> list[Path]:
         of_grid = [row for row in rows if (row.grid, row.method) == (grid, method)]
         pictures = {}
         for reference in ("a", "d"):
-            figure = forest(values(of_grid), reference)
+            figure = drawing.forest(values(of_grid), reference)
             if figure is not None:
                 path = figures / f"{grid}-{method}-against-{reference}.png"
-                write_figure(path, figure)
+                drawing.write(path, figure)
                 written.append(path)
                 pictures[reference] = Path(os.path.relpath(path, page.parent)).as_posix()
         parts += _section(of_grid, pictures)
@@ -106,7 +106,7 @@ def _section(rows: Sequence[Row], pictures: dict[str, str]) -> list[str]:
     for variant in ("e", "f"):
         if variant in plain:
             lines += _help(found, variant)
-    contrasts = [("f", "e"), *((x, y) for y in ("a", "d") for x in ("c", "d", "g", "h") if x != y)]
+    contrasts = [("f", "e"), *((x, y) for y in ("a", "d") for x in "bcdgh" if x != y)]
     lines += _differences(found, "The sign, and the controls", contrasts)
     for base in plain:
         changed = [variant for variant in variants if variant.startswith(f"{base}-")]
@@ -234,7 +234,8 @@ def _difference(measure: Measure, difference: Difference | None) -> str:
 
 
 def _number(measure: Measure, value: float, sign: str = "") -> str:
-    return f"{100 * value if measure.share else value:{sign}.1f}"
+    shown = round(100 * value if measure.share else value, 1) + 0.0  # no "-0.0"
+    return f"{shown:{sign}.1f}".replace("-", "−")
 
 
 def _in_order(variants: set[str]) -> list[str]:
