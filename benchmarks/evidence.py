@@ -14,8 +14,9 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
+import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from evidence.cells import CHANGES, DATA, METHODS, VARIANTS, Cell, Grid, passes, steps
@@ -25,7 +26,7 @@ from ssl_gradmix import command_line
 HERE = Path(__file__).parent
 
 RATE = 900
-"""Training images of 32 px through encoder and back a second, `resnet10_tiny` on two threads."""
+"""Passes a second, where no cell of the grid is done yet: `resnet10_tiny` at 32 px on two threads."""
 
 ATTRIBUTION = 0.2
 """GradMix's backward pass to the observed layer, in encoder passes."""
@@ -34,6 +35,7 @@ SHARE = {"all": 1.0, "known": 0.6, "two-cue": 0.5}
 """Of the grid's images that a training sees."""
 
 EVALUATION_MINUTES = {"all": 4, "known": 2, "two-cue": 1}
+"""Of two cores, roughly."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -97,10 +99,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     from evidence import rows
     from evidence.runner import Runner
 
-    done = rows.finished(rows.read(options.results), grid)
+    found = rows.read(options.results)
+    done = rows.finished(found, grid)
     cells = [cell for cell in chosen(options) if cell not in done]
     if options.estimate:
-        return estimate(cells, grid, len(done))
+        seconds = {row.cell: row.seconds for row in found if row.cell in done and row.grid == grid.name}
+        return estimate(cells, grid, seconds)
     failed = Runner(grid, options.results).run(cells, options.jobs)
     if failed:
         raise ValueError(f"failed: {', '.join(map(str, failed))}; the same command tries them again")
@@ -114,20 +118,27 @@ def chosen(options: argparse.Namespace) -> list[Cell]:
     return [Cell(method, variant, kind, seed) for method, seed, kind, variant in cells]
 
 
-def estimate(cells: Sequence[Cell], grid: Grid, done: int) -> None:
-    """Prints minutes of all cores together, by what was measured for the tiny encoder on two cores."""
-    print(f"{done} cells are done, {len(cells)} to do; minutes of two cores, {grid.backbone} as fast as resnet10_tiny")
+def estimate(cells: Sequence[Cell], grid: Grid, seconds: Mapping[Cell, float]) -> None:
+    """Prints minutes of one cell at a time, at the median rate of the done ones, whose training took `seconds`."""
+    rate = statistics.median([weight(cell, grid) / taken for cell, taken in seconds.items()] or [RATE])
+    print(f"{len(seconds)} cells are done, {len(cells)} to do at {rate:.0f} passes a second; minutes:")
     total = 0.0
     for cell in cells:
         count = passes(cell, grid)
-        weighed = count.encoder + ATTRIBUTION * count.attribution + count.teacher / 3
-        training = weighed * SHARE[cell.data] * grid.images / RATE / 60
-        total += training + EVALUATION_MINUTES[cell.data]
+        training, evaluation = weight(cell, grid) / rate / 60, EVALUATION_MINUTES[cell.data]
+        total += training + evaluation
         print(
             f"{cell!s:<28} {count.encoder:>4} encoder passes, {count.attribution:>3} attributions, "
-            f"{count.teacher:>3} of a teacher: {training:5.1f} training, {EVALUATION_MINUTES[cell.data]} evaluation"
+            f"{count.teacher:>3} of a teacher: {training:5.1f} training, {evaluation} evaluation"
         )
     print(f"{total:.0f} minutes, {total / 60:.1f} hours")
+
+
+def weight(cell: Cell, grid: Grid) -> float:
+    """All passes of a training together, in those of one image through the encoder and back."""
+    count = passes(cell, grid)
+    each = count.encoder + ATTRIBUTION * count.attribution + count.teacher / 3
+    return each * SHARE[cell.data] * grid.images
 
 
 def report(options: argparse.Namespace) -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
 import shlex
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -164,6 +162,26 @@ class TestCells:
         unknown = yaml.safe_load(lines[3][lines[3].index("--unknown") + 1])
         assert unknown == [{"name": "digits"}, {"name": "folder", "root": str(Path("my textures").absolute())}]
         assert list(tmp_path.iterdir()) == []
+
+    def test_an_estimate_counts_what_is_to_be_done_at_the_rate_seen(self, tmp_path, grid, capsys):
+        main = load_script("benchmarks/evidence.py").main
+        command = ["--data", "cifar", "--results", str(tmp_path / "rows.jsonl"), "--seeds", "0", "1", "--estimate"]
+        command += ["--variants", "a", "e", "--kinds", "all"]
+        main(command)
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0].startswith("0 cells are done, 4 to do")
+        assert "40 encoder passes" in lines[1]
+        assert " 7.4 training" in lines[1]  # 40 passes of 10,000 images, 900 a second
+        assert "60 encoder passes,  20 attributions" in lines[2]
+        settings = {**grid.settings(), "data": "cifar", "images": 10_000, "batch": 256, "corrupted": 2000}
+        done = replace(row("a", "linear", 0.5), grid="cpu", settings=settings, passes=40, seconds=4000.0)
+        rows.append(tmp_path / "rows.jsonl", [done])
+        main(command)
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0].startswith("1 cells are done, 3 to do")
+        assert "simclr/a/all/1" in lines[2]
+        assert "66.7 training" in lines[2]
+        assert lines[-1] == f"{66.7 + 2 * 66.7 * 64 / 40 + 3 * 4:.0f} minutes, 4.9 hours"
 
 
 class TestImages:
@@ -564,19 +582,18 @@ class TestRunner:
                 os.kill(pid, 0)
         assert not (tmp_path / "rows.jsonl").exists()
 
-    def test_a_command_that_outlives_the_harness_keeps_its_run_folder(self, run, tmp_path, grid, capsys):
-        output = grid.cache / "runs/tiny/simclr-e-two-cue-0.txt"
-        output.parent.mkdir(parents=True)
-        with output.open("ab") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            orphan = subprocess.Popen(["sleep", "60"], pass_fds=[file.fileno()])
+    def test_a_command_that_outlives_the_harness_keeps_its_run_folder(self, run, tmp_path, capsys):
+        left = tmp_path / "left"
+        stays = f"import os, time; pid = os.fork(); open({str(left)!r}, 'w').write(str(pid)) if pid else time.sleep(60)"
+        assert len(run({"one": f"{stays}; raise SystemExit(pid != 0)"})) == 1
         try:
-            assert run({"one": "raise SystemExit(1)"}) == []
+            assert run({"one": "pass"}) == []
             assert "simclr/e/two-cue/0: another process runs it" in capsys.readouterr().out
+            assert not (tmp_path / "rows.jsonl").exists()
         finally:
-            orphan.kill()
-            orphan.wait()
-        assert run({"one": "pass"}) == []
+            os.kill(int(left.read_text()), signal.SIGKILL)
+        while not (tmp_path / "rows.jsonl").exists():  # until the system has let go of the lock
+            assert run({"one": "pass"}) == []
         assert len(rows.read(tmp_path / "rows.jsonl")) == 1
 
 

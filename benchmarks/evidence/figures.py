@@ -42,7 +42,7 @@ def forest(found: Values, reference: str) -> Figure | None:
     if not shown:
         return None
     lines = math.ceil(len(shown) / COLUMNS)
-    figure = Figure(figsize=(2.4 * COLUMNS, lines * (0.75 + 0.2 * len(compared))), layout="constrained")
+    figure = Figure(figsize=(2.4 * COLUMNS, lines * (0.9 + 0.2 * len(compared))), layout="constrained")
     panels = figure.subplots(lines, COLUMNS, squeeze=False).flatten()
     places = {name: -i for i, name in enumerate(compared)}
     for axes, measure in zip(panels, shown, strict=False):

@@ -60,7 +60,8 @@ class Runner:
         output = run.with_name(f"{run.name}.txt")
         output.parent.mkdir(parents=True, exist_ok=True)
         with output.open("ab") as file:
-            # Commands inherit the lock, so that one that outlives this process keeps others from its run folder.
+            # Commands inherit the lock with the file that they write to: one that outlives this process keeps others
+            # from its run folder.
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -103,7 +104,6 @@ class Runner:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                pass_fds=[output.fileno()],
             )
             self._running.add(process)
         status = process.wait()
