@@ -1,0 +1,1 @@
+"""Controlled experiments, in the order things happen: images, cells, running, rows, page."""

@@ -1,0 +1,127 @@
+"""The images of the experiments: a fixed part of a data set, and two digits side by side, one of them easily neglected.
+
+Both are folders in a cache, written once; they appear under their name when they are whole.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ssl_gradmix.data.datasets import ImageSet, load
+from ssl_gradmix.settings import Data
+
+CORRELATION = 0.9
+"""Share of the pretraining images whose two digits show the same number."""
+
+CONTRAST = 0.4
+"""Of the right digit, against the left one: SimCLR tells images apart by what is easily seen."""
+
+
+def subset(data: Path, images: int, target: Path) -> None:
+    """A part of the training images, the same number of each class, and all test images: a folder of symbolic links.
+
+    Args:
+        data: Folder `train/<class>/*` and `test/<class>/*`; left as it is.
+        images: How many training images, drawn with a fixed seed. A smaller part is contained in a larger one.
+        target: The folder to make, with the layout of `data`.
+
+    Raises:
+        FileNotFoundError: `data` has no test images.
+        ValueError: `images` cannot be shared out over the classes, or the target is a part of another `data`.
+    """
+    train = load(Data("folder", str(data)), "train")
+    load(Data("folder", str(data)), "test")
+    n_classes = len(train.classes)
+    each, rest = divmod(images, max(n_classes, 1))
+    smallest = np.bincount(train.labels, minlength=n_classes).min() if n_classes else 0
+    if rest or not 1 <= each <= smallest:
+        raise ValueError(
+            f"--images must be a multiple of the {n_classes} classes of {data} and at most {n_classes * smallest}, "
+            f"got {images}"
+        )
+
+    def write(folder: Path) -> None:
+        order = np.random.default_rng(0).permutation(len(train))
+        for label, name in enumerate(train.classes):
+            (folder / "train" / name).mkdir(parents=True)
+            for i in order[train.labels[order] == label][:each]:
+                path = train.images[i]
+                # The number keeps files of one name in different sub-folders apart.
+                (folder / "train" / name / f"{i:06d}{path.suffix}").symlink_to(path.resolve())
+        (folder / "test").symlink_to((data / "test").resolve())
+
+    _write_once(target, write)
+    if (target / "test").resolve() != (data / "test").resolve():
+        raise ValueError(f"--cache: {target} is a part of another folder than {data}; choose another cache")
+
+
+def two_cues(pairs: int, target: Path) -> None:
+    """Images of two digits side by side, 32x32: the left one is bright, the right one faint.
+
+    An encoder pretrained where the two agree, as a rule, can do with the left one. What it has kept of the right one is
+    read off images where they are independent: a classifier trained and tested on those cannot use the left digit in
+    its place.
+
+    Args:
+        pairs: Pretraining images. A fifth as many, at least 40, each serve to train and to test the classifiers.
+        target: The folder to make. In `pretraining/train/<left digit>/*` the right digit shows the left one's number in
+            a share `CORRELATION` of the images. Those where they are independent lie there twice: by the left digit in
+            `usual/{train,test}/<left digit>/*`, by the right one in `neglected/{train,test}/<right digit>/*`. Test
+            images are made of digits that are in no other.
+    """
+
+    def write(folder: Path) -> None:
+        rng = np.random.default_rng(0)
+        digits = {split: load(Data("digits"), split) for split in ("train", "test")}
+        left = np.arange(pairs) % 10
+        other = rng.random(pairs) >= CORRELATION
+        right = np.where(other, (left + rng.integers(1, 10, pairs)) % 10, left)
+        _write_pairs(digits["train"], left, right, rng, {folder / "pretraining" / "train": left})
+        judged = max(40, pairs // 5)
+        for split in ("train", "test"):
+            left = np.arange(judged) % 10
+            right = rng.permutation(left)
+            places = {folder / "usual" / split: left, folder / "neglected" / split: right}
+            _write_pairs(digits[split], left, right, rng, places)
+
+    _write_once(target, write)
+
+
+def _write_pairs(
+    digits: ImageSet, left: np.ndarray, right: np.ndarray, rng: np.random.Generator, places: dict[Path, np.ndarray]
+) -> None:
+    """Writes an image of each pair of numbers, drawn from `digits`, into every place under its label there."""
+    members = [np.flatnonzero(digits.labels == label) for label in range(10)]
+    for folder, labels in places.items():
+        for label in np.unique(labels):
+            (folder / str(label)).mkdir(parents=True)
+    for i, numbers in enumerate(zip(left, right, strict=True)):
+        halves = [_half(digits, rng.choice(members[number])) for number in numbers]
+        image = np.concatenate([halves[0], np.round(CONTRAST * halves[1]).astype(np.uint8)], 1)
+        for folder, labels in places.items():
+            Image.fromarray(image).save(folder / str(labels[i]) / f"{i:06d}.png")
+
+
+def _half(digits: ImageSet, index: int) -> np.ndarray:
+    image, _ = digits[index]
+    return np.asarray(image.convert("L").resize((16, 32), Image.Resampling.BILINEAR))
+
+
+def _write_once(target: Path, write: Callable[[Path], None]) -> None:
+    """Has `write(folder)` fill a temporary folder and renames it, unless the target is there."""
+    if target.exists():
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    try:
+        write(temporary)
+        os.replace(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
