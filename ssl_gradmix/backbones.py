@@ -28,6 +28,9 @@ _CONFIG = {
     "first_conv": "conv1",
     "classifier": "fc",
 }
+_ELSEWHERE = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_model_args", "checkpoint_path"}
+"""Arguments of timm.create_model by which settings could have it read other weights, from any file or address."""
+
 default_cfgs = generate_default_cfgs(dict.fromkeys(SMALL, _CONFIG))
 
 
@@ -88,9 +91,14 @@ def create(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
         **kwargs: The model's own arguments, for instance `drop_path_rate=0.1`.
 
     Raises:
-        ValueError: A name that timm does not know (near names are given), arguments that the model does not take,
-            weights that are not to be had.
+        ValueError: A name that timm does not know (near names are given), arguments that the model does not take or
+            that point to weights, weights that are not to be had, or pickled ones in a folder.
     """
+    if found := sorted(_ELSEWHERE & kwargs.keys()):
+        raise ValueError(f"backbone.kwargs must not have {', '.join(found)}: no weights are read from elsewhere")
+    kind, _, rest = name.partition(":")
+    if pretrained and kind == "local-dir" and not Path(rest, "model.safetensors").is_file():
+        raise ValueError(f"backbone.pretrained: {rest!r} has no model.safetensors, and other weights are not read")
     if ":" not in name and not timm.is_model(name.split(".")[0]):
         near = difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0.4) or SMALL
         raise ValueError(f"backbone.name: timm knows no model {name!r}; near names are {', '.join(near)}")

@@ -57,7 +57,14 @@ def recipe_parser(method_settings: type, description: str, recipe: str) -> Argum
         ("training", Training),
     ):
         parser.add_class_arguments(settings, name)
-    parser.add_class_arguments(GradMix, "gradmix", skip={"generator"})
+    parser.add_class_arguments(GradMix, "gradmix", skip={"generator", "attribution"})
+    # A function is for Python alone: here its name would have any module imported that a file of settings names.
+    parser.groups["gradmix"].add_argument(
+        "--gradmix.attribution",
+        type=Literal["layercam", "gradcam", "random"],
+        default="layercam",
+        help="`layercam`, `gradcam`, or `random`, the control: the same mixing at a random place.",
+    )
     return parser
 
 
@@ -67,10 +74,22 @@ def read(parser: ArgumentParser, argv: Sequence[str] | None) -> tuple[Namespace,
     Returns:
         The settings as dataclasses, and the same as plain values, for YAML.
     """
-    parsed = parser.parse_args(argv)
+    parsed = parse(parser, argv)
     plain = yaml.safe_load(parser.dump(parsed))
     plain.pop("environment", None)
     return parser.instantiate(parsed), plain
+
+
+def parse(parser: ArgumentParser, argv: Sequence[str] | None, **options: bool) -> Namespace:
+    """`parser.parse_args`, which leaves some of what a file of settings may hold to Python's own errors.
+
+    Raises:
+        ValueError: The file is no text, or nested too deeply.
+    """
+    try:
+        return parser.parse_args(argv, **options)
+    except (RecursionError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config: the file cannot be read ({error})") from error
 
 
 def run(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> int:

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from ssl_gradmix.data import images as image_files
+from ssl_gradmix.files import printable
 from ssl_gradmix.settings import Data
 
 logger = logging.getLogger("ssl_gradmix")
@@ -247,7 +248,7 @@ def _folder(data: Data, split: str) -> ImageSet:
         raise ValueError(
             f"data.root {str(root)!r} holds one folder with train/ in it: set data.root to {str(root / inside[0])!r}"
         )
-    name = f"folder:{root.resolve().name}/{split}"
+    name = f"folder:{printable(root.resolve().name)}/{split}"
     if (root / "train").is_dir() or (root / "test").is_dir():
         _check_split_folders(root, split)
         images = _list_folder(root / split, name)
@@ -304,7 +305,7 @@ def _list_folder(folder: Path, name: str) -> ImageSet:
         warnings.warn(f"{name}: {loose} images beside the class folders of {str(folder)!r} are left out", stacklevel=2)
     members = [_images_in(folder / label) for label in classes]
     labels = np.repeat(np.arange(len(classes)), [len(paths) for paths in members])
-    return ImageSet([path for paths in members for path in paths], labels, tuple(classes), name)
+    return ImageSet([path for paths in members for path in paths], labels, tuple(map(printable, classes)), name)
 
 
 def _class_folders(folder: Path) -> list[str]:

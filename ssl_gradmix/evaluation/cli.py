@@ -61,7 +61,7 @@ def main(evaluate: Callable[..., None], options: type, description: str, argv: S
     parser.add_class_arguments(options)
 
     def parse_and_evaluate(argv: Sequence[str] | None) -> None:
-        given = parser.parse_args(argv, defaults=False)
+        given = command_line.parse(parser, argv, defaults=False)
         evaluation, settings = _resolve(parser, given)
         evaluate(evaluation, _pick(options, settings))
 
