@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
@@ -106,7 +107,7 @@ def create(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
         return timm.create_model(name, pretrained=pretrained, num_classes=0, **kwargs)
     except TypeError as error:
         raise ValueError(f"backbone.kwargs: {name} does not take {kwargs} ({error})") from error
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, SafetensorError) as error:
         if not pretrained:
             raise
         raise ValueError(

@@ -68,4 +68,4 @@ def _refuse(constant: str) -> None:
 def _one_line(error: Exception) -> str:
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return " ".join(str(error).split()) or type(error).__name__

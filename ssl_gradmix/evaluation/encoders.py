@@ -143,7 +143,7 @@ def _create(architecture: str, **kwargs: object) -> nn.Module:
 
     if ":" in architecture:
         raise ValueError(f"the architecture must be one of timm's own models, got {architecture!r}")
-    return backbones.create(architecture, **kwargs)
+    return backbones.create(architecture, False, **kwargs)  # which arguments called pretrained would make a download
 
 
 def _published(name: str) -> nn.Module:
