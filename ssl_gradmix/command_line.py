@@ -10,14 +10,24 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import yaml
-from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
+from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace
 
+from ssl_gradmix.files import read_yaml
 from ssl_gradmix.gradmix import GradMix
 from ssl_gradmix.settings import Augmentation, Backbone, Data, Optimiser, Training
 
 
 class Formatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
     """Keeps the lines of a description."""
+
+
+class ConfigFile(ActionConfigFile):
+    """`--config FILE`, where the file is plain settings: see `read_yaml`."""
+
+    def __call__(self, parser: ArgumentParser, cfg: Namespace, values: str, option_string: str | None = None) -> None:
+        if os.path.isfile(values):
+            read_yaml(values)
+        super().__call__(parser, cfg, values, option_string)
 
 
 def recipe_parser(method_settings: type, description: str, recipe: str) -> ArgumentParser:
@@ -33,7 +43,7 @@ def recipe_parser(method_settings: type, description: str, recipe: str) -> Argum
     )
     parser.add_argument(
         "--config",
-        action="config",
+        action=ConfigFile,
         help="YAML file of settings, such as another run's config.yaml; what follows it wins.",
     )
     parser.add_argument("--run", type=str, default=f"runs/{recipe}", help="Run folder, where everything is written.")
@@ -74,22 +84,10 @@ def read(parser: ArgumentParser, argv: Sequence[str] | None) -> tuple[Namespace,
     Returns:
         The settings as dataclasses, and the same as plain values, for YAML.
     """
-    parsed = parse(parser, argv)
+    parsed = parser.parse_args(argv)
     plain = yaml.safe_load(parser.dump(parsed))
     plain.pop("environment", None)
     return parser.instantiate(parsed), plain
-
-
-def parse(parser: ArgumentParser, argv: Sequence[str] | None, **options: bool) -> Namespace:
-    """`parser.parse_args`, which leaves some of what a file of settings may hold to Python's own errors.
-
-    Raises:
-        ValueError: The file is no text, or nested too deeply.
-    """
-    try:
-        return parser.parse_args(argv, **options)
-    except (RecursionError, UnicodeDecodeError) as error:
-        raise ValueError(f"--config: the file cannot be read ({error})") from error
 
 
 def run(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> int:

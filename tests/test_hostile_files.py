@@ -323,13 +323,15 @@ def test_strange_yaml(tmp_path: Path, text: str | bytes, message: str) -> None:
     assert len(str(refused.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize("text", [b"environment: " + b"[" * 100_000, b"environment: &a {b: *a}", b"\xff\xfe\x00"])
+@pytest.mark.parametrize("text", [b"environment: " + b"[" * 2_000, LAUGHS.encode(), b"\xff\xfe\x00"])
 def test_strange_yaml_given_by_config(
     recipe: Callable[..., int], tmp_path: Path, text: bytes, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "strange.yaml").write_bytes(text)
     assert recipe("--config", "strange.yaml") == 2
-    assert "config" in refusal(capsys)
+    assert "strange.yaml is damaged: " in refusal(capsys)
+    assert evaluate(tmp_path, "--config", tmp_path / "strange.yaml") == 2
+    assert "strange.yaml is damaged: " in refusal(capsys)
 
 
 def test_settings_of_other_types_are_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

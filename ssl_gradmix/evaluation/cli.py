@@ -55,13 +55,13 @@ def main(evaluate: Callable[..., None], options: type, description: str, argv: S
         formatter_class=command_line.Formatter,
         exit_on_error=False,
     )
-    parser.add_argument("--config", action="config", help="YAML file of these options.")
+    parser.add_argument("--config", action=command_line.ConfigFile, help="YAML file of these options.")
     parser.add_class_arguments(Subject, as_positional=True)
     parser.add_class_arguments(Data, "data")
     parser.add_class_arguments(options)
 
     def parse_and_evaluate(argv: Sequence[str] | None) -> None:
-        given = command_line.parse(parser, argv, defaults=False)
+        given = parser.parse_args(argv, defaults=False)
         evaluation, settings = _resolve(parser, given)
         evaluate(evaluation, _pick(options, settings))
 
