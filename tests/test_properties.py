@@ -121,7 +121,7 @@ def region_of(mixed: MixedViews, images: Tensor) -> Tensor:
 
 
 @given(case=cases(), gradmix=generators())
-@settings(stable, max_examples=150)
+@settings(stable, max_examples=100)
 def test_pixels_come_from_where_they_should_and_lam_counts_them(case: Case, gradmix: GradMix) -> None:
     images, donors = case.views()
     before = images.clone(), donors.clone()
@@ -143,13 +143,14 @@ def test_pixels_come_from_where_they_should_and_lam_counts_them(case: Case, grad
         assert (1 - area / pixels >= mixed.lam - 1e-6).all()
 
     if gradmix.fill in ("donor", "crop"):
-        assert (mixed.images[region] >= 2).all()
+        assert (mixed.images[region] > 1.5).all()
         taken = donors[mixed.donor_index]
         if gradmix.fill == "crop" or gradmix.region == "mask":
             assert torch.equal(mixed.images, torch.where(region, taken, images))
         else:  # resized: a weighted mean of the donor's pixels
-            low, high = taken.amin((2, 3), keepdim=True), taken.amax((2, 3), keepdim=True)
-            assert ((mixed.images >= low) & (mixed.images <= high))[region].all()
+            low, high = (extreme((2, 3), keepdim=True) for extreme in (taken.float().amin, taken.float().amax))
+            inside = (mixed.images.float() >= low - 1e-5) & (mixed.images.float() <= high + 1e-5)
+            assert inside[region].all()
     elif gradmix.fill == "mean":
         mean = images.float().mean((0, 2, 3), keepdim=True).expand_as(images)
         torch.testing.assert_close(mixed.images.float()[region], mean[region], atol=1e-2, rtol=0)
@@ -220,4 +221,4 @@ def test_a_map_does_not_depend_on_the_other_images(case: Case, method: str, targ
         attribute(loss_of(each), each, case.size, count, method, target)
         for each, count in ((activations, case.count), (part, len(chosen)))
     )
-    torch.testing.assert_close(alone, whole[chosen], atol=1e-5, rtol=0)
+    torch.testing.assert_close(alone, whole[chosen], atol=1e-4, rtol=0)

@@ -26,8 +26,8 @@ from ssl_gradmix.data.datasets import ImageSet, load
 from ssl_gradmix.settings import Data
 
 RED, GREEN, BLUE, WHITE, GREY = (220, 30, 40), (30, 180, 60), (40, 60, 200), (255, 255, 255), (128, 128, 128)
-SECONDS = 20
-"""What reading a few small files may take at most, on a busy machine."""
+SECONDS = 120
+"""What reading a few small files may take at most, on a very busy machine; only a failing test waits so long."""
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL", "ignore::PIL.Image.DecompressionBombWarning")
 
@@ -282,7 +282,7 @@ def test_is_read_right(name: str, tmp_path: Path) -> None:
     (index,) = (i for i, path in enumerate(images.images) if name in path.parts)
     assert len(images) == 3
     check_shown(KINDS[name], shown[index])
-    assert np.abs(shown[[0, 2]] - GREEN).max() <= 1 or index != 1
+    assert np.abs(np.delete(shown, index, 0) - GREEN).max() <= 1
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -382,7 +382,7 @@ def test_a_class_folder_that_is_a_link_is_read_and_one_that_leads_nowhere_is_non
 
 
 @contextlib.contextmanager
-def as_nobody() -> Iterator[None]:
+def as_nobody(folder: Path) -> Iterator[None]:
     """Permissions do not bind the superuser, under whom tests may run in containers."""
     if os.geteuid() != 0:
         yield
@@ -392,6 +392,8 @@ def as_nobody() -> Iterator[None]:
     except OSError:
         pytest.skip("runs as the superuser, and cannot be anybody else")
     try:
+        if not os.access(folder, os.R_OK | os.X_OK, effective_ids=True):
+            pytest.skip(f"nobody but the superuser reaches {folder}")
         yield
     finally:
         os.seteuid(0)
@@ -412,7 +414,7 @@ def test_an_image_that_may_not_be_read(open_folder: Path) -> None:
     root = class_folders(open_folder, "cat")
     plain().save(root / "train" / "cat" / "locked.png")
     (root / "train" / "cat" / "locked.png").chmod(0)
-    with as_nobody():
+    with as_nobody(root):
         with pytest.raises(ValueError, match=r"cannot read the image '.*locked\.png': .*Permission denied"):
             pixels(root)
         with pytest.warns(UserWarning, match=r"1 of 3 images cannot be read, left out: \['.*locked\.png'\]"):
@@ -422,7 +424,7 @@ def test_an_image_that_may_not_be_read(open_folder: Path) -> None:
 def test_a_folder_that_may_not_be_read(open_folder: Path) -> None:
     root = class_folders(open_folder, "cat")
     (root / "train" / "cat" / "locked").mkdir(mode=0)
-    with as_nobody(), pytest.raises(PermissionError, match="locked"):
+    with as_nobody(root), pytest.raises(PermissionError, match="locked"):
         pixels(root)
 
 
