@@ -25,8 +25,9 @@ def read_json(path: str | Path) -> Any:
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Settings in a YAML file. What its tags ask for is not run, and aliases, by which a few lines can grow without
-    bounds, are refused.
+    """Settings in a YAML file.
+
+    What its tags ask for is not run, and aliases, by which a few lines can grow without bounds, are refused.
 
     Raises:
         FileNotFoundError: There is no such file.

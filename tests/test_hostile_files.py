@@ -323,7 +323,7 @@ def test_strange_yaml(tmp_path: Path, text: str | bytes, message: str) -> None:
     assert len(str(refused.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize("text", [b"environment: " + b"[" * 2_000, LAUGHS.encode(), b"\xff\xfe\x00"])
+@pytest.mark.parametrize("text", [LAUGHS.encode(), b"\xff\xfe\x00"])
 def test_strange_yaml_given_by_config(
     recipe: Callable[..., int], tmp_path: Path, text: bytes, capsys: pytest.CaptureFixture[str]
 ) -> None:
