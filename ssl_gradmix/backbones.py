@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
@@ -28,6 +29,9 @@ _CONFIG = {
     "first_conv": "conv1",
     "classifier": "fc",
 }
+_ELSEWHERE = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_model_args", "checkpoint_path"}
+"""Arguments of timm.create_model by which settings could have it read other weights, from any file or address."""
+
 default_cfgs = generate_default_cfgs(dict.fromkeys(SMALL, _CONFIG))
 
 
@@ -88,9 +92,14 @@ def create(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
         **kwargs: The model's own arguments, for instance `drop_path_rate=0.1`.
 
     Raises:
-        ValueError: A name that timm does not know (near names are given), arguments that the model does not take,
-            weights that are not to be had.
+        ValueError: A name that timm does not know (near names are given), arguments that the model does not take or
+            that point to weights, weights that are not to be had, or pickled ones in a folder.
     """
+    if found := sorted(_ELSEWHERE & kwargs.keys()):
+        raise ValueError(f"backbone.kwargs must not have {', '.join(found)}: no weights are read from elsewhere")
+    kind, _, rest = name.partition(":")
+    if pretrained and kind == "local-dir" and not Path(rest, "model.safetensors").is_file():
+        raise ValueError(f"backbone.pretrained: {rest!r} has no model.safetensors, and other weights are not read")
     if ":" not in name and not timm.is_model(name.split(".")[0]):
         near = difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0.4) or SMALL
         raise ValueError(f"backbone.name: timm knows no model {name!r}; near names are {', '.join(near)}")
@@ -98,7 +107,7 @@ def create(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
         return timm.create_model(name, pretrained=pretrained, num_classes=0, **kwargs)
     except TypeError as error:
         raise ValueError(f"backbone.kwargs: {name} does not take {kwargs} ({error})") from error
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, SafetensorError) as error:
         if not pretrained:
             raise
         raise ValueError(

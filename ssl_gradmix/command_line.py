@@ -10,14 +10,24 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import yaml
-from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
+from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace
 
+from ssl_gradmix.files import read_yaml
 from ssl_gradmix.gradmix import GradMix
 from ssl_gradmix.settings import Augmentation, Backbone, Data, Optimiser, Training
 
 
 class Formatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
     """Keeps the lines of a description."""
+
+
+class ConfigFile(ActionConfigFile):
+    """`--config FILE`, where the file is plain settings: see `read_yaml`."""
+
+    def __call__(self, parser: ArgumentParser, cfg: Namespace, values: str, option_string: str | None = None) -> None:
+        if os.path.isfile(values):
+            read_yaml(values)
+        super().__call__(parser, cfg, values, option_string)
 
 
 def recipe_parser(method_settings: type, description: str, recipe: str) -> ArgumentParser:
@@ -33,7 +43,7 @@ def recipe_parser(method_settings: type, description: str, recipe: str) -> Argum
     )
     parser.add_argument(
         "--config",
-        action="config",
+        action=ConfigFile,
         help="YAML file of settings, such as another run's config.yaml; what follows it wins.",
     )
     parser.add_argument("--run", type=str, default=f"runs/{recipe}", help="Run folder, where everything is written.")
@@ -57,7 +67,14 @@ def recipe_parser(method_settings: type, description: str, recipe: str) -> Argum
         ("training", Training),
     ):
         parser.add_class_arguments(settings, name)
-    parser.add_class_arguments(GradMix, "gradmix", skip={"generator"})
+    parser.add_class_arguments(GradMix, "gradmix", skip={"generator", "attribution"})
+    # A function is for Python alone: here its name would have any module imported that a file of settings names.
+    parser.groups["gradmix"].add_argument(
+        "--gradmix.attribution",
+        type=Literal["layercam", "gradcam", "random"],
+        default="layercam",
+        help="`layercam`, `gradcam`, or `random`, the control: the same mixing at a random place.",
+    )
     return parser
 
 

@@ -125,6 +125,11 @@ class Backbone:
     kwargs: dict | None = None
     pretrained: bool = False
 
+    def __post_init__(self) -> None:
+        _require(
+            "pretrained" not in (self.kwargs or {}), "backbone.kwargs", self.kwargs, "without pretrained, a setting"
+        )
+
 
 @dataclass
 class SimCLRSettings:

@@ -28,6 +28,7 @@ from ssl_gradmix.data.corruptions import (
     corrupt_batch,
     frost_source,
 )
+from ssl_gradmix.files import printable, read_json
 from ssl_gradmix.version import __version__
 
 _PARTIAL = ".partial"
@@ -103,7 +104,7 @@ def read_imagenet_c(root: str | Path, name: str, severity: int) -> tuple[list[Pa
         empty = [entry.name for entry, paths in zip(class_folders, members, strict=True) if not paths]
         raise ValueError(f"{str(folder)!r} must have images in all its class folders, got none in {', '.join(empty)}")
     labels = np.repeat(np.arange(len(members)), [len(paths) for paths in members])
-    classes = tuple(entry.name for entry in class_folders)
+    classes = tuple(printable(entry.name) for entry in class_folders)
     return [path for paths in members for path in paths], labels, classes
 
 
@@ -201,8 +202,8 @@ def _claim(out: Path, meta: dict) -> None:
     path = out / "meta.json"
     if path.exists():
         try:
-            there = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+            there = dict(read_json(path))
+        except (ValueError, TypeError) as error:
             raise ValueError(f"{path} is damaged ({error}): write to another folder") from error
         differing = sorted(key for key in meta if key not in there or there[key] != meta[key])
         if differing:

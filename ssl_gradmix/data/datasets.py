@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +14,10 @@ import torch
 from PIL import Image
 
 from ssl_gradmix.data import images as image_files
+from ssl_gradmix.files import printable
 from ssl_gradmix.settings import Data
+
+logger = logging.getLogger("ssl_gradmix")
 
 DIGITS = tuple("0123456789")
 
@@ -112,7 +116,8 @@ def load(data: Data, split: Literal["train", "test"]) -> ImageSet:
 
     Returns:
         At least two images. Those of a `folder` stay on disk. With `broken="skip"` each of its files is decoded once
-        here, and those that fail are left out with one warning; with `broken="stop"` they raise when asked for.
+        here, and those that fail are left out, each logged and all counted in one warning; with `broken="stop"` they
+        raise when asked for.
 
     Raises:
         FileNotFoundError: The files are not there, or a split does not exist; the message says what would help.
@@ -243,7 +248,7 @@ def _folder(data: Data, split: str) -> ImageSet:
         raise ValueError(
             f"data.root {str(root)!r} holds one folder with train/ in it: set data.root to {str(root / inside[0])!r}"
         )
-    name = f"folder:{root.resolve().name}/{split}"
+    name = f"folder:{printable(root.resolve().name)}/{split}"
     if (root / "train").is_dir() or (root / "test").is_dir():
         _check_split_folders(root, split)
         images = _list_folder(root / split, name)
@@ -295,12 +300,12 @@ def _list_folder(folder: Path, name: str) -> ImageSet:
             raise ValueError(
                 f"the class folders {same!r} and {label!r} in {str(folder)!r} differ in case alone: rename or merge one"
             )
-    loose = sum(entry.is_file() and image_files.is_image(entry.name) for entry in folder.iterdir())
+    loose = sum(image_files.is_image(entry.name) and not entry.is_dir() for entry in folder.iterdir())
     if loose:
         warnings.warn(f"{name}: {loose} images beside the class folders of {str(folder)!r} are left out", stacklevel=2)
     members = [_images_in(folder / label) for label in classes]
     labels = np.repeat(np.arange(len(classes)), [len(paths) for paths in members])
-    return ImageSet([path for paths in members for path in paths], labels, tuple(classes), name)
+    return ImageSet([path for paths in members for path in paths], labels, tuple(map(printable, classes)), name)
 
 
 def _class_folders(folder: Path) -> list[str]:
@@ -315,14 +320,15 @@ def _images_in(folder: Path) -> list[Path]:
 
 
 def _without_broken(images: ImageSet) -> ImageSet:
-    """Decodes every file once and leaves out those that fail, with one warning."""
+    """Decodes every file once and leaves out those that fail: each is logged, and one warning counts them."""
     readable = np.ones(len(images), bool)
 
     def check(i: int) -> None:
         try:
             images[i]
-        except ValueError:
+        except ValueError as error:
             readable[i] = False
+            logger.info("left out: %s", error)
 
     image_files.for_each(len(images), check, f"checking {images.name}")
     if not readable.all():

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-"""File names that count as images, upper or lower case."""
+"""What names of images end in, upper or lower case."""
+
+UNREAD = (".avif", ".heic", ".heif", ".jp2", ".jxl")
+"""Images too, but decoded nowhere: they are listed, so that `decode` names them, rather than passed over in silence."""
+
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""What a file may hold, whatever its name. Pillow knows more, and hands PostScript to another program."""
 
 _THREADS = min(8, os.cpu_count() or 1)
 _CHUNK = 64
 
 
 def is_image(name: str) -> bool:
-    """Whether a file of this name counts as an image: it ends as one of `ENDINGS` and is not hidden (a leading dot)."""
-    return name.lower().endswith(ENDINGS) and not name.startswith(".")
+    """Whether a file of this name counts as an image, read or not: by its ending, and not hidden (a leading dot)."""
+    return name.lower().endswith(ENDINGS + UNREAD) and not name.startswith(".")
 
 
 def find(folder: Path) -> list[Path]:
@@ -33,7 +40,7 @@ def find(folder: Path) -> list[Path]:
         folder: Where to look.
 
     Returns:
-        Paths that begin with `folder`, ending as one of `ENDINGS`; empty where there is none.
+        Paths that begin with `folder`, ending as one of `ENDINGS` or `UNREAD`; empty where there is none.
 
     Raises:
         OSError: A folder cannot be read.
@@ -61,22 +68,29 @@ def decode(path: Path) -> Image.Image:
     divided by 257 so that its whole range is kept (Pillow's own conversion clips at 255).
 
     Args:
-        path: Any file that Pillow opens.
+        path: A file of one of the formats that `ENDINGS` stand for; what it holds counts, not its name.
 
     Returns:
         An image in mode `RGB`.
 
     Raises:
-        ValueError: The file cannot be read, is truncated, or has more pixels than `PIL.Image.MAX_IMAGE_PIXELS`; the
-            message names the path.
+        ValueError: The file cannot be read, is truncated, is none of these formats, has more pixels than
+            `PIL.Image.MAX_IMAGE_PIXELS`, or is no regular file (opening a pipe would wait for ever); the message names
+            the path.
     """
     try:
-        with Image.open(path) as image:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise ValueError("it is no regular file")
+        with Image.open(path, formats=_FORMATS) as image:
             limit = Image.MAX_IMAGE_PIXELS
             if limit and image.width * image.height > limit:
                 raise ValueError(f"{image.width}x{image.height} pixels, more than PIL.Image.MAX_IMAGE_PIXELS = {limit}")
             ImageOps.exif_transpose(image, in_place=True)
             return to_rgb(image)
+    except UnidentifiedImageError as error:
+        raise ValueError(
+            f"cannot read the image {str(path)!r}: damaged, or none of {', '.join(_FORMATS)}; convert or remove it"
+        ) from error
     except Exception as error:  # Pillow's decoders raise nearly every type there is on a broken file
         raise ValueError(f"cannot read the image {str(path)!r}: {error or type(error).__name__}") from error
 

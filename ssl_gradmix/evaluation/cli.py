@@ -55,7 +55,7 @@ def main(evaluate: Callable[..., None], options: type, description: str, argv: S
         formatter_class=command_line.Formatter,
         exit_on_error=False,
     )
-    parser.add_argument("--config", action="config", help="YAML file of these options.")
+    parser.add_argument("--config", action=command_line.ConfigFile, help="YAML file of these options.")
     parser.add_class_arguments(Subject, as_positional=True)
     parser.add_class_arguments(Data, "data")
     parser.add_class_arguments(options)

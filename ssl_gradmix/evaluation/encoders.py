@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ssl_gradmix.files import read_json, read_yaml
+
 _PICKLED = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".tar")
-_ELSEWHERE = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path"}
-"""Arguments of timm.create_model that have it load other weights, pickles too."""
+_LARGEST = 4096
+"""Side of an image, in pixels, above which a description is not believed."""
 
 _CONVERT = """\
 {path} is a pickled checkpoint, which can run code when it is read, so it is refused. Where you trust it, convert it:
@@ -88,7 +89,9 @@ def load_encoder(spec: str | Path, weights: str | Path | None = None, image_size
 
     run = Path(spec)
     _check_is_run(run)
-    config = read_config(run / "config.yaml")
+    config = read_yaml(run / "config.yaml")
+    if not isinstance(config.get("data", {}), dict):
+        raise ValueError(f"{run / 'config.yaml'} is damaged: data holds no settings")
     return _from_folder(run / "backbone", image_size, run.resolve().name, run, config)
 
 
@@ -107,23 +110,6 @@ def _check_is_run(path: Path) -> None:
         raise FileNotFoundError(f"the run {path} has no backbone yet: {path}/backbone/model.safetensors is missing")
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """A run's config.yaml, read without running what its tags may ask for.
-
-    Raises:
-        ValueError: If it is no YAML, or holds no settings.
-    """
-    import yaml
-
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged: {_one_line(error)}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} is damaged: it holds no settings")
-    return config
-
-
 def _from_folder(
     folder: Path, image_size: int | None, name: str, run: Path | None = None, config: dict | None = None
 ) -> Encoder:
@@ -131,16 +117,17 @@ def _from_folder(
     description = folder / "config.json"
     if not description.exists():
         raise FileNotFoundError(f"{folder} is no folder in timm's layout: it has no config.json")
+    described = read_json(description)
     try:
-        described = json.loads(description.read_text(encoding="utf-8"))
         architecture, cfg = str(described["architecture"]), described["pretrained_cfg"]
         kwargs = {key: value for key, value in (described.get("model_args") or {}).items() if key != "num_classes"}
-        if _ELSEWHERE & kwargs.keys():
-            raise ValueError(f"model_args must not have {', '.join(sorted(_ELSEWHERE & kwargs.keys()))}")
         _preparation(cfg)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:  # JSON and Unicode errors are ValueErrors
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{description} is damaged: {_one_line(error)}") from error
-    model = _create(architecture, **kwargs)
+    try:
+        model = _create(architecture, **kwargs)
+    except Exception as error:  # models fail in ways of their own on arguments that mean nothing
+        raise ValueError(f"{description} describes no model: {_one_line(error)}") from error
     _load(model, folder / "model.safetensors")
     return _encoder(model, cfg, image_size, name, run, config)
 
@@ -156,7 +143,7 @@ def _create(architecture: str, **kwargs: object) -> nn.Module:
 
     if ":" in architecture:
         raise ValueError(f"the architecture must be one of timm's own models, got {architecture!r}")
-    return backbones.create(architecture, **kwargs)
+    return backbones.create(architecture, False, **kwargs)  # which arguments called pretrained would make a download
 
 
 def _published(name: str) -> nn.Module:
@@ -240,8 +227,10 @@ def _preparation(cfg: dict) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
     channels, height, width = cfg["input_size"]
     if channels != 3 or height != width:
         raise ValueError(f"input_size must be 3 channels of a square image, got {cfg['input_size']}")
+    if not isinstance(height, int) or not 1 <= height <= _LARGEST:
+        raise ValueError(f"input_size must be whole pixels up to {_LARGEST}, got {cfg['input_size']}")
     mean, std = tuple(map(float, cfg["mean"])), tuple(map(float, cfg["std"]))
-    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+    if len(mean) != 3 or len(std) != 3 or not all(map(math.isfinite, mean + std)) or min(std) <= 0:
         raise ValueError(f"mean and std must be 3 numbers each, std above 0, got {mean} and {std}")
     return height, mean, std
 

@@ -82,7 +82,7 @@ def fingerprint(encoder: Encoder, images: ImageSet) -> str:
     else:
         for path in images.images:
             status = os.stat(path)
-            digest.update(f"{Path(path).resolve()} {status.st_size} {status.st_mtime_ns}\n".encode())
+            digest.update(os.fsencode(f"{Path(path).resolve()} {status.st_size} {status.st_mtime_ns}\n"))
     return digest.hexdigest()[:32]
 
 

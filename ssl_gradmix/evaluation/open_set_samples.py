@@ -104,7 +104,7 @@ class Samples:
                     arrays.setdefault(group, {})[name] = array.astype(bool) if array.dtype == np.uint8 else array
             settings, images = Settings(**json.loads(header["settings"])), json.loads(header["images"])
             return cls(header["encoder"], settings, images, arrays)
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} is no file of open-set samples, or damaged: {error}") from error
 
     def check_comparable(self, other: Samples) -> None:

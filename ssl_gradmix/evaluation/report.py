@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -41,6 +40,8 @@ _DESCRIBED = {
     "training.epochs": ("", " epochs"),
 }
 _GREY = "#9099a5"
+_LARGEST = 1e30
+"""Numbers in a log beyond it, infinite ones and NaN are not drawn."""
 
 
 def write_report(paths: Sequence[str], out: str | Path, map_method: MapMethod = "pca") -> tuple[Path, Path]:
@@ -79,7 +80,9 @@ def write_report(paths: Sequence[str], out: str | Path, map_method: MapMethod = 
         Path(out, "report.md"): render_markdown(title, sections),
     }
     for path, text in texts.items():
-        write_whole(path, lambda temporary, text=text: temporary.write_text(text, encoding="utf-8"))
+        write_whole(
+            path, lambda temporary, text=text: temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+        )
     return tuple(texts)
 
 
@@ -163,7 +166,7 @@ def _training(runs: Sequence[Run]) -> Section:
 
 
 def _has_numbers(entry: Mapping[str, object], *names: str) -> bool:
-    return all(isinstance(entry.get(name), int | float) and math.isfinite(entry[name]) for name in names)
+    return all(isinstance(entry.get(name), int | float) and abs(entry[name]) < _LARGEST for name in names)
 
 
 def _accuracy(runs: Sequence[Run]) -> Section:
@@ -189,7 +192,7 @@ def _maps(runs: Sequence[Run], method: Literal["pca", "tsne"]) -> Section:
     for index, run in enumerate(runs):
         try:
             drawn = feature_map(run.path, _data_of(run), method, accelerator)
-        except (ValueError, OSError) as error:
+        except (ValueError, TypeError, OSError) as error:  # settings may be of any type
             parts.append(Missing(f"{run.name}: no map, {error}"))
         else:
             panels.append(_map_panel(run.name, index, drawn))
@@ -250,6 +253,6 @@ def _image(path: Path) -> str:
     try:
         with Image.open(path, formats=["PNG"]) as picture:
             picture.verify()
-    except (OSError, SyntaxError) as error:  # Pillow has no nearer name for a broken PNG
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # no nearer name for a broken PNG
         raise ValueError(f"{path} is damaged: {error}") from error
     return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"

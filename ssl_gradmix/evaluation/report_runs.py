@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from ssl_gradmix.evaluation.encoders import read_config
 from ssl_gradmix.evaluation.results import Row, read_rows
+from ssl_gradmix.files import read_yaml
 from ssl_gradmix.training.run_folder import RunFolder
 
 TASKS = ("linear_probe", "osr", "ood", "corruption")
@@ -103,11 +103,11 @@ def _read(path: str, name: str) -> Run:
     results = _read_results(folder.path / "eval" if is_run else folder.path)
     if not is_run and not results:
         raise ValueError(f"{path!r} is no run (it has no config.yaml) and holds no results of an evaluation")
-    pictures = sorted(folder.samples.glob("*.png"))
+    pictures = sorted(path for path in folder.samples.glob("*.png") if path.is_file())
     return Run(
         path,
         name,
-        read_config(folder.config) if is_run else None,
+        read_yaml(folder.config) if is_run else None,
         [entry for entry in folder.read_log() if isinstance(entry, dict)],
         pictures[-1] if pictures else None,
         results,
@@ -132,6 +132,6 @@ def _read_samples(path: Path) -> dict[str, np.ndarray]:
     from safetensors.numpy import load_file
 
     try:
-        return load_file(path) if path.exists() else {}
+        return load_file(path) if path.is_file() else {}
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged: {error}") from error

@@ -8,10 +8,16 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+from ssl_gradmix.files import read_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+_NUMBERS = ("label_fraction", "p_value", "std")
+"""Parameters that are shown as numbers."""
 
 
 @dataclass
@@ -83,17 +89,34 @@ def read_rows(path: str | Path) -> tuple[list[Row], dict[str, Any]]:
         ValueError: If it holds something else.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        rows = [Row(**row) for row in content.pop("rows")]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        content = read_json(path)
+        rows = [_row(**columns) for columns in content.pop("rows")]
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         wanted = ", ".join(field.name for field in fields(Row))
         raise ValueError(f"{path} is no file of result rows ({wanted}): {error}") from error
     return rows, content
 
 
+def _row(**columns: Any) -> Row:
+    """A row whose columns are of their types, as what reads it formats numbers and looks texts up."""
+    row = Row(**columns)
+    typed = {name: kind for name, kind in get_type_hints(Row).items() if kind in (str, int, int | None)}
+    wrong = [name for name, kind in typed.items() if not isinstance(getattr(row, name), kind)]
+    wrong += [f"params.{name}" for name in _NUMBERS if not isinstance(row.params.get(name), int | float | None)]
+    if wrong:
+        raise ValueError(f"{', '.join(wrong)} of another type")
+    return row
+
+
 def write_figure(path: str | Path, figure: Figure) -> None:
-    """Writes a matplotlib figure as PNG: whole or not at all."""
-    write_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight"))
+    """Writes a matplotlib figure as PNG: whole or not at all. A `$` in a class's name starts no formula in it."""
+    from matplotlib import rc_context
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
+    with rc_context({"text.parse_math": False}):  # for texts that are made only now, as those of ticks
+        write_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight"))
 
 
 def write_whole(path: str | Path, write: Callable[[Path], object]) -> None:

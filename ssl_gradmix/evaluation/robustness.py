@@ -8,7 +8,7 @@ weight, then every corruption; errors are fractions. The 4 extra corruptions are
 from __future__ import annotations
 
 import hashlib
-import json
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -45,6 +45,7 @@ from ssl_gradmix.evaluation.metrics import (
 )
 from ssl_gradmix.evaluation.probes import LinearProbe, label_subset
 from ssl_gradmix.evaluation.results import Row, read_rows
+from ssl_gradmix.files import read_json
 
 CLASSIFIERS = ("linear", "knn")
 """Scores of the metrics `accuracy` and `clean_accuracy`: the linear probe and weighted kNN."""
@@ -261,7 +262,7 @@ class Published:
         if not path.exists():
             return {"source": "published"}
         try:
-            meta = json.loads(path.read_text(encoding="utf-8"))
+            meta = read_json(path)
             return {"source": "published", **{key: meta[key] for key in ("preset", "seed", "frost_source")}}
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is damaged, or not by make_c: {error!r}") from error
@@ -271,7 +272,7 @@ class Published:
         digest = hashlib.sha256()
         for path in sorted([*self.root.glob("*.npy"), *self.root.glob("*/[1-5]")]):
             status = path.stat()
-            digest.update(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}\n".encode())
+            digest.update(os.fsencode(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}\n"))
         return digest.hexdigest()[:32]
 
     def _labels_of(self, folders: Sequence[str]) -> np.ndarray:

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from ssl_gradmix.files import read_yaml
 from ssl_gradmix.version import __version__
 
 PARTS = ("config.yaml", "log.jsonl", "checkpoint", "backbone", "projector.safetensors", "samples", "eval", "trackers")
@@ -58,7 +59,7 @@ class RunFolder:
             )
         if overwrite:
             return
-        differences = _differences(yaml.safe_load(self.config.read_text()), settings)
+        differences = _differences(read_yaml(self.config), settings)
         if differences:
             raise ValueError(
                 f"run: {self.path} was started with other settings ({'; '.join(differences)}); "
@@ -95,7 +96,7 @@ class RunFolder:
         for line in self.log.read_text().splitlines() if self.log.exists() else []:
             try:
                 entries.append(json.loads(line))
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):
                 break
         return entries
 
@@ -133,5 +134,5 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in settings.items():
-        flat.update(_flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value})
+        flat.update(_flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value})
     return flat

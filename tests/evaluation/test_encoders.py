@@ -219,7 +219,9 @@ class TestPickles:
         torch.save(Bomb(exploded), run / "bomb.pt")
         path = run / "backbone" / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"model_args": {argument: str(run / "bomb.pt")}}))
-        with pytest.raises(ValueError, match=f"config.json is damaged: model_args must not have {argument}"):
+        with pytest.raises(
+            ValueError, match=f"config.json describes no model: backbone.kwargs must not have {argument}"
+        ):
             load_encoder(run)
 
     def test_the_way_out_works(self, tmp_path, backbone, monkeypatch):

@@ -1,0 +1,72 @@
+"""Small files that anyone may have written, read as plain data and never as instructions, and names of files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+def read_json(path: str | Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is no JSON, which has neither NaN nor infinity, is nested too deeply, or is no regular file.
+    """
+    try:
+        content = json.loads(_text(path), parse_constant=_refuse)
+        json.dumps(content, ensure_ascii=False).encode()  # "\\ud800" is half a character, which nobody can print
+    except (ValueError, RecursionError) as error:  # Unicode and JSON errors are ValueErrors
+        raise ValueError(f"{path} is damaged: {_one_line(error)}") from error
+    return content
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Settings in a YAML file.
+
+    What its tags ask for is not run, and aliases, by which a few lines can grow without bounds, are refused.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is no such YAML, holds no settings, is nested too deeply, or is no regular file.
+    """
+    try:
+        settings = yaml.load(_text(path), _PlainLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {_one_line(error)}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} is damaged: it holds no settings")
+    return settings
+
+
+def printable(name: str) -> str:
+    """A file's name as text: bytes in it that are no UTF-8, which nothing can print, become `\\xe9` and the like."""
+    return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Builds numbers, texts, lists and dictionaries, each of what is written there."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"it has an alias, *{self.peek_event().anchor}: write out what it stands for")
+        return super().compose_node(parent, index)
+
+
+def _text(path: str | Path) -> str:
+    if Path(path).exists() and not Path(path).is_file():
+        raise ValueError("it is no regular file")  # a pipe would have the reader wait
+    return Path(path).read_text(encoding="utf-8")
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number in JSON")
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    return " ".join(str(error).split()) or type(error).__name__

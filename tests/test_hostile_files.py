@@ -1,0 +1,634 @@
+"""Files of strangers: nothing in them runs, nothing beside them is read, and what is refused is named.
+
+Attacks are planted and shown to work where they are let in; how a report escapes names is in evaluation/test_report.py.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import os
+import pickle
+import re
+import struct
+import sys
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torchvision
+import yaml
+from accelerate.state import AcceleratorState, GradientState
+from PIL import Image
+from safetensors.numpy import save_file as save_arrays
+from safetensors.torch import load_file, save_file
+from support import load_script, make_run
+
+from ssl_gradmix import backbones, command_line
+from ssl_gradmix.data.corruption_sets import make_c, read_cifar_c
+from ssl_gradmix.data.datasets import load
+from ssl_gradmix.evaluation.encoders import load_encoder
+from ssl_gradmix.evaluation.features import extract
+from ssl_gradmix.evaluation.open_set_samples import Samples
+from ssl_gradmix.evaluation.results import Row, read_rows, write_rows
+from ssl_gradmix.evaluation.robustness import Published
+from ssl_gradmix.files import read_json, read_yaml
+from ssl_gradmix.settings import Data
+from ssl_gradmix.training import checkpoint
+
+ROW = Row("linear_probe", "digits", "test", None, "x", "backbone", "linear", "top1", 0.5, 0.4, 0.6, 10)
+DEEP = 1_000_000
+
+
+class Planted:
+    """Unpickling it leaves a file."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.trace,)
+
+
+@pytest.fixture
+def planted(tmp_path: Path) -> Iterator[Planted]:
+    """An attack, of which the test must leave no trace; that it works is shown afterwards."""
+    attack = Planted(tmp_path / "ran")
+    yield attack
+    assert not attack.trace.exists()
+    pickle.loads(pickle.dumps(attack))
+    assert attack.trace.exists()
+
+
+PICKLES: dict[str, Callable[[object, Path], object]] = {
+    "pickle": lambda what, path: path.write_bytes(pickle.dumps(what)),
+    "old pickle": lambda what, path: path.write_bytes(pickle.dumps(what, protocol=2)),
+    "torch.save": torch.save,
+    "old torch.save": lambda what, path: torch.save(what, path, _use_new_zipfile_serialization=False),
+}
+pickled = pytest.mark.parametrize("write", PICKLES.values(), ids=PICKLES)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return make_run(tmp_path / "run")
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
+    """Trains SimCLR on sixteen images for an epoch, in `runs/simclr`."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images").mkdir()
+    for i in range(16):
+        pixels = np.random.default_rng(i).integers(0, 256, (16, 16, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{i}.png")
+    main = load_script("recipes/simclr_gradmix.py").main
+    common = "--data.name folder --data.root images --data.size 16 --training.epochs 1 --training.threads 1"
+    common += " --training.batch_size 8 --training.knn_every 0 --training.samples_every 0"
+
+    def train(*options: str) -> int:
+        AcceleratorState._reset_state(True)
+        return command_line.run(main, [*common.split(), *options])
+
+    yield train
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+
+
+def evaluate(*arguments: object) -> int:
+    return load_script("eval/linear_probe.py").main([str(argument) for argument in arguments])
+
+
+def report(*arguments: object) -> int:
+    main = load_script("eval/report.py").main
+    return command_line.run(main, [*map(str, arguments), "--map", "none"])
+
+
+def refusal(capsys: pytest.CaptureFixture[str]) -> str:
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    return line
+
+
+# Pickles
+
+
+@pickled
+@pytest.mark.parametrize("name", ["progress.pt", "method.safetensors"])
+def test_a_checkpoint(tmp_path: Path, planted: Planted, write: Callable, name: str) -> None:
+    state = checkpoint.State(1, 0, {}, {"x": torch.zeros(2)}, {}, None)
+    checkpoint.save(tmp_path, state)
+    write(planted, tmp_path / "epoch-00001-batch-0000000" / name)
+    with pytest.raises(ValueError, match="no readable checkpoint in"):
+        checkpoint.load(tmp_path)
+
+
+def test_a_run_that_is_resumed(
+    recipe: Callable[..., int], tmp_path: Path, planted: Planted, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert recipe() == 0
+    torch.save(planted, next((tmp_path / "runs/simclr/checkpoint").glob("*/progress.pt")))
+    assert recipe() == 2
+    assert "no readable checkpoint in" in refusal(capsys)
+
+
+@pickled
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_backbone(run: Path, planted: Planted, write: Callable, name: str) -> None:
+    (run / "backbone" / "model.safetensors").unlink()
+    write(planted, run / "backbone" / name)
+    for spec in (run, f"local-dir:{run / 'backbone'}"):
+        with pytest.raises((ValueError, FileNotFoundError), match=re.escape(str(run))):
+            load_encoder(spec)
+
+
+@pickled
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pth", "w.npz", "w"])
+def test_weights(tmp_path: Path, planted: Planted, write: Callable, name: str) -> None:
+    write(planted, tmp_path / name)
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path / name))):
+        load_encoder("timm:resnet10_tiny", weights=tmp_path / name)
+
+
+@pickled
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        "{checkpoint_path: w.pt}",
+        "{pretrained_cfg: {file: w.pt}}",
+        "{pretrained_cfg_overlay: {file: w.pt}}",
+        "{pretrained: true}",
+    ],
+)
+def test_weights_that_the_settings_of_a_recipe_name(
+    recipe: Callable[..., int],
+    tmp_path: Path,
+    planted: Planted,
+    write: Callable,
+    kwargs: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write(planted, tmp_path / "w.pt")
+    assert recipe("--backbone.kwargs", kwargs, "--backbone.pretrained", "true") == 2
+    assert re.search("backbone.kwargs must (not have|be without pretrained)", refusal(capsys))
+    assert not (tmp_path / "runs").exists()
+
+
+@pickled
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "other.pth"])
+def test_a_pretrained_folder_that_a_recipe_starts_from(run: Path, planted: Planted, write: Callable, name: str) -> None:
+    (run / "backbone" / "model.safetensors").unlink()
+    write(planted, run / "backbone" / name)
+    with pytest.raises(ValueError, match=r"backbone\.pretrained: .*backbone"):
+        backbones.create(f"local-dir:{run / 'backbone'}", pretrained=True)
+
+
+def test_a_pretrained_folder_of_safetensors_is_read(run: Path) -> None:
+    created = backbones.create(f"local-dir:{run / 'backbone'}", pretrained=True)
+    expected = load_file(run / "backbone" / "model.safetensors")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in created.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["fog.npy", "labels.npy"])
+@pytest.mark.parametrize("as_array", [True, False])
+def test_a_corrupted_set(tmp_path: Path, planted: Planted, name: str, as_array: bool) -> None:
+    np.save(tmp_path / "fog.npy", np.zeros((10, 4, 4, 3), np.uint8))
+    np.save(tmp_path / "labels.npy", np.zeros(10, np.int64))
+    if as_array:
+        np.save(tmp_path / name, np.array([planted] * 10, dtype=object), allow_pickle=True)
+    else:
+        (tmp_path / name).write_bytes(pickle.dumps(planted))
+    with pytest.raises(ValueError, match=f"{name} is damaged, or holds pickled objects"):
+        read_cifar_c(tmp_path, "fog")
+
+
+def test_files_of_cifar_10_are_unpickled_only_where_they_are_the_authors_own(tmp_path: Path, planted: Planted) -> None:
+    folder = tmp_path / torchvision.datasets.CIFAR10.base_folder
+    folder.mkdir()
+    lists = torchvision.datasets.CIFAR10.train_list + torchvision.datasets.CIFAR10.test_list
+    for name, _ in [*lists, ("batches.meta", "")]:
+        (folder / name).write_bytes(pickle.dumps(planted))
+    with pytest.raises(FileNotFoundError, match="cifar10 is not in data.root"):
+        load(Data(name="cifar10", root=str(tmp_path)), "train")
+
+
+@pickled
+def test_kept_features_are_computed_again(run: Path, tmp_path: Path, planted: Planted, write: Callable) -> None:
+    encoder, images = load_encoder(run), np.zeros((4, 16, 16, 3), np.uint8)
+    expected, _ = extract(encoder, images, cache=tmp_path / "kept", progress=False)
+    (kept,) = (tmp_path / "kept").iterdir()
+    write(planted, kept)
+    with pytest.warns(UserWarning, match=f"{kept.name} are damaged"):
+        features, _ = extract(encoder, images, cache=tmp_path / "kept", progress=False)
+    assert torch.equal(features, expected)
+
+
+@pickled
+def test_samples_of_another_run(tmp_path: Path, planted: Planted, write: Callable) -> None:
+    write(planted, tmp_path / "osr_samples.safetensors")
+    with pytest.raises(ValueError, match=r"osr_samples\.safetensors is no file of open-set samples"):
+        Samples.read(tmp_path / "osr_samples.safetensors")
+
+
+# Settings
+
+
+@pytest.fixture
+def tag(tmp_path: Path) -> Iterator[str]:
+    """YAML that makes a folder when its tag is obeyed; the test must not."""
+    trace = tmp_path / "obeyed"
+    text = f"!!python/object/apply:os.mkdir ['{trace}']"
+    yield text
+    assert not trace.exists()
+    yaml.unsafe_load(text)
+    assert trace.exists()
+
+
+@pytest.mark.parametrize("place", ["run: {}", "data: {{root: {}}}", "{}", "environment: {{x: [{}]}}"])
+def test_tags_in_a_file_given_by_config(
+    recipe: Callable[..., int], tmp_path: Path, tag: str, place: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "hostile.yaml").write_text(place.format(tag))
+    assert recipe("--config", "hostile.yaml") == 2
+    assert "could not determine a constructor for the tag" in refusal(capsys)
+    assert evaluate(tmp_path, "--config", tmp_path / "hostile.yaml") == 2
+    assert "could not determine a constructor for the tag" in refusal(capsys)
+
+
+def test_tags_in_a_run_that_is_evaluated_reported_or_resumed(
+    recipe: Callable[..., int], tmp_path: Path, tag: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path / "runs/simclr")
+    write_rows(run / "eval/linear_probe.json", [ROW])
+    (run / "config.yaml").write_text(f"data: {tag}\n")
+    before = sorted(tmp_path.rglob("*"))
+    for command in (lambda: evaluate(run), lambda: report(run), recipe):
+        assert command() == 2
+        assert re.search(r"config\.yaml is damaged: could not determine a constructor for the tag", refusal(capsys))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("value", ["hostile_module.f", "{class_path: hostile_module.C, init_args: {x: 1}}"])
+def test_settings_import_no_module(
+    recipe: Callable[..., int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    value: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A function that attributes can be given in Python; its name in a file would have its module imported."""
+    trace = tmp_path / "imported"
+    (tmp_path / "hostile_module.py").write_text(
+        f"open({str(trace)!r}, 'w').close()\n"
+        "def f(activation, gradient): ...\n"
+        "class C:\n    def __init__(self, x: int): ...\n    def __call__(self, activation, gradient): ...\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "hostile.yaml").write_text(f"gradmix: {{attribution: {value}}}\n")
+    assert recipe("--config", "hostile.yaml") == 2
+    assert "gradmix.attribution" in refusal(capsys)
+    assert not trace.exists()
+    importlib.import_module("hostile_module")
+    sys.modules.pop("hostile_module")
+    assert trace.exists()
+
+
+LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 30))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("data: " + "[" * 2_000, "nest"),
+        ("a: &a {b: *a}", r"it has an alias, \*a"),
+        (LAUGHS, r"it has an alias, \*a0"),
+        ("a: 1\n--- \nb: 2", "expected a single document"),
+        ("? [a]\n: b", "unhashable key"),
+        ("- a", "it holds no settings"),
+        ("a: \x00", "not allowed"),
+        (b"\xff\xfe\x00", "codec can't decode"),
+    ],
+    ids=["deep", "in itself", "growing", "several", "keys", "list", "control", "bytes"],
+)
+def test_strange_yaml(tmp_path: Path, text: str | bytes, message: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=rf"config\.yaml is damaged: .*{message}") as refused:
+        read_yaml(path)
+    assert len(str(refused.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("text", [LAUGHS.encode(), b"\xff\xfe\x00"])
+def test_strange_yaml_given_by_config(
+    recipe: Callable[..., int], tmp_path: Path, text: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "strange.yaml").write_bytes(text)
+    assert recipe("--config", "strange.yaml") == 2
+    assert "strange.yaml is damaged: " in refusal(capsys)
+    assert evaluate(tmp_path, "--config", tmp_path / "strange.yaml") == 2
+    assert "strange.yaml is damaged: " in refusal(capsys)
+
+
+def test_settings_of_other_types_are_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "config.yaml").write_text("data: [1, 2]\n1: 2\n")
+    assert evaluate(run) == 2
+    assert "config.yaml is damaged: data holds no settings" in refusal(capsys)
+
+
+# Descriptions of a backbone
+
+
+def described(run: Path, **changes: object) -> None:
+    path = run / "backbone" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_a_description_reads_no_weights_from_elsewhere(run: Path, tmp_path: Path, planted: Planted) -> None:
+    own = load_file(run / "backbone" / "model.safetensors")
+    elsewhere = {name: torch.full_like(tensor, 7) for name, tensor in own.items()}
+    save_file(elsewhere, tmp_path / "elsewhere.safetensors")
+    torch.save(planted, tmp_path / "elsewhere.pt")
+    cfg = json.loads((run / "backbone" / "config.json").read_text())["pretrained_cfg"]
+    for name in ("elsewhere.safetensors", "elsewhere.pt"):
+        for pointer in (
+            {"file": str(tmp_path / name)},
+            {"file": f"../../{name}", "source": "local-dir"},
+            {"url": (tmp_path / name).as_uri(), "source": ""},
+            {"hf_hub_id": "someone/model", "source": "hf-hub", "custom_load": True},
+        ):
+            described(run, pretrained_cfg=cfg | pointer)
+            loaded = load_encoder(run).model.state_dict()
+            assert all(torch.equal(loaded[key], own[key]) for key in own)
+
+
+@pytest.mark.parametrize(
+    "argument", ["checkpoint_path", "'pretrained'", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_model_args"]
+)
+def test_arguments_that_would_read_from_elsewhere(run: Path, tmp_path: Path, planted: Planted, argument: str) -> None:
+    torch.save(planted, tmp_path / "w.pt")
+    described(run, model_args={argument.strip("'"): str(tmp_path / "w.pt")})
+    with pytest.raises(ValueError, match=rf"config\.json describes no model: .* {argument}"):
+        load_encoder(run)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"architecture": "hf-hub:someone/model"},
+        {"architecture": "local-dir:../elsewhere"},
+        {"architecture": "../../elsewhere"},
+        {"architecture": ["resnet10t"]},
+        {"model_args": {"channels": "many"}},
+        {"model_args": {"block": "os.system"}},
+        {"model_args": {"act_layer": "os.system"}},
+        {"model_args": [1]},
+        {"pretrained_cfg": {"input_size": [3, 10**9, 10**9], "mean": [0.5] * 3, "std": [0.5] * 3}},
+        {"pretrained_cfg": {"input_size": [3, 32.5, 32.5], "mean": [0.5] * 3, "std": [0.5] * 3}},
+        {"pretrained_cfg": {"input_size": [3, 0, 0], "mean": [0.5] * 3, "std": [0.5] * 3}},
+        {"pretrained_cfg": {"input_size": [3, 32, 32], "mean": [1e999] * 3, "std": [0.5] * 3}},
+        {"pretrained_cfg": {"input_size": [3, 32, 32], "mean": [float("nan")] * 3, "std": [0.5] * 3}},
+        {"pretrained_cfg": {"input_size": [3, 32, 32], "mean": ["nan"] * 3, "std": ["inf"] * 3}},
+    ],
+    ids=str,
+)
+def test_strange_descriptions(run: Path, changes: dict) -> None:
+    described(run, **changes)
+    with pytest.raises(ValueError, match=r"config\.json (is damaged|describes no model): [^\n]+$"):
+        load_encoder(run)
+
+
+# Files that lie about their size
+
+
+def lying_safetensors(kind: str) -> bytes:
+    header = {"x": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}
+    data = bytes(16)
+    if kind == "header longer than the file":
+        return struct.pack("<Q", 1 << 20) + b"{}"
+    if kind == "header longer than memory":
+        return struct.pack("<Q", 1 << 62) + b"{}"
+    if kind == "deep header":
+        text = b"[" * DEEP
+        return struct.pack("<Q", len(text)) + text
+    if kind == "more data than there is":
+        header["x"] |= {"shape": [10**12], "data_offsets": [0, 4 * 10**12]}
+    elif kind == "shape larger than its data":
+        header["x"]["shape"] = [10**12]
+    elif kind == "shape that overflows":
+        header["x"]["shape"] = [2**33, 2**33]
+    elif kind == "overlapping":
+        header["y"] = dict(header["x"])
+    elif kind == "backwards":
+        header["x"]["data_offsets"] = [16, 0]
+    elif kind == "hidden data":
+        data += pickle.dumps("hidden")
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+LIES = (
+    *("header longer than the file", "header longer than memory", "deep header", "more data than there is"),
+    *("shape larger than its data", "shape that overflows", "overlapping", "backwards", "hidden data"),
+)
+
+
+@pytest.mark.parametrize("kind", LIES)
+def test_lying_safetensors_are_named_wherever_they_are_read(kind: str, run: Path, tmp_path: Path) -> None:
+    lie = lying_safetensors(kind)
+    (tmp_path / "w.safetensors").write_bytes(lie)
+    with pytest.raises(ValueError, match=r"w\.safetensors is damaged: [^\n]+$"):
+        load_encoder("timm:resnet10_tiny", weights=tmp_path / "w.safetensors")
+    (run / "backbone" / "model.safetensors").write_bytes(lie)
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged: [^\n]+$"):
+        load_encoder(run)
+    with pytest.raises(ValueError, match=r"w\.safetensors is no file of open-set samples, or damaged"):
+        Samples.read(tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize("kind", LIES)
+def test_lying_samples_are_named_by_a_report(kind: str, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_rows(run / "eval" / "osr.json", [ROW])
+    (run / "eval" / "osr_samples.safetensors").write_bytes(lying_safetensors(kind))
+    assert report(run) == 2
+    assert "osr_samples.safetensors is damaged" in refusal(capsys)
+
+
+@pytest.mark.parametrize("claimed", [0, 1, 0x7FFFFFFF])
+def test_a_checkpoint_whose_archive_lies_is_passed_over(
+    tmp_path: Path, claimed: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    for epoch in (1, 2):
+        state = checkpoint.State(epoch, 0, {}, {"x": torch.zeros(2)}, {"big": torch.zeros(4096)}, None)
+        checkpoint.save(tmp_path, state)
+    path = tmp_path / "epoch-00002-batch-0000000" / "progress.pt"
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        directory = archive.start_dir
+    for offset in (20, 24):  # sizes in the first entry of the archive's directory, packed and unpacked
+        struct.pack_into("<I", content, directory + offset, claimed)
+    path.write_bytes(content)
+    assert checkpoint.load(tmp_path).epoch == 1
+    assert "epoch-00002-batch-0000000 cannot be read" in caplog.text
+
+
+def npy(header: str) -> bytes:
+    text = header.encode().ljust(117) + b"\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text + bytes(480)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "{'descr': '|u1', 'fortran_order': False, 'shape': (1000000000000, 4, 4, 3)}",
+        "{'descr': '|u1', 'fortran_order': False, 'shape': (-1, 4, 4, 3)}",
+        "{'descr': '|O', 'fortran_order': False, 'shape': (10, 4, 4, 3)}",
+        "{'descr': '|u1', 'fortran_order': False, 'shape': __import__('os').abort()}",
+        "{'descr': '|u1', 'fortran_order': False, 'shape': (2**99, 4, 4, 3)}",
+        "(" * 100,
+    ],
+)
+def test_arrays_with_lying_headers(tmp_path: Path, header: str) -> None:
+    (tmp_path / "fog.npy").write_bytes(npy(header))
+    np.save(tmp_path / "labels.npy", np.zeros(10, np.int64))
+    with pytest.raises(ValueError, match=r"fog\.npy"):
+        read_cifar_c(tmp_path, "fog")
+
+
+# JSON
+
+
+STRANGE_JSON = {
+    "NaN": '{"rows": [NaN]}',
+    "infinity": '{"rows": [-Infinity]}',
+    "deep list": "[" * DEEP,
+    "deep dictionary": '{"rows":' * DEEP,
+    "half a character": '{"rows": ["\\ud800"]}',
+    "long number": '{"rows": ' + "1" * 10_000 + "}",
+    "twice": "{}{}",
+    "bytes": b"\xff\xfe{}",
+}
+
+
+@pytest.mark.parametrize("text", STRANGE_JSON.values(), ids=STRANGE_JSON)
+def test_strange_json_is_named_wherever_it_is_read(
+    text: str | bytes, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = text if isinstance(text, bytes) else text.encode()
+    (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"x\.json is damaged: [^\n]+$"):
+        read_json(tmp_path / "x.json")
+
+    (run / "eval").mkdir()
+    (run / "eval" / "linear_probe.json").write_bytes(content)
+    assert report(run) == 2
+    assert "linear_probe.json is no file of result rows" in refusal(capsys)
+
+    (run / "backbone" / "config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"config\.json is damaged: [^\n]+$"):
+        load_encoder(run)
+
+    (tmp_path / "meta.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"meta\.json is damaged"):
+        Published(tmp_path, None, None).origin()
+    with pytest.raises(ValueError, match=r"meta\.json is damaged"):
+        make_c(np.zeros((1, 32, 32, 3), np.uint8), np.zeros(1, np.int64), tmp_path, "cifar", progress=False)
+
+
+def test_deep_json_inside_safetensors(tmp_path: Path) -> None:
+    path = tmp_path / "osr_samples.safetensors"
+    header = {"encoder": "x", "settings": "[" * DEEP, "images": "{}"}
+    save_arrays({"trial0/is_known": np.ones(3, np.uint8)}, path, header)
+    with pytest.raises(ValueError, match=r"osr_samples\.safetensors is no file of open-set samples"):
+        Samples.read(path)
+
+
+def test_a_strange_log_ends_where_it_is_strange(run: Path, tmp_path: Path) -> None:
+    write_rows(run / "eval" / "linear_probe.json", [ROW])
+    entries = ['{"epoch": 1, "loss": 3.0}', '{"epoch": 2, "loss": NaN}', '{"epoch": 3, "loss": 1' + "0" * 400 + "}"]
+    (run / "log.jsonl").write_text("\n".join([*entries, "[]", '"x"', "[" * DEEP, '{"epoch": 4, "loss": 1.0}']))
+    assert report(run, "--out", tmp_path / "out") == 0
+    assert "has no log" not in (tmp_path / "out" / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"value": "<b>"},
+        {"value": 10**400},
+        {"value": 1e999},
+        {"score": 5},
+        {"dataset": ["a"]},
+        {"n": "<script>"},
+        {"trial": {}},
+        {"params": ["x"]},
+        {"params": {"label_fraction": "<b>"}},
+        {"params": {"p_value": [1]}},
+        {"unknown": 1},
+    ],
+    ids=str,
+)
+def test_result_rows_of_other_types(tmp_path: Path, changes: dict) -> None:
+    row = {name: getattr(ROW, name) for name in ROW.__dataclass_fields__}
+    (tmp_path / "r.json").write_text(json.dumps({"rows": [row]}))
+    assert read_rows(tmp_path / "r.json")[0] == [ROW]
+    (tmp_path / "r.json").write_text(json.dumps({"rows": [row | changes]}))
+    with pytest.raises(ValueError, match=r"r\.json is no file of result rows"):
+        read_rows(tmp_path / "r.json")
+
+
+# Pictures and names
+
+
+def test_a_sample_picture_that_is_a_bomb_or_a_pipe(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_rows(run / "eval" / "linear_probe.json", [ROW])
+    (run / "samples").mkdir()
+    content = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(content, "PNG")
+    bomb = content.getvalue()[:16] + struct.pack(">II", 60_000, 60_000) + content.getvalue()[24:29]
+    bomb += struct.pack(">I", zlib.crc32(bomb[12:29])) + content.getvalue()[33:]
+    (run / "samples" / "epoch-00001.png").write_bytes(bomb)
+    os.mkfifo(run / "samples" / "epoch-00002.png")
+    assert report(run) == 2
+    assert re.search(r"epoch-00001\.png is damaged: .*pixels", refusal(capsys))
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "backbone/config.json", "backbone/model.safetensors"])
+def test_pipes_in_a_run_are_not_waited_for(run: Path, name: str) -> None:
+    (run / name).unlink()
+    os.mkfifo(run / name)
+    with pytest.raises((ValueError, FileNotFoundError), match=re.escape(name)):
+        load_encoder(run)
+
+
+def test_names_that_nothing_can_print_or_that_look_like_formulas(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder's bytes that are no UTF-8, control characters and markup go through evaluation and report."""
+    monkeypatch.chdir(tmp_path)
+    for label in (os.fsdecode(b"caf\xe9"), "line\n\x1b[31m<script>$\\frac$"):
+        for i in range(10):
+            path = tmp_path / "images" / label / os.fsdecode(b"\xff%d.png" % i)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), (25 * i, 0, 0)).save(path)
+    assert evaluate(run, "--data.name", "folder", "--data.root", "images", "--epochs", "1") == 0
+    rows, _ = read_rows(run / "eval" / "linear_probe.json")
+    assert {row.params["class"] for row in rows if row.metric == "class_accuracy"} == {
+        "caf\\xe9",
+        "line\n\x1b[31m<script>$\\frac$",
+    }
+    assert report(run) == 0
+    page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+    assert "caf\\xe9" in page
+    assert "&lt;script&gt;$\\frac$" in page
+    assert "<script" not in page
+
+
+def test_timm_is_still_given_what_models_take(tmp_path: Path) -> None:
+    """The refusals above leave the model's own arguments alone."""
+    assert backbones.create("resnet10_tiny", drop_path_rate=0.1).num_features == 128
+    assert timm.create_model("resnet10_tiny", num_classes=0).num_features == 128
