@@ -80,7 +80,7 @@ def evaluate(evaluation: Evaluation, options: Options) -> None:
         group.check(train, test)
         settings.check(train.only(group.trial.known).labels)
     samples = Samples(evaluation.encoder.name, settings, {group.name: group.fingerprint(test) for group in groups})
-    other = None if options.compare is None else _read_other(Path(options.compare), task)
+    other = None if options.compare is None else _read_other(options.compare, task, evaluation.encoder.feature)
     if other is not None:
         samples.check_comparable(other)
 
@@ -116,13 +116,15 @@ def _groups(evaluation: Evaluation, options: Options, test: ImageSet) -> tuple[s
     return "osr", trial_groups(protocol, trials, data, test, images, config)
 
 
-def _read_other(folder: Path, task: str) -> Samples:
+def _read_other(run: str, task: str, feature: str) -> Samples:
     from ssl_gradmix.evaluation.open_set_samples import Samples
+    from ssl_gradmix.evaluation.results import results_folder
 
-    name = f"{task}_samples.safetensors"
-    path = next((path for path in (folder / "eval" / name, folder / name) if path.exists()), None)
+    folders = [results_folder(out, feature) for out in (Path(run, "eval"), Path(run))]
+    places = [folder / f"{task}_samples.safetensors" for folder in folders]
+    path = next((path for path in places if path.exists()), None)
     if path is None:
-        raise FileNotFoundError(f"compare: {folder} has no eval/{name}: evaluate it in the same way first")
+        raise FileNotFoundError(f"compare: there is no {places[0]}: evaluate that run in the same way first")
     return Samples.read(path)
 
 
@@ -174,7 +176,7 @@ def _report(
     of_counted = [row for row in rows if row.trial in trials]
     means = over_trials(rows, trials) if len(trials) > 1 else []
     settings = ", ".join(dict.fromkeys(group.params["pretraining"] for group in groups))
-    title = f"{evaluation.encoder.name} on {test.name}, encoder pretrained on: {settings}"
+    title = f"{evaluation.encoder.title} on {test.name}, encoder pretrained on: {settings}"
     figure = overview(
         {name: samples.arrays[name] for name in counted},
         of_counted,

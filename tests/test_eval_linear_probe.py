@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from scipy.stats import binomtest
 from sklearn.neighbors import KNeighborsClassifier
-from support import SIZE, help_of, load_script, make_run
+from support import SIZE, add_projector, help_of, load_script, make_run
 
 from ssl_gradmix.data.datasets import load
 from ssl_gradmix.evaluation.encoders import load_encoder
@@ -89,6 +89,30 @@ def test_knn_equals_scikit_learn_and_features_are_kept(run):
     assert value_of(rows, "knn", k=20, temperature=0.07) == pytest.approx(expected, abs=1.5 / len(targets))
 
 
+def test_projector_features_stand_beside_those_of_the_backbone(run, capsys):
+    add_projector(run)
+    assert main([str(run), "--epochs", "1"]) == 0
+    of_backbone = (run / "eval" / "linear_probe.json").read_bytes()
+    assert main([str(run), "--epochs", "1", "--feature", "projector"]) == 0
+    assert (run / "eval" / "linear_probe.json").read_bytes() == of_backbone
+    rows, extra = read_rows(run / "eval" / "projector" / "linear_probe.json")
+    assert {(row.encoder, row.feature) for row in rows} == {("mine", "projector")}
+    assert extra["encoder"]["feature"] == "projector"
+    assert len(list((run / "eval" / "features").iterdir())) == 4
+    assert sorted(path.name for path in (run / "eval" / "projector").iterdir()) == [
+        "linear_probe.json",
+        "linear_probe.png",
+    ]
+    assert "mine (projector) on digits/test" in capsys.readouterr().out
+
+    encoder = load_encoder(run, feature="projector")
+    (bank, labels), (features, targets) = (extract(encoder, load(Data(), split)) for split in ("train", "test"))
+    assert bank.shape[1] == 12
+    oracle = KNeighborsClassifier(20, metric="cosine", algorithm="brute", weights=lambda d: np.exp(-d / 0.07))
+    expected = oracle.fit(bank.double(), labels).score(features.double(), targets)
+    assert value_of(rows, "knn") == pytest.approx(expected, abs=1.5 / len(targets))
+
+
 def test_a_run_is_evaluated_on_its_own_classes_unless_told(tmp_path):
     run = make_run(tmp_path / "known", classes=["3", "7"])
     assert main([str(run), "--epochs", "1"]) == 0
@@ -144,6 +168,9 @@ def test_options_may_come_from_a_file(run, tmp_path):
         (["{run}/nowhere"], "no run folder"),
         (["{run}/.."], "is no run: it has no config.yaml"),
         (["local-dir:{run}/backbone"], "has no folder for results: give one with --out"),
+        (["{run}", "--feature", "projector"], "the run .*mine has no projector: .*projector.safetensors is missing"),
+        (["local-dir:{run}/backbone", "--feature", "projector"], "feature projector needs a run"),
+        (["{run}", "--feature", "logits"], 'Parser key "feature": Expected a .* Got value: logits'),
         (["timm:resnet1o", "--out", "{run}/eval"], "knows no model 'resnet1o'"),
         (["{run}", "--data.name", "cifar11"], 'Parser key "data.name": Expected a .* Got value: cifar11'),
         (["{run}", "--data.size", "2"], "data.size must be at least 8, got 2"),

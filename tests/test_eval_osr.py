@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import NearestNeighbors
-from support import help_of, load_script, make_run
+from support import add_projector, help_of, load_script, make_run
 
 from ssl_gradmix.data.datasets import load
 from ssl_gradmix.data.open_set import split
@@ -227,6 +227,25 @@ def test_two_runs_compare_on_the_same_samples(run, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_projectors_compare_with_projectors(run, tmp_path, capsys):
+    other = add_projector(make_run(tmp_path / "runs" / "other", seed=1))
+    arguments = ["--trials", "[0]", *QUICK]
+    assert main([str(other), *arguments]) == 0
+    of_projector = [str(add_projector(run)), *arguments, "--feature", "projector", "--compare", str(other)]
+    assert main(of_projector) == 2
+    assert "there is no" in capsys.readouterr().err
+    assert not (run / "eval").exists()
+
+    assert main([str(other), *arguments, "--feature", "projector"]) == 0
+    assert main(of_projector) == 0
+    rows, _ = read_rows(run / "eval" / "projector" / "osr.json")
+    theirs, _ = read_rows(other / "eval" / "projector" / "osr.json")
+    assert {row.feature for row in rows + theirs} == {"projector"}
+    expected = value_of(rows, "vim", "auroc", 0) - value_of(theirs, "vim", "auroc", 0)
+    assert value_of(rows, "vim", "auroc_difference", 0) == pytest.approx(expected, abs=1e-9)
+    assert "mine (projector) on digits/test" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -245,7 +264,7 @@ def test_two_runs_compare_on_the_same_samples(run, tmp_path, capsys):
         (["--unknown.name", "digits"], "unknown: digits/test has images of the known classes"),
         (["--unknown.name", "mnist", "--unknown.root", "{run}"], "unknown: mnist is not in data.root"),
         (["--unknown.name", "folder", "--protocol", "random"], "unknown goes with protocol cifar"),
-        (["--compare", "{run}"], "has no eval/osr_samples.safetensors: evaluate it in the same way first"),
+        (["--compare", "{run}"], "there is no .*/eval/osr_samples.safetensors: evaluate that run in the same"),
         (["--data.name", "folder", "--data.root", "{flat}"], "has no labels"),
     ],
 )

@@ -81,16 +81,21 @@ class Evaluation:
         trial: int | None = None,
         **params: object,
     ) -> Row:
-        """A result of frozen backbone features on these images, with value and ends of its interval."""
+        """A result of frozen features on these images, with value and ends of its interval."""
         dataset, _, split = images.name.rpartition("/")
-        return Row(task, dataset, split, trial, self.encoder.name, "backbone", score, metric, *interval, n, params)
+        encoder, feature = self.encoder.name, self.encoder.feature
+        return Row(task, dataset, split, trial, encoder, feature, score, metric, *interval, n, params)
 
     def describe(self) -> dict:
         """What a results file says of its origin beside the rows."""
         import timm
 
         return {
-            "encoder": {"name": self.encoder.name, "fingerprint": self.encoder.fingerprint},
+            "encoder": {
+                "name": self.encoder.name,
+                "feature": self.encoder.feature,
+                "fingerprint": self.encoder.fingerprint,
+            },
             "data": asdict(self.data),
             "versions": {"ssl_gradmix": __version__, "torch": torch.__version__, "timm": timm.__version__},
         }
