@@ -177,7 +177,7 @@ def evaluate(evaluation: Evaluation, options: Options) -> None:
 
 def _open_set(evaluation: Evaluation, test: ImageSet) -> dict[str, Any]:
     """What rows say of the trial, whose known classes the data settings name."""
-    from ssl_gradmix.evaluation.open_set_trials import ELSEWHERE, choose_trials, pretraining
+    from ssl_gradmix.evaluation.open_set.trials import ELSEWHERE, choose_trials, pretraining
 
     data = evaluation.data
     if data.classes is None and data.open_set is None:

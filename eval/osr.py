@@ -25,8 +25,8 @@ from ssl_gradmix.settings import Data
 
 if TYPE_CHECKING:
     from ssl_gradmix.data.datasets import ImageSet
-    from ssl_gradmix.evaluation.open_set_samples import Samples
-    from ssl_gradmix.evaluation.open_set_trials import Group, Labelled
+    from ssl_gradmix.evaluation.open_set.samples import Samples
+    from ssl_gradmix.evaluation.open_set.trials import Group, Labelled
     from ssl_gradmix.evaluation.probes import LinearProbe
     from ssl_gradmix.evaluation.results import Row
     from ssl_gradmix.evaluation.setup import Evaluation
@@ -69,7 +69,7 @@ class Options:
 
 def evaluate(evaluation: Evaluation, options: Options) -> None:
     """Measures, and on the main process writes rows, samples and a picture, and prints tables."""
-    from ssl_gradmix.evaluation.open_set_samples import Samples, Settings
+    from ssl_gradmix.evaluation.open_set.samples import Samples, Settings
 
     # All that may be wrong with what is asked for is found before the encoder starts.
     every_class = replace(evaluation.data, classes=None, open_set=None)
@@ -94,7 +94,7 @@ def evaluate(evaluation: Evaluation, options: Options) -> None:
 
 def _groups(evaluation: Evaluation, options: Options, test: ImageSet) -> tuple[str, list[Group]]:
     """The task, `osr` or `ood`, and what is told apart in it."""
-    from ssl_gradmix.evaluation.open_set_trials import (
+    from ssl_gradmix.evaluation.open_set.trials import (
         ELSEWHERE,
         choose_trials,
         load_cifar100,
@@ -117,7 +117,7 @@ def _groups(evaluation: Evaluation, options: Options, test: ImageSet) -> tuple[s
 
 
 def _read_other(run: str, task: str, feature: str) -> Samples:
-    from ssl_gradmix.evaluation.open_set_samples import Samples
+    from ssl_gradmix.evaluation.open_set.samples import Samples
     from ssl_gradmix.evaluation.results import results_folder
 
     folders = [results_folder(out, feature) for out in (Path(run, "eval"), Path(run))]
@@ -140,7 +140,7 @@ def _measure(
     """Rows of all groups; their samples are added to `samples`."""
     from tqdm import tqdm
 
-    from ssl_gradmix.evaluation.open_set_recognition import closed_set, compare, detect, fit
+    from ssl_gradmix.evaluation.open_set.recognition import closed_set, compare, detect, fit
 
     train, test = images
     rows: list[Row] = []
@@ -166,9 +166,9 @@ def _report(
     evaluation: Evaluation, task: str, groups: Sequence[Group], test: ImageSet, rows: list[Row], samples: Samples
 ) -> None:
     """Writes the files and prints tables."""
-    from ssl_gradmix.evaluation.open_set_recognition import over_trials
-    from ssl_gradmix.evaluation.open_set_trials import distinct
-    from ssl_gradmix.evaluation.osr_plots import overview
+    from ssl_gradmix.evaluation.open_set.plots import overview
+    from ssl_gradmix.evaluation.open_set.recognition import over_trials
+    from ssl_gradmix.evaluation.open_set.trials import distinct
     from ssl_gradmix.evaluation.results import write_figure, write_rows
 
     trials = distinct([group.trial for group in groups])  # just [None] where there are none
@@ -219,7 +219,7 @@ def _report(
 
 
 def _print(summary: Sequence[Row], tables: Mapping[str, Sequence[Row]], spread: str) -> None:
-    from ssl_gradmix.evaluation.open_set_recognition import score_table, with_spread
+    from ssl_gradmix.evaluation.open_set.recognition import score_table, with_spread
 
     accuracies = [f"{row.score} {with_spread(row)}" for row in summary if row.metric == "accuracy"]
     print(f"closed-set accuracy: {', '.join(accuracies)}")

@@ -14,8 +14,8 @@ from torch import Tensor
 from ssl_gradmix.evaluation.intervals import accuracy_interval, bootstrap_intervals, paired_difference
 from ssl_gradmix.evaluation.knn import knn_predict, used_k
 from ssl_gradmix.evaluation.metrics import all_metrics, auroc, oscr, threshold_at_tpr
-from ssl_gradmix.evaluation.open_set_samples import Settings
-from ssl_gradmix.evaluation.open_set_trials import Labelled
+from ssl_gradmix.evaluation.open_set.samples import Settings
+from ssl_gradmix.evaluation.open_set.trials import Labelled
 from ssl_gradmix.evaluation.probes import LinearProbe, linear_probe
 from ssl_gradmix.evaluation.results import Row
 from ssl_gradmix.evaluation.scores import all_scores, parameters_used

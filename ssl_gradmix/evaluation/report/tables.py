@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ssl_gradmix.evaluation.report_page import Cell, Missing, Table
-from ssl_gradmix.evaluation.report_runs import Results, Run, plain
+from ssl_gradmix.evaluation.report.page import Cell, Missing, Table
+from ssl_gradmix.evaluation.report.runs import Results, Run, plain
 from ssl_gradmix.evaluation.results import Row
 
 _NAMES = {

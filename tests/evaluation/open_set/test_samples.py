@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from ssl_gradmix.evaluation.open_set_samples import Samples, Settings
+from ssl_gradmix.evaluation.open_set.samples import Samples, Settings
 
 ARRAYS = {
     "is_known": np.array([True, True, False]),

@@ -11,11 +11,11 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from ssl_gradmix.evaluation import report_figures as figures
-from ssl_gradmix.evaluation.report_corruption import corruption_section
-from ssl_gradmix.evaluation.report_detection import open_set_section, out_of_distribution_section
-from ssl_gradmix.evaluation.report_map import POINTS, FeatureMap, feature_map
-from ssl_gradmix.evaluation.report_page import (
+from ssl_gradmix.evaluation.report import figures
+from ssl_gradmix.evaluation.report.corruption import corruption_section
+from ssl_gradmix.evaluation.report.detection import open_set_section, out_of_distribution_section
+from ssl_gradmix.evaluation.report.map import POINTS, FeatureMap, feature_map
+from ssl_gradmix.evaluation.report.page import (
     Cell,
     Figures,
     Missing,
@@ -26,8 +26,8 @@ from ssl_gradmix.evaluation.report_page import (
     render_html,
     render_markdown,
 )
-from ssl_gradmix.evaluation.report_runs import Run, flat, plain, read_runs
-from ssl_gradmix.evaluation.report_tables import class_comparison, comparison, measured, not_evaluated, transposed
+from ssl_gradmix.evaluation.report.runs import Run, flat, plain, read_runs
+from ssl_gradmix.evaluation.report.tables import class_comparison, comparison, measured, not_evaluated, transposed
 from ssl_gradmix.evaluation.results import Row, write_whole
 
 MapMethod = Literal["pca", "tsne", "none"]

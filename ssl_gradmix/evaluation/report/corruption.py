@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from ssl_gradmix.data.corruptions import COMMON, EXTRA, SEVERITIES
-from ssl_gradmix.evaluation import report_figures as figures
-from ssl_gradmix.evaluation.report_page import Figures, Panel, Part, Section
-from ssl_gradmix.evaluation.report_runs import Run
-from ssl_gradmix.evaluation.report_tables import NOT_ALIKE, alike, comparison, measured, name_of, not_evaluated
+from ssl_gradmix.evaluation.report import figures
+from ssl_gradmix.evaluation.report.page import Figures, Panel, Part, Section
+from ssl_gradmix.evaluation.report.runs import Run
+from ssl_gradmix.evaluation.report.tables import NOT_ALIKE, alike, comparison, measured, name_of, not_evaluated
 
 _Values = Mapping[str, Mapping[int, float]]
 """By corruption and severity; clean images are severity 0 of each."""

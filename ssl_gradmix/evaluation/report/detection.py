@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from ssl_gradmix.evaluation import report_figures as figures
 from ssl_gradmix.evaluation.metrics import oscr_curve, roc_curve
-from ssl_gradmix.evaluation.report_page import Cell, Figures, Missing, Panel, Part, Section, Table
-from ssl_gradmix.evaluation.report_runs import Run
-from ssl_gradmix.evaluation.report_tables import (
+from ssl_gradmix.evaluation.report import figures
+from ssl_gradmix.evaluation.report.page import Cell, Figures, Missing, Panel, Part, Section, Table
+from ssl_gradmix.evaluation.report.runs import Run
+from ssl_gradmix.evaluation.report.tables import (
     NOT_ALIKE,
     alike,
     comparison,

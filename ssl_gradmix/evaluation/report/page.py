@@ -1,7 +1,7 @@
 """The parts a report is made of, and how they become one HTML page or one Markdown file.
 
 Whatever is a plain string here is escaped: class names, run names and settings may come from anywhere. Only figures,
-drawn by `report_figures`, are markup. The page has no script and may load nothing, which its content security policy
+drawn by `report.figures`, are markup. The page has no script and may load nothing, which its content security policy
 tells the browser too.
 """
 
