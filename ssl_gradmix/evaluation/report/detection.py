@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from ssl_gradmix.evaluation.report.tables import (
     name_of,
     not_evaluated,
     value_cell,
+    with_projector,
 )
 from ssl_gradmix.evaluation.results import Row
 
@@ -59,13 +61,13 @@ def open_set_section(runs: Sequence[Run]) -> Section:
         "Telling test images of known classes from those of unknown classes. Every score is larger the more an image "
         "looks known."
     )
-    return Section("Open set recognition", _parts(runs, "osr"), text)
+    return Section("Open set recognition", with_projector(runs, "osr", partial(_parts, task="osr")), text)
 
 
 def out_of_distribution_section(runs: Sequence[Run]) -> Section:
     """Known test images against other data sets, by score."""
     text = "Telling test images of the known classes from images of another data set, with the same scores."
-    return Section("Out-of-distribution detection", _parts(runs, "ood"), text)
+    return Section("Out-of-distribution detection", with_projector(runs, "ood", partial(_parts, task="ood")), text)
 
 
 def _parts(runs: Sequence[Run], task: str) -> list[Part]:

@@ -213,6 +213,43 @@ def test_nothing_is_marked_where_runs_are_equal_or_one(runs):
     assert not report(runs[0])[0].best
 
 
+def test_projector_features_have_tables_and_figures_of_their_own(runs, tmp_path):
+    of_backbone = add_linear_probe(runs[0]), add_osr(runs[0]), add_corruption(runs[0])
+    for index, run in enumerate(runs):
+        made = tmp_path / f"made{index}"
+        rows = [
+            add_linear_probe(made, 5 + index, feature="projector"),
+            add_osr(made, 5 + index),
+            add_corruption(made, 5 + index, feature="projector"),
+        ]
+        (run / "eval").mkdir(exist_ok=True)
+        (made / "eval").rename(run / "eval" / "projector")
+    page, _ = report(*runs)
+    assert page.tables["Accuracy"][0] == ["", "a", "b"]
+    assert [line[1:] for line in page.tables["Accuracy"][1:]] == [[shown(row), "–"] for row in of_backbone[0][:4]]
+    lines = page.tables["Accuracy, projector features"][1:]
+    assert [line[2] for line in lines] == [shown(row) for row in rows[0][:4]]
+    assert "–" not in [line[1] for line in lines]
+    assert page.words.count("projector features. In percent, with 95% Wilson intervals.") == 1
+    assert len(page.tables["All metrics of a, projector features"]) == len(page.tables["All metrics of a"])
+    assert "All metrics of b" not in page.tables
+    for title in ("ROC and OSCR curves", "Distribution of scores", "Mean by severity"):
+        assert page.words.count(f"{title}, projector features") == 1
+    curves = page.text[page.text.index("ROC and OSCR curves<") : page.text.index("Distribution of scores<")]
+    assert len(paths(curves, "var(--run-0)")) == 2 * 2  # ROC and OSCR of two trials, not of projectors
+    assert page.tables["Overview"][2][1:] == ["–", "–", "–", "–"]
+    assert "b: not evaluated. Run python eval/linear_probe.py" in page.words
+
+
+def test_a_run_evaluated_on_its_projector_alone(runs, tmp_path):
+    add_linear_probe(tmp_path / "made", feature="projector")
+    (runs[0] / "eval" / "projector").mkdir(parents=True)
+    (tmp_path / "made" / "eval" / "linear_probe.json").rename(runs[0] / "eval" / "projector" / "linear_probe.json")
+    page, _ = report(runs[0])
+    assert "Accuracy" not in page.tables
+    assert len(page.tables["Accuracy, projector features"]) == 5
+
+
 def test_only_settings_that_differ_and_the_commit(tmp_path):
     a = make_run(tmp_path / "a", 3, optimiser={"lr": 0.1, "clip": None})
     b = make_run(tmp_path / "b", 3, optimiser={"lr": 0.1000001})
