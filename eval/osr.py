@@ -79,7 +79,7 @@ def evaluate(evaluation: Evaluation, options: Options) -> None:
     for group in groups:
         group.check(train, test)
         settings.check(train.only(group.trial.known).labels)
-    samples = Samples(evaluation.encoder.name, settings, {group.name: group.fingerprint(test) for group in groups})
+    samples = Samples(evaluation.encoder.title, settings, {group.name: group.fingerprint(test) for group in groups})
     other = None if options.compare is None else _read_other(options.compare, task, evaluation.encoder.feature)
     if other is not None:
         samples.check_comparable(other)
@@ -174,7 +174,7 @@ def _report(
     trials = distinct([group.trial for group in groups])  # just [None] where there are none
     counted = [group.name for group in groups if group.trial.number in trials]
     of_counted = [row for row in rows if row.trial in trials]
-    means = over_trials(rows, trials) if len(trials) > 1 else []
+    means = over_trials(rows, trials) if task == "osr" else []
     settings = ", ".join(dict.fromkeys(group.params["pretraining"] for group in groups))
     title = f"{evaluation.encoder.title} on {test.name}, encoder pretrained on: {settings}"
     figure = overview(
@@ -210,23 +210,30 @@ def _report(
     repeated = [group.name for group in groups if group.name not in counted]
     if repeated:
         print(f"Warning: {', '.join(repeated)} repeats known classes, so means and figure are of {', '.join(counted)}")
-    spread = f"mean ± standard deviation over trials {trials}" if means else "with 95% intervals"
-    tables = {"known against unknown classes": means or of_counted}
+    averaged = {(row.score, row.metric) for row in means}
+    shown = means + [row for row in of_counted if (row.score, row.metric) not in averaged]
+    tables = {"known against unknown classes": shown}
     if task == "ood":
         tables = {name: [row for row in rows if row.dataset == name] for name in counted}
-    _print(means or of_counted, tables, spread)
+    _print(shown, tables)
     print(f"\nWritten: {', '.join(map(str, files))}")
 
 
-def _print(summary: Sequence[Row], tables: Mapping[str, Sequence[Row]], spread: str) -> None:
+def _print(shown: Sequence[Row], tables: Mapping[str, Sequence[Row]]) -> None:
     from ssl_gradmix.evaluation.open_set.recognition import score_table, with_spread
 
-    accuracies = [f"{row.score} {with_spread(row)}" for row in summary if row.metric == "accuracy"]
+    accuracies = [f"{row.score} {with_spread(row)}" for row in shown if row.metric == "accuracy"]
     print(f"closed-set accuracy: {', '.join(accuracies)}")
     for heading, rows in tables.items():
-        print(f"\n{heading}, {spread}\n{score_table(rows, _SHOWN)}")
-        if any(row.metric in _DIFFERENCES for row in rows):
-            print(f"\nthis run minus the other, {spread}\n{score_table(rows, _DIFFERENCES)}")
+        for what, metrics in ((heading, _SHOWN), ("this run minus the other", _DIFFERENCES)):
+            told = [row for row in rows if row.metric in metrics]
+            if told:
+                print(f"\n{what}, {_spread(told[0])}\n{score_table(told, metrics)}")
+
+
+def _spread(row: Row) -> str:
+    trials = row.params.get("trials")
+    return "with 95% intervals" if trials is None else f"mean ± standard deviation over trials {trials}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

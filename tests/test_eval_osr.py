@@ -215,7 +215,15 @@ def test_two_runs_compare_on_the_same_samples(run, tmp_path, capsys):
         assert row.ci_low <= row.value <= row.ci_high
         assert 0 < row.params["p_value"] <= 1
         assert row.params["compared_with"] == "other"
-    assert "this run minus the other" in capsys.readouterr().out
+    mean = next(row for row in rows if row.trial is None and row.metric == "auroc_difference")
+    assert mean.params["trials"] == [0, 1]
+    assert "p_value" not in mean.params
+    assert "this run minus the other, mean ± standard deviation over trials [0, 1]" in capsys.readouterr().out
+
+    assert main([str(run), "--trials", "[1, 2]", *QUICK, "--compare", str(other)]) == 0
+    rows, _ = read_rows(run / "eval" / "osr.json")
+    assert {row.trial for row in rows if row.metric == "oscr_difference"} == {1}
+    assert "this run minus the other, with 95% intervals" in capsys.readouterr().out
 
     for arguments, message in (
         (["--trials", "[4]"], "other has other samples: it was evaluated on trial0, trial1, not trial4"),

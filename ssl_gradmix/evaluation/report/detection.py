@@ -118,8 +118,7 @@ def _differences(run: Run, task: str) -> Table:
 def _difference_cell(row: Row) -> Cell:
     cell = value_cell(row, signed=True)
     p_value = row.params.get("p_value")
-    is_test = p_value is not None and "std" not in row.params
-    return replace(cell, detail=f"{cell.detail}, p = {p_value:.3f}") if is_test else cell
+    return cell if p_value is None else replace(cell, detail=f"{cell.detail}, p = {p_value:.3f}")
 
 
 def _what(row: Row) -> str:
