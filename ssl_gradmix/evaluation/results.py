@@ -97,7 +97,11 @@ def read_rows(path: str | Path) -> tuple[list[Row], dict[str, Any]]:
 
 
 def write_figure(path: str | Path, figure: Figure) -> None:
-    """Writes a matplotlib figure as PNG: whole or not at all."""
+    """Writes a matplotlib figure as PNG: whole or not at all. Its texts are plain, as names of classes may have a `$`."""
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
     write_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight"))
 
 
