@@ -97,7 +97,7 @@ def read_rows(path: str | Path) -> tuple[list[Row], dict[str, Any]]:
 
 
 def write_figure(path: str | Path, figure: Figure) -> None:
-    """Writes a matplotlib figure as PNG: whole or not at all. Its texts are plain, as names of classes may have a `$`."""
+    """Writes a matplotlib figure as PNG: whole or not at all. All its texts are plain: a `$` begins no mathematics."""
     from matplotlib.text import Text
 
     for text in figure.findobj(Text):
