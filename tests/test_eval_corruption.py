@@ -386,6 +386,7 @@ def test_a_missing_library_matters_only_where_it_is_needed(run, tmp_path, monkey
         ("--corruptions []", "corruptions must name at least one; there are"),
         ("--images 0", "images must be 1 to the 359 of digits/test, got 0"),
         ("--workers 0", "workers must be at least 1 or null, got 0"),
+        ("--data.classes [4]", r"digits/train must have images of at least two classes, got \['4'\]"),
         ("--seed -1", "seed must be 0 or larger, got -1"),
         ("--preset cifar32", 'Parser key "preset"'),
         ("--preset cifar --published {c}", "preset is how corruptions are made here, so it cannot be given with"),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from scipy.stats import binomtest
 from sklearn.neighbors import KNeighborsClassifier
@@ -175,7 +176,7 @@ def test_options_may_come_from_a_file(run, tmp_path):
         (["{run}", "--data.name", "cifar11"], 'Parser key "data.name": Expected a .* Got value: cifar11'),
         (["{run}", "--data.size", "2"], "data.size must be at least 8, got 2"),
         (["{run}", "--data.classes", "[ten]"], "data.classes has 'ten'"),
-        (["{run}", "--data.classes", "[4]"], r"at least two classes, got \[4\]"),
+        (["{run}", "--data.classes", "[4]"], r"digits/train must have .* at least two classes, got \['4'\]"),
         (["{run}", "--data.name", "mnist", "--data.root", "{run}"], "mnist is not in data.root"),
         (["{run}", "--data.name", "folder", "--data.root", "{run}/x"], "data.root '.*x' is not a folder"),
         (["{run}", "--k", "0"], "k must be at least 1, got 0"),
@@ -191,6 +192,25 @@ def test_bad_input_is_one_line(run, capsys, arguments, message):
     (line,) = capsys.readouterr().err.splitlines()
     assert re.search(f"error: .*{message}", line)
     assert not list(run.glob("eval/linear_probe*"))
+
+
+@pytest.mark.parametrize("script", ["linear_probe", "osr", "corruption"])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.unlink(), "the run .*mine has no backbone yet: .*model.safetensors is missing"),
+        (lambda path: path.write_bytes(path.read_bytes()[:5000]), "model.safetensors is damaged: "),
+        (lambda path: torch.save({}, path), "model.safetensors is a pickled checkpoint, .* convert it:"),
+    ],
+)
+def test_a_backbone_that_cannot_be_read(run, capsys, script, damage, message):
+    damage(run / "backbone" / "model.safetensors")
+    before = sorted(run.rglob("*"))
+    assert load_script(f"eval/{script}.py").main([str(run)]) == 2
+    first, *how_to_convert = capsys.readouterr().err.splitlines()
+    assert re.search(f"^error: .*{message}", first)
+    assert bool(how_to_convert) == ("pickled" in message)
+    assert sorted(run.rglob("*")) == before
 
 
 @pytest.mark.slow

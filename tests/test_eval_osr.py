@@ -271,6 +271,7 @@ def test_projectors_compare_with_projectors(run, tmp_path, capsys):
         (["--epochs", "0"], "epochs must be at least 1, got 0"),
         (["--unknown.name", "digits"], "unknown: digits/test has images of the known classes"),
         (["--unknown.name", "mnist", "--unknown.root", "{run}"], "unknown: mnist is not in data.root"),
+        (["--unknown.name", "folder", "--unknown.root", "{empty}"], "unknown: no image in the folder '.*empty'"),
         (["--unknown.name", "folder", "--protocol", "random"], "unknown goes with protocol cifar"),
         (["--compare", "{run}"], "there is no .*/eval/osr_samples.safetensors: evaluate that run in the same"),
         (["--data.name", "folder", "--data.root", "{flat}"], "has no labels"),
@@ -278,7 +279,8 @@ def test_projectors_compare_with_projectors(run, tmp_path, capsys):
 )
 def test_bad_input_is_one_line(run, tmp_path, capsys, arguments, message):
     write_images(tmp_path, ["flat"], count=3)
-    filled = [argument.format(run=run, flat=tmp_path / "flat") for argument in arguments]
+    (tmp_path / "empty").mkdir()
+    filled = [argument.format(run=run, flat=tmp_path / "flat", empty=tmp_path / "empty") for argument in arguments]
     assert main([str(run), *filled]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert re.search(f"^error: .*{message}", line)

@@ -97,12 +97,14 @@ def read_rows(path: str | Path) -> tuple[list[Row], dict[str, Any]]:
 
 
 def write_figure(path: str | Path, figure: Figure) -> None:
-    """Writes a matplotlib figure as PNG: whole or not at all. All its texts are plain: a `$` begins no mathematics."""
+    """Writes a matplotlib figure as PNG: whole or not at all. A `$` in a class's name starts no formula in it."""
+    from matplotlib import rc_context
     from matplotlib.text import Text
 
     for text in figure.findobj(Text):
         text.set_parse_math(False)
-    write_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight"))
+    with rc_context({"text.parse_math": False}):  # for texts that are made only now, as those of ticks
+        write_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight"))
 
 
 def write_whole(path: str | Path, write: Callable[[Path], object]) -> None:

@@ -52,7 +52,7 @@ class Evaluation:
         """As `load`, without unlabelled images.
 
         Raises:
-            ValueError: If no image is labelled.
+            ValueError: If no image is labelled, or all training images are of the same class.
         """
         images = self.load(split, data)
         labelled = images.subset(images.labels >= 0)
@@ -60,6 +60,9 @@ class Evaluation:
             raise ValueError(
                 f"{images.name} has no labels, this evaluation needs them: a folder has one a class folder"
             )
+        classes = [images.classes[label] for label in np.unique(labelled.labels)]
+        if split == "train" and len(classes) < 2:
+            raise ValueError(f"{images.name} must have images of at least two classes, got {classes}")
         return labelled
 
     def features(self, images: ImageSet | np.ndarray) -> tuple[Tensor, Tensor]:
