@@ -21,6 +21,11 @@ def test_curves_go_through_their_points_in_the_colour_of_their_run():
     assert second[0, 1] == pytest.approx(y[0] - 0.1 / 0.4 * (y[0] - y[1]), abs=0.01)
 
 
+def test_a_single_epoch_has_whole_numbers_beside_it():
+    svg = figures.curves([figures.Line(0, [5], [0.5]), figures.Line(1, [5], [0.25])], "epoch", shares=True)
+    assert re.findall(r">([^<>]*)</text>", svg)[:3] == ["4", "5", "6"]
+
+
 def test_rates_keep_their_area_when_thinned():
     random = np.random.default_rng(0)
     known = random.uniform(size=20_000) < 0.5

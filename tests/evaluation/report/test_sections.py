@@ -36,10 +36,10 @@ def test_accuracies_stand_in_their_row_and_column(runs):
     top1, top5, few, knn = ([shown(rows[i]) for rows in (of_a, of_b)] for i in range(4))
     assert page.tables["Accuracy"] == [
         ["", "a", "b"],
-        ["Linear probe, top-1 100 epochs", *top1],
-        ["Linear probe, top-5 100 epochs", *top5],
-        ["Linear probe, top-1, 1% of the labels 100 epochs", *few],
-        ["Weighted kNN, top-1 k 20 · temperature 0.07", *knn],
+        ["Linear probe, top‑1 100 epochs", *top1],
+        ["Linear probe, top‑5 100 epochs", *top5],
+        ["Linear probe, top‑1, 1% of the labels 100 epochs", *few],
+        ["Weighted kNN, top‑1 k 20 · temperature 0.07", *knn],
     ]
     assert "On digits test · 359 images. In percent" in page.words
     overview = page.tables["Overview"]
@@ -178,8 +178,8 @@ def test_the_largest_value_is_marked_and_of_errors_the_smallest(runs):
     errors = [find(add_corruption(run, seed), "linear", "mean_corruption_error") for seed, run in enumerate(runs)]
     page, markdown = report(*runs)
     top1, top5 = (np.argmax([rows[i].value for rows in found]) + 1 for i in range(2))
-    assert ("Accuracy", "Linear probe, top-1 100 epochs", top1) in page.best
-    assert ("Accuracy", "Linear probe, top-5 100 epochs", top5) in page.best
+    assert ("Accuracy", "Linear probe, top‑1 100 epochs", top1) in page.best
+    assert ("Accuracy", "Linear probe, top‑5 100 epochs", top5) in page.best
     assert sum(heading == "Accuracy" for heading, *_ in page.best) == 4
     smaller = np.argmin([error.value for error in errors]) + 1
     assert ("Means over corruptions", "Linear probe, mean corruption error 15 corruptions", smaller) in page.best
