@@ -132,7 +132,9 @@ def evaluate(evaluation: Evaluation, options: Options) -> None:
             "seed": options.seed,
         },
     }
-    baseline = None if options.baseline is None else read_baseline(options.baseline, names, described["images"])
+    baseline = None
+    if options.baseline is not None:
+        baseline = read_baseline(options.baseline, names, described["images"], encoder.feature)
     # One process reads for all: the others might already find what it writes below.
     (measured,) = broadcast_object_list([_finished(evaluation, described)])
 
@@ -175,7 +177,7 @@ def evaluate(evaluation: Evaluation, options: Options) -> None:
 
 def _open_set(evaluation: Evaluation, test: ImageSet) -> dict[str, Any]:
     """What rows say of the trial, whose known classes the data settings name."""
-    from ssl_gradmix.evaluation.open_set_trials import ELSEWHERE, choose_trials, pretraining
+    from ssl_gradmix.evaluation.open_set.trials import ELSEWHERE, choose_trials, pretraining
 
     data = evaluation.data
     if data.classes is None and data.open_set is None:
@@ -215,14 +217,14 @@ def _report(
     files = [written]
 
     images, origin = described["images"], described["corruptions"]
-    print(f"{evaluation.encoder.name} on {images['count']} images of {images['name']}")
+    print(f"{evaluation.encoder.title} on {images['count']} images of {images['name']}")
     print("corruptions " + ", ".join(str(v) if key == "source" else f"{key} {v}" for key, v in origin.items()))
     tables = [("linear", "accuracy", "accuracy of the linear classifier", "corruption.png")]
     if images["open_set"]:
         tables.append(("max_logit", "auroc", "AUROC of known against unknown, maximum logit", "corruption_osr.png"))
     for score, metric, what, name in tables:
         files.append(evaluation.out / name)
-        title = f"{evaluation.encoder.name} on {images['name']}, corruptions {origin['source']}: {what}"
+        title = f"{evaluation.encoder.title} on {images['name']}, corruptions {origin['source']}: {what}"
         write_figure(files[-1], severities(rows, score, metric, title))
         print(f"\n{what}, in %\n{severity_table(rows, score, metric)}")
     print(f"\nmeans (of how many corruptions)\n{summary_table(summary)}\n")

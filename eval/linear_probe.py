@@ -94,12 +94,12 @@ def evaluate(evaluation: Evaluation, options: Options) -> None:
         row("linear", "class_accuracy", top1[test_labels == label], **{"class": train.classes[label]})
         for label in test_labels.unique().tolist()
     ]
-    title = f"{evaluation.encoder.name} on {rows[0].dataset}: linear probe by class"
+    title = f"{evaluation.encoder.title} on {rows[0].dataset}: linear probe by class"
     validation = {f"{rate:g}": accuracy for rate, accuracy in probe.validation.items()}
     written = evaluation.out / "linear_probe.json"
     write_rows(written, rows + by_class, {**evaluation.describe(), "validation": validation})
     write_figure(written.with_suffix(".png"), class_accuracies(by_class, rows[0], title))
-    print(f"{evaluation.encoder.name} on {test.name}, trained on {len(train)} labelled images")
+    print(f"{evaluation.encoder.title} on {test.name}, trained on {len(train)} labelled images")
     print(console_table(rows))
     print(f"Rows, also by class: {written}")
 

@@ -25,8 +25,8 @@ from ssl_gradmix.settings import Data
 
 if TYPE_CHECKING:
     from ssl_gradmix.data.datasets import ImageSet
-    from ssl_gradmix.evaluation.open_set_samples import Samples
-    from ssl_gradmix.evaluation.open_set_trials import Group, Labelled
+    from ssl_gradmix.evaluation.open_set.samples import Samples
+    from ssl_gradmix.evaluation.open_set.trials import Group, Labelled
     from ssl_gradmix.evaluation.probes import LinearProbe
     from ssl_gradmix.evaluation.results import Row
     from ssl_gradmix.evaluation.setup import Evaluation
@@ -69,7 +69,7 @@ class Options:
 
 def evaluate(evaluation: Evaluation, options: Options) -> None:
     """Measures, and on the main process writes rows, samples and a picture, and prints tables."""
-    from ssl_gradmix.evaluation.open_set_samples import Samples, Settings
+    from ssl_gradmix.evaluation.open_set.samples import Samples, Settings
 
     # All that may be wrong with what is asked for is found before the encoder starts.
     every_class = replace(evaluation.data, classes=None, open_set=None)
@@ -79,8 +79,8 @@ def evaluate(evaluation: Evaluation, options: Options) -> None:
     for group in groups:
         group.check(train, test)
         settings.check(train.only(group.trial.known).labels)
-    samples = Samples(evaluation.encoder.name, settings, {group.name: group.fingerprint(test) for group in groups})
-    other = None if options.compare is None else _read_other(Path(options.compare), task)
+    samples = Samples(evaluation.encoder.title, settings, {group.name: group.fingerprint(test) for group in groups})
+    other = None if options.compare is None else _read_other(options.compare, task, evaluation.encoder.feature)
     if other is not None:
         samples.check_comparable(other)
 
@@ -94,7 +94,7 @@ def evaluate(evaluation: Evaluation, options: Options) -> None:
 
 def _groups(evaluation: Evaluation, options: Options, test: ImageSet) -> tuple[str, list[Group]]:
     """The task, `osr` or `ood`, and what is told apart in it."""
-    from ssl_gradmix.evaluation.open_set_trials import (
+    from ssl_gradmix.evaluation.open_set.trials import (
         ELSEWHERE,
         choose_trials,
         load_cifar100,
@@ -116,13 +116,15 @@ def _groups(evaluation: Evaluation, options: Options, test: ImageSet) -> tuple[s
     return "osr", trial_groups(protocol, trials, data, test, images, config)
 
 
-def _read_other(folder: Path, task: str) -> Samples:
-    from ssl_gradmix.evaluation.open_set_samples import Samples
+def _read_other(run: str, task: str, feature: str) -> Samples:
+    from ssl_gradmix.evaluation.open_set.samples import Samples
+    from ssl_gradmix.evaluation.results import results_folder
 
-    name = f"{task}_samples.safetensors"
-    path = next((path for path in (folder / "eval" / name, folder / name) if path.exists()), None)
+    folders = [results_folder(out, feature) for out in (Path(run, "eval"), Path(run))]
+    places = [folder / f"{task}_samples.safetensors" for folder in folders]
+    path = next((path for path in places if path.exists()), None)
     if path is None:
-        raise FileNotFoundError(f"compare: {folder} has no eval/{name}: evaluate it in the same way first")
+        raise FileNotFoundError(f"compare: there is no {places[0]}: evaluate that run in the same way first")
     return Samples.read(path)
 
 
@@ -138,7 +140,7 @@ def _measure(
     """Rows of all groups; their samples are added to `samples`."""
     from tqdm import tqdm
 
-    from ssl_gradmix.evaluation.open_set_recognition import closed_set, compare, detect, fit
+    from ssl_gradmix.evaluation.open_set.recognition import closed_set, compare, detect, fit
 
     train, test = images
     rows: list[Row] = []
@@ -164,17 +166,17 @@ def _report(
     evaluation: Evaluation, task: str, groups: Sequence[Group], test: ImageSet, rows: list[Row], samples: Samples
 ) -> None:
     """Writes the files and prints tables."""
-    from ssl_gradmix.evaluation.open_set_recognition import over_trials
-    from ssl_gradmix.evaluation.open_set_trials import distinct
-    from ssl_gradmix.evaluation.osr_plots import overview
+    from ssl_gradmix.evaluation.open_set.plots import overview
+    from ssl_gradmix.evaluation.open_set.recognition import over_trials
+    from ssl_gradmix.evaluation.open_set.trials import distinct
     from ssl_gradmix.evaluation.results import write_figure, write_rows
 
     trials = distinct([group.trial for group in groups])  # just [None] where there are none
     counted = [group.name for group in groups if group.trial.number in trials]
     of_counted = [row for row in rows if row.trial in trials]
-    means = over_trials(rows, trials) if len(trials) > 1 else []
+    means = over_trials(rows, trials) if task == "osr" else []
     settings = ", ".join(dict.fromkeys(group.params["pretraining"] for group in groups))
-    title = f"{evaluation.encoder.name} on {test.name}, encoder pretrained on: {settings}"
+    title = f"{evaluation.encoder.title} on {test.name}, encoder pretrained on: {settings}"
     figure = overview(
         {name: samples.arrays[name] for name in counted},
         of_counted,
@@ -208,23 +210,30 @@ def _report(
     repeated = [group.name for group in groups if group.name not in counted]
     if repeated:
         print(f"Warning: {', '.join(repeated)} repeats known classes, so means and figure are of {', '.join(counted)}")
-    spread = f"mean ± standard deviation over trials {trials}" if means else "with 95% intervals"
-    tables = {"known against unknown classes": means or of_counted}
+    averaged = {(row.score, row.metric) for row in means}
+    shown = means + [row for row in of_counted if (row.score, row.metric) not in averaged]
+    tables = {"known against unknown classes": shown}
     if task == "ood":
         tables = {name: [row for row in rows if row.dataset == name] for name in counted}
-    _print(means or of_counted, tables, spread)
+    _print(shown, tables)
     print(f"\nWritten: {', '.join(map(str, files))}")
 
 
-def _print(summary: Sequence[Row], tables: Mapping[str, Sequence[Row]], spread: str) -> None:
-    from ssl_gradmix.evaluation.open_set_recognition import score_table, with_spread
+def _print(shown: Sequence[Row], tables: Mapping[str, Sequence[Row]]) -> None:
+    from ssl_gradmix.evaluation.open_set.recognition import score_table, with_spread
 
-    accuracies = [f"{row.score} {with_spread(row)}" for row in summary if row.metric == "accuracy"]
+    accuracies = [f"{row.score} {with_spread(row)}" for row in shown if row.metric == "accuracy"]
     print(f"closed-set accuracy: {', '.join(accuracies)}")
     for heading, rows in tables.items():
-        print(f"\n{heading}, {spread}\n{score_table(rows, _SHOWN)}")
-        if any(row.metric in _DIFFERENCES for row in rows):
-            print(f"\nthis run minus the other, {spread}\n{score_table(rows, _DIFFERENCES)}")
+        for what, metrics in ((heading, _SHOWN), ("this run minus the other", _DIFFERENCES)):
+            told = [row for row in rows if row.metric in metrics]
+            if told:
+                print(f"\n{what}, {_spread(told[0])}\n{score_table(told, metrics)}")
+
+
+def _spread(row: Row) -> str:
+    trials = row.params.get("trials")
+    return "with 95% intervals" if trials is None else f"mean ± standard deviation over trials {trials}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

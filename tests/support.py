@@ -13,6 +13,7 @@ from types import ModuleType
 import timm
 import torch
 import yaml
+from lightly.models.modules import BYOLProjectionHead
 from safetensors.torch import save_file
 
 from ssl_gradmix.settings import Data
@@ -46,6 +47,13 @@ def make_run(folder: Path, seed: int = 0, **data) -> Path:
     save_file(model.state_dict(), folder / "backbone" / "model.safetensors")
     (folder / "config.yaml").write_text(yaml.safe_dump({"data": asdict(Data(size=SIZE, **data)), "method": "byol"}))
     return folder
+
+
+def add_projector(run: Path, seed: int = 0) -> Path:
+    """Gives a run of `make_run` a random projector to 12 values, as BYOL's."""
+    torch.manual_seed(seed)
+    save_file(BYOLProjectionHead(32, 20, 12).state_dict(), run / "projector.safetensors")
+    return run
 
 
 def help_of(path: str) -> str:

@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import KNeighborsClassifier
-from support import SIZE, help_of, load_script
+from support import SIZE, add_projector, help_of, load_script
 
 from ssl_gradmix.data.corruption_sets import read_cifar_c
 from ssl_gradmix.data.corruptions import COMMON, corrupt
@@ -311,6 +311,24 @@ def test_against_another_run(run, tmp_path):
     assert found(rows, "knn", "relative_mce", baseline="theirs").value == pytest.approx(np.mean(relative), abs=1e-9)
 
 
+def test_projector_features_against_those_of_another_run(run, tmp_path, capsys):
+    arguments = "--corruptions [contrast] --images 60 --feature projector"
+    other = add_projector(make_run(tmp_path / "runs" / "theirs", seed=1))
+    evaluate(other, "--corruptions [contrast] --images 60")
+    for run_or_file in (other, other / "eval" / "corruption.json"):
+        capsys.readouterr()
+        assert main([str(add_projector(run)), *arguments.split(), "--baseline", str(run_or_file)]) == 2
+        assert re.search("has no .*/eval/projector/corr|is of backbone features, not of proj", capsys.readouterr().err)
+    evaluate_projector = f"{arguments} --out {{}} --workers 1 --epochs 5"
+    for each, more in ((other, []), (run, ["--baseline", str(other)])):
+        assert main([str(each), *evaluate_projector.format(each / "eval").split(), *more]) == 0
+    rows, _ = read_rows(run / "eval" / "projector" / "corruption.json")
+    theirs, _ = read_rows(other / "eval" / "projector" / "corruption.json")
+    assert {row.feature for row in rows} == {"projector"}
+    ratio = found(rows, "knn", "mean_corruption_error").value / found(theirs, "knn", "mean_corruption_error").value
+    assert found(rows, "knn", "mce", baseline="theirs").value == pytest.approx(ratio, abs=1e-9)
+
+
 def test_open_set_recognition_under_corruption(run, capsys):
     rows, _ = evaluate(run, "--corruptions [contrast] --osr true --data.open_set random:6:3")
     known, _ = random_split(10, 6, seed=3)
@@ -368,6 +386,7 @@ def test_a_missing_library_matters_only_where_it_is_needed(run, tmp_path, monkey
         ("--corruptions []", "corruptions must name at least one; there are"),
         ("--images 0", "images must be 1 to the 359 of digits/test, got 0"),
         ("--workers 0", "workers must be at least 1 or null, got 0"),
+        ("--data.classes [4]", r"digits/train must have images of at least two classes, got \['4'\]"),
         ("--seed -1", "seed must be 0 or larger, got -1"),
         ("--preset cifar32", 'Parser key "preset"'),
         ("--preset cifar --published {c}", "preset is how corruptions are made here, so it cannot be given with"),

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from scipy.stats import binomtest
 from sklearn.neighbors import KNeighborsClassifier
-from support import SIZE, help_of, load_script, make_run
+from support import SIZE, add_projector, help_of, load_script, make_run
 
 from ssl_gradmix.data.datasets import load
 from ssl_gradmix.evaluation.encoders import load_encoder
@@ -89,6 +90,30 @@ def test_knn_equals_scikit_learn_and_features_are_kept(run):
     assert value_of(rows, "knn", k=20, temperature=0.07) == pytest.approx(expected, abs=1.5 / len(targets))
 
 
+def test_projector_features_stand_beside_those_of_the_backbone(run, capsys):
+    add_projector(run)
+    assert main([str(run), "--epochs", "1"]) == 0
+    of_backbone = (run / "eval" / "linear_probe.json").read_bytes()
+    assert main([str(run), "--epochs", "1", "--feature", "projector"]) == 0
+    assert (run / "eval" / "linear_probe.json").read_bytes() == of_backbone
+    rows, extra = read_rows(run / "eval" / "projector" / "linear_probe.json")
+    assert {(row.encoder, row.feature) for row in rows} == {("mine", "projector")}
+    assert extra["encoder"]["feature"] == "projector"
+    assert len(list((run / "eval" / "features").iterdir())) == 4
+    assert sorted(path.name for path in (run / "eval" / "projector").iterdir()) == [
+        "linear_probe.json",
+        "linear_probe.png",
+    ]
+    assert "mine (projector) on digits/test" in capsys.readouterr().out
+
+    encoder = load_encoder(run, feature="projector")
+    (bank, labels), (features, targets) = (extract(encoder, load(Data(), split)) for split in ("train", "test"))
+    assert bank.shape[1] == 12
+    oracle = KNeighborsClassifier(20, metric="cosine", algorithm="brute", weights=lambda d: np.exp(-d / 0.07))
+    expected = oracle.fit(bank.double(), labels).score(features.double(), targets)
+    assert value_of(rows, "knn") == pytest.approx(expected, abs=1.5 / len(targets))
+
+
 def test_a_run_is_evaluated_on_its_own_classes_unless_told(tmp_path):
     run = make_run(tmp_path / "known", classes=["3", "7"])
     assert main([str(run), "--epochs", "1"]) == 0
@@ -144,11 +169,14 @@ def test_options_may_come_from_a_file(run, tmp_path):
         (["{run}/nowhere"], "no run folder"),
         (["{run}/.."], "is no run: it has no config.yaml"),
         (["local-dir:{run}/backbone"], "has no folder for results: give one with --out"),
+        (["{run}", "--feature", "projector"], "the run .*mine has no projector: .*projector.safetensors is missing"),
+        (["local-dir:{run}/backbone", "--feature", "projector"], "feature projector needs a run"),
+        (["{run}", "--feature", "logits"], 'Parser key "feature": Expected a .* Got value: logits'),
         (["timm:resnet1o", "--out", "{run}/eval"], "knows no model 'resnet1o'"),
         (["{run}", "--data.name", "cifar11"], 'Parser key "data.name": Expected a .* Got value: cifar11'),
         (["{run}", "--data.size", "2"], "data.size must be at least 8, got 2"),
         (["{run}", "--data.classes", "[ten]"], "data.classes has 'ten'"),
-        (["{run}", "--data.classes", "[4]"], r"at least two classes, got \[4\]"),
+        (["{run}", "--data.classes", "[4]"], r"digits/train must have .* at least two classes, got \['4'\]"),
         (["{run}", "--data.name", "mnist", "--data.root", "{run}"], "mnist is not in data.root"),
         (["{run}", "--data.name", "folder", "--data.root", "{run}/x"], "data.root '.*x' is not a folder"),
         (["{run}", "--k", "0"], "k must be at least 1, got 0"),
@@ -164,6 +192,25 @@ def test_bad_input_is_one_line(run, capsys, arguments, message):
     (line,) = capsys.readouterr().err.splitlines()
     assert re.search(f"error: .*{message}", line)
     assert not list(run.glob("eval/linear_probe*"))
+
+
+@pytest.mark.parametrize("script", ["linear_probe", "osr", "corruption"])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.unlink(), "the run .*mine has no backbone yet: .*model.safetensors is missing"),
+        (lambda path: path.write_bytes(path.read_bytes()[:5000]), "model.safetensors is damaged: "),
+        (lambda path: torch.save({}, path), "model.safetensors is a pickled checkpoint, .* convert it:"),
+    ],
+)
+def test_a_backbone_that_cannot_be_read(run, capsys, script, damage, message):
+    damage(run / "backbone" / "model.safetensors")
+    before = sorted(run.rglob("*"))
+    assert load_script(f"eval/{script}.py").main([str(run)]) == 2
+    first, *how_to_convert = capsys.readouterr().err.splitlines()
+    assert re.search(f"^error: .*{message}", first)
+    assert bool(how_to_convert) == ("pickled" in message)
+    assert sorted(run.rglob("*")) == before
 
 
 @pytest.mark.slow

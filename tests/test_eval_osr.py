@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import NearestNeighbors
-from support import help_of, load_script, make_run
+from support import add_projector, help_of, load_script, make_run
 
 from ssl_gradmix.data.datasets import load
 from ssl_gradmix.data.open_set import split
@@ -215,7 +215,15 @@ def test_two_runs_compare_on_the_same_samples(run, tmp_path, capsys):
         assert row.ci_low <= row.value <= row.ci_high
         assert 0 < row.params["p_value"] <= 1
         assert row.params["compared_with"] == "other"
-    assert "this run minus the other" in capsys.readouterr().out
+    mean = next(row for row in rows if row.trial is None and row.metric == "auroc_difference")
+    assert mean.params["trials"] == [0, 1]
+    assert "p_value" not in mean.params
+    assert "this run minus the other, mean ± standard deviation over trials [0, 1]" in capsys.readouterr().out
+
+    assert main([str(run), "--trials", "[1, 2]", *QUICK, "--compare", str(other)]) == 0
+    rows, _ = read_rows(run / "eval" / "osr.json")
+    assert {row.trial for row in rows if row.metric == "oscr_difference"} == {1}
+    assert "this run minus the other, with 95% intervals" in capsys.readouterr().out
 
     for arguments, message in (
         (["--trials", "[4]"], "other has other samples: it was evaluated on trial0, trial1, not trial4"),
@@ -225,6 +233,25 @@ def test_two_runs_compare_on_the_same_samples(run, tmp_path, capsys):
         assert main([str(run), "--out", str(tmp_path / "out"), *QUICK, *arguments, "--compare", str(other)]) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_projectors_compare_with_projectors(run, tmp_path, capsys):
+    other = add_projector(make_run(tmp_path / "runs" / "other", seed=1))
+    arguments = ["--trials", "[0]", *QUICK]
+    assert main([str(other), *arguments]) == 0
+    of_projector = [str(add_projector(run)), *arguments, "--feature", "projector", "--compare", str(other)]
+    assert main(of_projector) == 2
+    assert "there is no" in capsys.readouterr().err
+    assert not (run / "eval").exists()
+
+    assert main([str(other), *arguments, "--feature", "projector"]) == 0
+    assert main(of_projector) == 0
+    rows, _ = read_rows(run / "eval" / "projector" / "osr.json")
+    theirs, _ = read_rows(other / "eval" / "projector" / "osr.json")
+    assert {row.feature for row in rows + theirs} == {"projector"}
+    expected = value_of(rows, "vim", "auroc", 0) - value_of(theirs, "vim", "auroc", 0)
+    assert value_of(rows, "vim", "auroc_difference", 0) == pytest.approx(expected, abs=1e-9)
+    assert "mine (projector) on digits/test" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -244,14 +271,16 @@ def test_two_runs_compare_on_the_same_samples(run, tmp_path, capsys):
         (["--epochs", "0"], "epochs must be at least 1, got 0"),
         (["--unknown.name", "digits"], "unknown: digits/test has images of the known classes"),
         (["--unknown.name", "mnist", "--unknown.root", "{run}"], "unknown: mnist is not in data.root"),
+        (["--unknown.name", "folder", "--unknown.root", "{empty}"], "unknown: no image in the folder '.*empty'"),
         (["--unknown.name", "folder", "--protocol", "random"], "unknown goes with protocol cifar"),
-        (["--compare", "{run}"], "has no eval/osr_samples.safetensors: evaluate it in the same way first"),
+        (["--compare", "{run}"], "there is no .*/eval/osr_samples.safetensors: evaluate that run in the same"),
         (["--data.name", "folder", "--data.root", "{flat}"], "has no labels"),
     ],
 )
 def test_bad_input_is_one_line(run, tmp_path, capsys, arguments, message):
     write_images(tmp_path, ["flat"], count=3)
-    filled = [argument.format(run=run, flat=tmp_path / "flat") for argument in arguments]
+    (tmp_path / "empty").mkdir()
+    filled = [argument.format(run=run, flat=tmp_path / "flat", empty=tmp_path / "empty") for argument in arguments]
     assert main([str(run), *filled]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert re.search(f"^error: .*{message}", line)

@@ -35,7 +35,7 @@ from ssl_gradmix.data.corruption_sets import make_c, read_cifar_c
 from ssl_gradmix.data.datasets import load
 from ssl_gradmix.evaluation.encoders import load_encoder
 from ssl_gradmix.evaluation.features import extract
-from ssl_gradmix.evaluation.open_set_samples import Samples
+from ssl_gradmix.evaluation.open_set.samples import Samples
 from ssl_gradmix.evaluation.results import Row, read_rows, write_rows
 from ssl_gradmix.evaluation.robustness import Published
 from ssl_gradmix.files import read_json, read_yaml

@@ -11,10 +11,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from evidence.cells import Cell, Grid, passes
-from ssl_gradmix.evaluation.encoders import read_config
 from ssl_gradmix.evaluation.open_set_trials import KNOWN_ONLY
+
+from evidence.cells import Cell, Grid, passes
 from ssl_gradmix.evaluation.results import read_rows, write_whole
+from ssl_gradmix.files import read_yaml
 from ssl_gradmix.training.run_folder import RunFolder
 
 
@@ -158,7 +159,7 @@ def condense(cell: Cell, grid: Grid) -> list[Row]:
         ValueError: They hold not what is wanted, or an open-set evaluation's encoder saw unknown classes.
     """
     run = cell.run(grid)
-    config = read_config(run / "config.yaml")
+    config = read_yaml(run / "config.yaml")
     if cell.data == "known":
         seen = {row.params.get("pretraining") for row in read_rows(run / "eval" / "osr.json")[0]}
         if seen != {KNOWN_ONLY}:
@@ -188,7 +189,7 @@ def condense(cell: Cell, grid: Grid) -> list[Row]:
 
 def training_seconds(run: Path) -> float:
     """How long training took, by its log: interruptions, and what was done again after them, do not count."""
-    batch = read_config(run / "config.yaml")["training"]["batch_size"]
+    batch = read_yaml(run / "config.yaml")["training"]["batch_size"]
     seconds, before = 0.0, 0
     for entry in RunFolder(run).read_log():
         seconds += (entry["step"] - before) * batch / entry["images_per_second"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -24,6 +24,8 @@ class Subject:
         encoder: A run folder (`runs/x`), a published timm model (`timm:resnet18.a1_in1k`), or a folder in timm's layout
             (`local-dir:PATH`). A run is evaluated on its own data, classes included, unless --data says otherwise.
             Images are resized to what the encoder was made for, unless --data.size is given.
+        feature: What of the encoder is read: `backbone` features, or the embeddings of a run's `projector`, whose
+            results go to `projector/` in the folder for results.
         weights: Safetensors file for the architecture `timm:NAME`, in place of the published weights.
         out: Folder for results; a run's is its `eval/`.
         batch_size: Images that the encoder sees at once, on each process.
@@ -31,6 +33,7 @@ class Subject:
     """
 
     encoder: str
+    feature: Literal["backbone", "projector"] = "backbone"
     weights: str | None = None
     out: str | None = None
     batch_size: int = 256
@@ -73,10 +76,12 @@ def _resolve(parser: ArgumentParser, given: Namespace) -> tuple[Any, Namespace]:
     from accelerate import Accelerator
 
     from ssl_gradmix.evaluation.encoders import load_encoder
+    from ssl_gradmix.evaluation.results import results_folder
     from ssl_gradmix.evaluation.setup import Evaluation
 
     wanted = given.get("data", Namespace())
-    encoder = load_encoder(given.encoder, given.get("weights"), wanted.get("size"))
+    feature = given.get("feature", Subject.feature)
+    encoder = load_encoder(given.encoder, given.get("weights"), wanted.get("size"), feature)
     given["data"] = Namespace(_data(wanted, (encoder.config or {}).get("data", {})) | {"size": encoder.size})
     settings = parser.parse_object(given.as_dict())
     subject = _pick(Subject, settings)
@@ -85,7 +90,8 @@ def _resolve(parser: ArgumentParser, given: Namespace) -> tuple[Any, Namespace]:
     out = Path(subject.out) if subject.out is not None else encoder.run / "eval"
     cache = out / "features" if subject.cache else None
     data = Data(**settings.data.as_dict())
-    return Evaluation(encoder, data, out, subject.batch_size, cache, Accelerator()), settings
+    results = results_folder(out, feature)
+    return Evaluation(encoder, data, results, subject.batch_size, cache, Accelerator()), settings
 
 
 def _pick(options: type, settings: Namespace) -> Any:

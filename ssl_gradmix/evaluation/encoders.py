@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError
@@ -39,6 +40,7 @@ class Encoder:
         name: What results call it.
         run: The run folder it comes from, if it does.
         config: What is in the run's config.yaml, if there is one.
+        feature: What of the encoder `model` gives: `backbone`, or `projector` where the projection head is part of it.
         fingerprint: SHA-256 of the weights, buffers included, and of the modules that hold them; computed here.
     """
 
@@ -49,14 +51,25 @@ class Encoder:
     name: str
     run: Path | None = None
     config: dict | None = None
+    feature: str = "backbone"
     fingerprint: str = field(init=False)
 
     def __post_init__(self) -> None:
         self.model.eval().requires_grad_(False)
         self.fingerprint = _fingerprint(self.model)
 
+    @property
+    def title(self) -> str:
+        """Its name, and what of it is read where that is not the backbone."""
+        return self.name if self.feature == "backbone" else f"{self.name} ({self.feature})"
 
-def load_encoder(spec: str | Path, weights: str | Path | None = None, image_size: int | None = None) -> Encoder:
+
+def load_encoder(
+    spec: str | Path,
+    weights: str | Path | None = None,
+    image_size: int | None = None,
+    feature: Literal["backbone", "projector"] = "backbone",
+) -> Encoder:
     """Loads a frozen encoder. Nothing is ever unpickled.
 
     Args:
@@ -67,12 +80,13 @@ def load_encoder(spec: str | Path, weights: str | Path | None = None, image_size
             ones.
         image_size: Side of the images in pixels, where it is not to be the one the encoder was made for. Vision
             transformers have their position embeddings resampled.
+        feature: What it gives: `backbone` features, or the embeddings of a run's `projector`.
 
     Returns:
         The encoder, without classification head, on the CPU.
 
     Raises:
-        FileNotFoundError: If the path does not exist, is no run, or is a run without a backbone yet.
+        FileNotFoundError: If the path does not exist, is no run, or is a run without a backbone or projector yet.
         ValueError: If a file is damaged or pickled, weights do not fit, the name is unknown, or the published weights
             cannot be had.
     """
@@ -80,6 +94,8 @@ def load_encoder(spec: str | Path, weights: str | Path | None = None, image_size
     kind, _, rest = spec.partition(":")
     if weights is not None and kind != "timm":
         raise ValueError(f"weights need the architecture they are for: give timm:NAME in place of {spec!r}")
+    if feature == "projector" and kind in ("timm", "local-dir"):
+        raise ValueError(f"feature projector needs a run, which keeps its projector: {spec} is none")
     if kind == "timm":
         model = _published(rest) if weights is None else _from_file(rest, Path(weights))
         name = spec if weights is None else f"{spec}@{Path(weights).name}"
@@ -92,7 +108,19 @@ def load_encoder(spec: str | Path, weights: str | Path | None = None, image_size
     config = read_yaml(run / "config.yaml")
     if not isinstance(config.get("data", {}), dict):
         raise ValueError(f"{run / 'config.yaml'} is damaged: data holds no settings")
-    return _from_folder(run / "backbone", image_size, run.resolve().name, run, config)
+    encoder = _from_folder(run / "backbone", image_size, run.resolve().name, run, config)
+    return _with_projector(encoder) if feature == "projector" else encoder
+
+
+def _with_projector(encoder: Encoder) -> Encoder:
+    from ssl_gradmix.backbones import num_features
+    from ssl_gradmix.evaluation.projector import build_projector
+
+    path = encoder.run / "projector.safetensors"
+    if not path.exists():
+        raise FileNotFoundError(f"the run {encoder.run} has no projector: {path} is missing")
+    projector = build_projector(_read_safetensors(path), num_features(encoder.model), path)
+    return replace(encoder, model=nn.Sequential(encoder.model, projector), feature="projector")
 
 
 def _check_is_run(path: Path) -> None:

@@ -6,6 +6,8 @@ import hashlib
 import math
 import os
 import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -116,14 +118,24 @@ def _encode(encoder: Encoder, images: ImageSet, batch_size: int, device: torch.d
     with tqdm(
         total=len(images), desc=f"encoding {images.name}", unit="image", delay=3, disable=None if progress else True
     ) as bar:
-        for start in range(0, len(images), batch_size):
-            chunk = images.subset(np.arange(start, min(start + batch_size, len(images))))
-            pixels = chunk.pixels(encoder.size, progress=False).to(device)
-            encoded = model((pixels.float() / 255 - mean) / std)
-            _check(encoded, len(chunk), encoder.name)
+        for pixels in _ahead(images, encoder.size, batch_size):
+            encoded = model((pixels.to(device).float() / 255 - mean) / std)
+            _check(encoded, len(pixels), encoder.name)
             features.append(encoded.float())
-            bar.update(len(chunk))
+            bar.update(len(pixels))
     return torch.cat(features)
+
+
+def _ahead(images: ImageSet, size: int, batch_size: int) -> Iterator[Tensor]:
+    """Pixels batch by batch, each decoded, or corrupted, while the one before is encoded."""
+    numbers = np.arange(len(images))
+    batches = [images.subset(numbers[i : i + batch_size]) for i in range(0, len(images), batch_size)]
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(batches[0].pixels, size, progress=False)
+        for batch in batches[1:]:
+            pixels, coming = coming.result(), thread.submit(batch.pixels, size, progress=False)
+            yield pixels
+        yield coming.result()
 
 
 def _check(encoded: Tensor, count: int, name: str) -> None:

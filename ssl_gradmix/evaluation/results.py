@@ -30,7 +30,7 @@ class Row:
         split: Its part, `test` as a rule.
         trial: Open-set trial or repetition, None where there is just one.
         encoder: Name of the encoder.
-        feature: What of the encoder is read, `backbone` as a rule.
+        feature: What of the encoder is read, `backbone` or `projector`.
         score: What was computed from features, for instance `linear`, `knn`, `mahalanobis`.
         metric: What `value` is, for instance `top1`, `auroc`. Shares are in [0, 1].
         value: The number; finite.
@@ -59,6 +59,11 @@ class Row:
             number = getattr(self, name)
             if number is not None and not math.isfinite(number):
                 raise ValueError(f"{name} of {self.score} {self.metric} must be finite, got {number}")
+
+
+def results_folder(out: Path, feature: str = "backbone") -> Path:
+    """Where results lie in a run's `eval/`, or in what `--out` names: a folder for each feature but the backbone's."""
+    return out if feature == "backbone" else out / feature
 
 
 def write_rows(path: str | Path, rows: Sequence[Row], extra: dict[str, Any] | None = None) -> None:

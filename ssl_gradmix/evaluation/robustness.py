@@ -44,7 +44,7 @@ from ssl_gradmix.evaluation.metrics import (
     relative_mce,
 )
 from ssl_gradmix.evaluation.probes import LinearProbe, label_subset
-from ssl_gradmix.evaluation.results import Row, read_rows
+from ssl_gradmix.evaluation.results import Row, read_rows, results_folder
 from ssl_gradmix.files import read_json
 
 CLASSIFIERS = ("linear", "knn")
@@ -372,7 +372,9 @@ ALEXNET = Baseline(
 """AlexNet's errors on ImageNet-C, by which the benchmark's authors normalise."""
 
 
-def read_baseline(where: str, names: Iterable[str], images: Mapping[str, object]) -> Baseline:
+def read_baseline(
+    where: str, names: Iterable[str], images: Mapping[str, object], feature: str = "backbone"
+) -> Baseline:
     """Reads the errors of another run, or gives AlexNet's.
 
     Args:
@@ -380,10 +382,11 @@ def read_baseline(where: str, names: Iterable[str], images: Mapping[str, object]
         names: The corruptions that it must have; extra ones are passed over.
         images: What is evaluated: the file must say the same under `images`, for its errors to be comparable. For
             AlexNet `n_classes` and `preset` count.
+        feature: What of the encoder is evaluated; the other run's results must be of the same.
 
     Raises:
         FileNotFoundError: If the run has no results.
-        ValueError: If these are no results of corruptions, lack a corruption, or are of other images.
+        ValueError: If these are no results of corruptions, lack a corruption, or are of other images or features.
     """
     if where == "alexnet":
         if images["n_classes"] != 1000 or images["preset"] not in ("imagenet", None):
@@ -393,7 +396,8 @@ def read_baseline(where: str, names: Iterable[str], images: Mapping[str, object]
             )
         return ALEXNET
     folder = Path(where).expanduser()
-    places = (folder / "eval" / "corruption.json", folder / "corruption.json", folder)
+    in_folders = [results_folder(place, feature) / "corruption.json" for place in (folder / "eval", folder)]
+    places = (*in_folders, folder)
     path = next((place for place in places if place.is_file()), None)
     if path is None:
         raise FileNotFoundError(f"the baseline has no {str(places[0])!r}: run eval/corruption.py on it first")
@@ -402,6 +406,9 @@ def read_baseline(where: str, names: Iterable[str], images: Mapping[str, object]
     differing = [f"{key} {theirs.get(key)!r}, not {images[key]!r}" for key in images if theirs.get(key) != images[key]]
     if differing:
         raise ValueError(f"the baseline {path} is of other images: {'; '.join(differing)}")
+    others = sorted({row.feature for row in rows} - {feature})
+    if others:
+        raise ValueError(f"the baseline {path} is of {others[0]} features, not of {feature} features")
     errors = {score: errors_by_corruption(rows, score) for score in CLASSIFIERS}
     missing = [name for name in names if name in COMMON and any(name not in errors[score] for score in CLASSIFIERS)]
     if missing:

@@ -52,7 +52,7 @@ class Evaluation:
         """As `load`, without unlabelled images.
 
         Raises:
-            ValueError: If no image is labelled.
+            ValueError: If no image is labelled, or all training images are of the same class.
         """
         images = self.load(split, data)
         labelled = images.subset(images.labels >= 0)
@@ -60,6 +60,9 @@ class Evaluation:
             raise ValueError(
                 f"{images.name} has no labels, this evaluation needs them: a folder has one a class folder"
             )
+        classes = [images.classes[label] for label in np.unique(labelled.labels)]
+        if split == "train" and len(classes) < 2:
+            raise ValueError(f"{images.name} must have images of at least two classes, got {classes}")
         return labelled
 
     def features(self, images: ImageSet | np.ndarray) -> tuple[Tensor, Tensor]:
@@ -81,16 +84,21 @@ class Evaluation:
         trial: int | None = None,
         **params: object,
     ) -> Row:
-        """A result of frozen backbone features on these images, with value and ends of its interval."""
+        """A result of frozen features on these images, with value and ends of its interval."""
         dataset, _, split = images.name.rpartition("/")
-        return Row(task, dataset, split, trial, self.encoder.name, "backbone", score, metric, *interval, n, params)
+        encoder, feature = self.encoder.name, self.encoder.feature
+        return Row(task, dataset, split, trial, encoder, feature, score, metric, *interval, n, params)
 
     def describe(self) -> dict:
         """What a results file says of its origin beside the rows."""
         import timm
 
         return {
-            "encoder": {"name": self.encoder.name, "fingerprint": self.encoder.fingerprint},
+            "encoder": {
+                "name": self.encoder.name,
+                "feature": self.encoder.feature,
+                "fingerprint": self.encoder.fingerprint,
+            },
             "data": asdict(self.data),
             "versions": {"ssl_gradmix": __version__, "torch": torch.__version__, "timm": timm.__version__},
         }

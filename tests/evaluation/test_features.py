@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from threading import Event
 
 import numpy as np
 import pytest
@@ -53,6 +54,26 @@ def test_equals_one_image_at_a_time_by_hand():
     assert np.abs(features.numpy() - expected).max() < 1e-5
     assert labels.tolist() == images.labels.tolist()
     assert labels.dtype == torch.int64
+
+
+def test_the_next_batch_is_decoded_while_one_is_encoded():
+    decoded = [Event() for _ in range(3)]
+
+    class Batches(ImageSet):
+        def pixels(self, size, progress=True):
+            decoded[int(self.labels[0])].set()
+            return super().pixels(size, progress)
+
+    class Waiting(Small):
+        def forward(self, images):
+            following = decoded[min(self.seen // 4 + 1, 2)]
+            assert following.wait(30), "not before this batch is encoded"
+            return super().forward(images)
+
+    images = images_of(10)
+    staged = Batches(images.images, np.arange(10) // 4, images.classes, images.name)
+    features, _ = extract(encoder_of(Waiting()), staged, batch_size=4)
+    assert torch.equal(features, extract(encoder_of(Small()), images, batch_size=4)[0])
 
 
 def test_batchnorm_and_everything_else_in_the_model_stays_bit_identical():

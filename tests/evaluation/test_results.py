@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from ssl_gradmix.evaluation.results import Row, console_table, read_rows, write_rows, write_whole
+from ssl_gradmix.evaluation.plots import class_accuracies
+from ssl_gradmix.evaluation.results import Row, console_table, read_rows, write_figure, write_rows, write_whole
 
 ROW = Row("osr", "cifar10", "test", 2, "mine", "backbone", "knn", "auroc", 0.75, 0.7, 0.8, 1000, {"k": 20, "t": 0.07})
 BARE = Row("osr", "cifar10", "test", None, "mine", "backbone", "msp", "oscr", 0.5, None, None, 10)
@@ -61,6 +62,19 @@ def test_a_write_that_fails_half_way_leaves_the_old_file(tmp_path):
         write_whole(path, fail)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_texts_of_figures_are_no_mathematics(tmp_path):
+    names = ["$\\frac$", "$x$", "snake_case"]
+    rows = [replace(ROW, params={"class": name}) for name in names]
+    figure = class_accuracies(rows, ROW, "folder:$\\undefined$")
+    write_figure(tmp_path / "figure.png", figure)  # as mathematics, \\frac without arguments would raise
+    (axes,) = figure.axes
+    labels = axes.get_yticklabels()
+    assert [label.get_text() for label in labels] == names
+    as_drawn = labels[1].get_window_extent().width
+    labels[1].set_parse_math(True)
+    assert labels[1].get_window_extent().width < as_drawn  # dollars were drawn
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"rows": [{"task": "osr"}]}', '{"rows": 3}', '{"rows": [3]}'])

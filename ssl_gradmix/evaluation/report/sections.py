@@ -10,11 +10,11 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from ssl_gradmix.evaluation import report_figures as figures
-from ssl_gradmix.evaluation.report_corruption import corruption_section
-from ssl_gradmix.evaluation.report_detection import open_set_section, out_of_distribution_section
-from ssl_gradmix.evaluation.report_map import POINTS, FeatureMap, feature_map
-from ssl_gradmix.evaluation.report_page import (
+from ssl_gradmix.evaluation.report import figures
+from ssl_gradmix.evaluation.report.corruption import corruption_section
+from ssl_gradmix.evaluation.report.detection import open_set_section, out_of_distribution_section
+from ssl_gradmix.evaluation.report.map import POINTS, FeatureMap, feature_map
+from ssl_gradmix.evaluation.report.page import (
     Cell,
     Figures,
     Missing,
@@ -25,8 +25,15 @@ from ssl_gradmix.evaluation.report_page import (
     render_html,
     render_markdown,
 )
-from ssl_gradmix.evaluation.report_runs import Run, flat, plain, read_runs
-from ssl_gradmix.evaluation.report_tables import class_comparison, comparison, measured, not_evaluated, transposed
+from ssl_gradmix.evaluation.report.runs import Run, flat, plain, read_runs
+from ssl_gradmix.evaluation.report.tables import (
+    class_comparison,
+    comparison,
+    measured,
+    not_evaluated,
+    transposed,
+    with_projector,
+)
 from ssl_gradmix.evaluation.results import Row, write_whole
 
 MapMethod = Literal["pca", "tsne", "none"]
@@ -92,10 +99,10 @@ def _overview(runs: Sequence[Run]) -> Section:
 
     found = [{m: row for task in run.results for m, row in measured(run, task, is_headline).items()} for run in runs]
     note = (
-        "In percent. In small print 95% intervals, or standard deviations over trials. Marked is the largest value of "
-        "a column (the smallest error); whether the difference is more than chance, the intervals tell, and they cover "
-        "the draw of test images, not another training run. One open-set score, kNN distance, stands for all: it was "
-        "fixed beforehand, while the best of them would have been chosen on test images."
+        "Of backbone features, in percent. In small print 95% intervals, or standard deviations over trials. Marked is "
+        "the largest value of a column (the smallest error); whether the difference is more than chance, the intervals "
+        "tell, and they cover the draw of test images, not another training run. One open-set score, kNN distance, "
+        "stands for all: it was fixed beforehand, while the best of them would have been chosen on test images."
     )
     table = transposed(comparison("Overview", runs, found, note))
     described = [
@@ -170,6 +177,11 @@ def _has_numbers(entry: Mapping[str, object], *names: str) -> bool:
 
 
 def _accuracy(runs: Sequence[Run]) -> Section:
+    text = "How well classifiers of frozen features name what test images show."
+    return Section("Accuracy", with_projector(runs, "linear_probe", _accuracies), text)
+
+
+def _accuracies(runs: Sequence[Run]) -> list[Part]:
     found = [measured(run, "linear_probe", lambda row: row.metric != "class_accuracy") for run in runs]
     note = (
         "In percent, with 95% Wilson intervals. The learning rate of the linear probe was chosen on a tenth of the "
@@ -179,8 +191,7 @@ def _accuracy(runs: Sequence[Run]) -> Section:
     parts: list[Part] = [comparison("Accuracy", runs, found, note)] if any(found) else []
     by_class = class_comparison(runs)
     parts += [by_class] if by_class else []
-    text = "How well classifiers of frozen backbone features name what test images show."
-    return Section("Accuracy", [*parts, *not_evaluated(runs, "linear_probe")], text)
+    return [*parts, *not_evaluated(runs, "linear_probe")]
 
 
 def _maps(runs: Sequence[Run], method: Literal["pca", "tsne"]) -> Section:

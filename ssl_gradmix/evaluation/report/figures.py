@@ -56,6 +56,8 @@ def curves(lines: Sequence[Line], x_label: str, shares: bool = False) -> str:
         for line in lines:
             marker = "o" if len(line.x) <= 12 else None
             axes.plot(line.x, line.y, color=_colour(line.run), linestyle=_dashes(line.run), marker=marker, markersize=3)
+        if len({x for line in lines for x in line.x}) == 1:
+            axes.set_xlim(lines[0].x[0] - 1, lines[0].x[0] + 1)  # or ticks would stand at fractions
         axes.xaxis.get_major_locator().set_params(integer=True, nbins=6)
         axes.yaxis.get_major_locator().set_params(nbins=6)
         if shares:

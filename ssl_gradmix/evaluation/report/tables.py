@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 
-from ssl_gradmix.evaluation.report_page import Cell, Missing, Table
-from ssl_gradmix.evaluation.report_runs import Results, Run, plain
+from ssl_gradmix.evaluation.report.page import Cell, Missing, Part, Table
+from ssl_gradmix.evaluation.report.runs import Results, Run, plain
 from ssl_gradmix.evaluation.results import Row
 
 _NAMES = {
@@ -29,8 +30,8 @@ _NAMES = {
     "vim": "ViM",
     "max_softmax": "Maximum softmax",
     "max_logit": "Maximum logit",
-    "top1": "top-1",
-    "top5": "top-5",
+    "top1": "top‑1",
+    "top5": "top‑5",
     "auroc": "AUROC",
     "aupr_in": "AUPR, known positive",
     "aupr_out": "AUPR, unknown positive",
@@ -168,6 +169,15 @@ def not_evaluated(runs: Sequence[Run], task: str) -> list[Missing]:
     ]
 
 
+def with_projector(runs: Sequence[Run], task: str, parts: Callable[[Sequence[Run]], list[Part]]) -> list[Part]:
+    """What `parts` makes of results on backbone features, and after it on projector features where there are such."""
+    others = [replace(run, results=run.of_projector) for run in runs]
+    if not any(task in run.results for run in others):
+        return parts(runs)
+    further = [part for part in parts(others) if not isinstance(part, Missing)]
+    return [*parts(runs), *(replace(part, title=f"{part.title}, projector features") for part in further)]
+
+
 def name_of(score_or_metric: str) -> str:
     """What people call it."""
     plain_name = score_or_metric.replace("_", " ")
@@ -177,6 +187,7 @@ def name_of(score_or_metric: str) -> str:
 def _measure(row: Row, results: Results) -> Measure:
     protocol = [f"{row.dataset} {row.split}", f"{row.n:,} images"]
     protocol += [f"classes {plain(results.data[name])}" for name in ("open_set", "classes") if results.data.get(name)]
+    protocol += [f"{row.feature} features"] if row.feature != "backbone" else []
     if row.metric == "class_accuracy":
         return Measure(str(row.params.get("class")), "", tuple(protocol), False)
     metric = name_of(row.metric)

@@ -27,7 +27,7 @@ def overview(groups: Mapping[str, Arrays], rows: Sequence[Row], title: str, seve
     """Draws AUROC by score, ROC and OSCR curves, and how one score is distributed.
 
     Args:
-        groups: Samples of each trial, or of each other data set, as `open_set_recognition.detect` gives them.
+        groups: Samples of each trial, or of each other data set, as `recognition.detect` gives them.
         rows: Those of metric `auroc` are drawn: of the groups in their order, score by score.
         title: Said above.
         several_sets: Whether the groups are different data sets, of which each has its own curves; curves of trials are

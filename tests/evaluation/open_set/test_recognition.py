@@ -8,8 +8,8 @@ import torch
 from sklearn.metrics import average_precision_score, roc_auc_score
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 
-from ssl_gradmix.evaluation.open_set_recognition import closed_set, compare, detect, fit, over_trials, score_table
-from ssl_gradmix.evaluation.open_set_samples import Settings
+from ssl_gradmix.evaluation.open_set.recognition import closed_set, compare, detect, fit, over_trials, score_table
+from ssl_gradmix.evaluation.open_set.samples import Settings
 from ssl_gradmix.evaluation.results import Row
 
 D = 6
@@ -82,8 +82,10 @@ def test_intervals_counts_and_parameters(cloud, detected):
         else:
             assert each.ci_low <= each.value <= each.ci_high
             assert each.n == 100
-    params = {each.score: each.params for each in rows}
+    params = {each.score: each.params for each in rows if each.metric == "auroc"}
     training = {"learning_rate": probe.learning_rate, "epochs": 5, "seed": 0}
+    of_oscr = {each.score: each.params for each in rows if each.metric == "oscr"}
+    assert of_oscr["knn_distance"] == {"k": 4, **training}  # it counts what the probe names right
     assert params["knn_distance"] == {"k": 4}
     assert params["top_k_cosine"] == {"k": 3}
     assert params["mahalanobis"] == {}
@@ -166,6 +168,22 @@ def test_mean_and_spread_over_the_trials_counted():
     std = np.sqrt(sum((v - 2 / 3) ** 2 for v in (0.5, 0.6, 0.9)) / 2)
     assert first.params == {**shared, "over": "trials", "std": pytest.approx(std), "trials": [0, 2, 3]}
     assert (second.metric, second.value) == ("oscr", pytest.approx(0.2))
+
+
+def test_p_values_are_not_averaged_nor_what_one_trial_has():
+    def difference(value, trial, p_value):
+        return row("vim", "auroc_difference", interval(value), 10, trial, compared_with="other", p_value=p_value)
+
+    rows = [difference(0.1, 0, 0.002), difference(0.3, 2, 0.002)]
+    (mean,) = over_trials(rows, [0, 1, 2])
+    assert mean.value == pytest.approx(0.2)
+    assert mean.params == {
+        "compared_with": "other",
+        "over": "trials",
+        "std": pytest.approx(np.sqrt(0.02)),
+        "trials": [0, 2],
+    }
+    assert over_trials(rows, [0, 1]) == []
 
 
 def test_comparison_with_itself_and_with_a_worse_run(detected):

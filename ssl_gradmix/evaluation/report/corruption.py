@@ -7,10 +7,18 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from ssl_gradmix.data.corruptions import COMMON, EXTRA, SEVERITIES
-from ssl_gradmix.evaluation import report_figures as figures
-from ssl_gradmix.evaluation.report_page import Figures, Panel, Part, Section
-from ssl_gradmix.evaluation.report_runs import Run
-from ssl_gradmix.evaluation.report_tables import NOT_ALIKE, alike, comparison, measured, name_of, not_evaluated
+from ssl_gradmix.evaluation.report import figures
+from ssl_gradmix.evaluation.report.page import Figures, Panel, Part, Section
+from ssl_gradmix.evaluation.report.runs import Run
+from ssl_gradmix.evaluation.report.tables import (
+    NOT_ALIKE,
+    alike,
+    comparison,
+    measured,
+    name_of,
+    not_evaluated,
+    with_projector,
+)
 
 _Values = Mapping[str, Mapping[int, float]]
 """By corruption and severity; clean images are severity 0 of each."""
@@ -24,6 +32,11 @@ _MEANS = (
 
 def corruption_section(runs: Sequence[Run]) -> Section:
     """Means, heat maps of corruption by severity, and curves over severity, of the runs that have them."""
+    text = "Accuracy on corrupted test images, of classifiers that were fitted on clean training images."
+    return Section("Corruption robustness", with_projector(runs, "corruption", _parts), text)
+
+
+def _parts(runs: Sequence[Run]) -> list[Part]:
     means = [measured(run, "corruption", lambda row: "corruption" not in row.params) for run in runs]
     shown = [measured(run, "corruption", lambda row: (row.score, row.metric) == ("linear", "accuracy")) for run in runs]
     remark = "" if alike(shown) else NOT_ALIKE
@@ -59,8 +72,7 @@ def corruption_section(runs: Sequence[Run]) -> Section:
                 folded=True,
             ),
         ]
-    text = "Accuracy on corrupted test images, of classifiers that were fitted on clean training images."
-    return Section("Corruption robustness", [*parts, *not_evaluated(runs, "corruption")], text)
+    return [*parts, *not_evaluated(runs, "corruption")]
 
 
 def _values(run: Run, score: str, metric: str) -> _Values:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from ssl_gradmix.data.datasets import ImageSet, load
-from ssl_gradmix.evaluation.open_set_trials import (
+from ssl_gradmix.evaluation.open_set.trials import (
     ALL_CLASSES,
     FURTHER_CLASSES,
     KNOWN_ONLY,

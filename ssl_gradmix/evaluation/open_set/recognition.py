@@ -14,8 +14,8 @@ from torch import Tensor
 from ssl_gradmix.evaluation.intervals import accuracy_interval, bootstrap_intervals, paired_difference
 from ssl_gradmix.evaluation.knn import knn_predict, used_k
 from ssl_gradmix.evaluation.metrics import all_metrics, auroc, oscr, threshold_at_tpr
-from ssl_gradmix.evaluation.open_set_samples import Settings
-from ssl_gradmix.evaluation.open_set_trials import Labelled
+from ssl_gradmix.evaluation.open_set.samples import Settings
+from ssl_gradmix.evaluation.open_set.trials import Labelled
 from ssl_gradmix.evaluation.probes import LinearProbe, linear_probe
 from ssl_gradmix.evaluation.results import Row
 from ssl_gradmix.evaluation.scores import all_scores, parameters_used
@@ -82,26 +82,29 @@ def detect(
     params = parameters_used(*train, k, top_k)
     known = is_known.cpu().numpy()
     correct = known & (probe.predict(features) == labels).cpu().numpy()
+    training = _training(probe, settings)
     rows = []
     for name, values in scores.items():
-        used = params.get(name, {}) | (_training(probe, settings) if name in _ON_LOGITS else {})
+        used = params.get(name, {}) | (training if name in _ON_LOGITS else {})
         for metric, interval in bootstrap_intervals(all_metrics, values, known, correct, strata=known).items():
-            rows.append(row(name, metric, interval, len(values), **used))
+            of_probe = training if metric == "oscr" else {}
+            rows.append(row(name, metric, interval, len(values), **used | of_probe))
         threshold = (threshold_at_tpr(values, known), None, None)
         rows.append(row(name, "threshold_tpr95", threshold, int(known.sum()), **used))
     return rows, {"is_known": known, "correct": correct, "labels": labels.cpu().numpy(), **scores}
 
 
 def over_trials(rows: Sequence[Row], numbers: Sequence[int]) -> list[Row]:
-    """Mean and standard deviation (n - 1) over trials, a row for each score and metric; thresholds have none.
+    """Mean and standard deviation (n - 1) over trials, a row for each score and metric.
 
     Args:
         rows: Of all trials.
-        numbers: The trials to count, at least two, as from `distinct`.
+        numbers: The trials to count, as from `distinct`.
 
     Returns:
-        Rows without trial, with `params["std"]`, the other parameters as far as the trials agree on them, and the sum
-        of the sample counts.
+        Rows without trial, with `params["std"]`, the `params["trials"]` they are means of, the other parameters as far
+        as these agree on them, and the sum of the sample counts. Thresholds have no mean, p-values neither, and what
+        fewer than two trials have.
     """
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
@@ -109,13 +112,16 @@ def over_trials(rows: Sequence[Row], numbers: Sequence[int]) -> list[Row]:
             groups.setdefault((row.score, row.metric), []).append(row)
     means = []
     for group in groups.values():
+        if len(group) < 2:
+            continue  # such as the difference to a run that was evaluated on one of the trials
         values = [row.value for row in group]
         shared = {
             name: value
             for name, value in group[0].params.items()
-            if all(name in row.params and row.params[name] == value for row in group)
+            if name != "p_value" and all(name in row.params and row.params[name] == value for row in group)
         }
-        params = {**shared, "over": "trials", "std": float(np.std(values, ddof=1)), "trials": list(numbers)}
+        trials = [row.trial for row in group]
+        params = {**shared, "over": "trials", "std": float(np.std(values, ddof=1)), "trials": trials}
         mean, n = float(np.mean(values)), sum(row.n for row in group)
         means.append(replace(group[0], trial=None, value=mean, ci_low=None, ci_high=None, n=n, params=params))
     return means

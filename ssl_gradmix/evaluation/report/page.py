@@ -1,7 +1,7 @@
 """The parts a report is made of, and how they become one HTML page or one Markdown file.
 
 Whatever is a plain string here is escaped: class names, run names and settings may come from anywhere. Only figures,
-drawn by `report_figures`, are markup. The page has no script and may load nothing, which its content security policy
+drawn by `report.figures`, are markup. The page has no script and may load nothing, which its content security policy
 tells the browser too.
 """
 
@@ -314,6 +314,7 @@ th, td { padding: .45rem .75rem; border-bottom: 1px solid var(--rule); text-alig
   min-width: 5.5rem; max-width: 22rem; overflow-wrap: break-word; }
 th { font-weight: 500; }
 thead th { min-width: 6.75rem; border-bottom: 2px solid var(--ink); vertical-align: bottom; text-wrap: balance; }
+thead th:has(small) { min-width: 9rem; }
 th:first-child { text-align: left; min-width: 9rem; }
 td:first-child, th:first-child { padding-left: 0; }
 small { display: block; color: var(--muted); font-size: .8em; font-weight: 400; line-height: 1.4; }
@@ -337,7 +338,13 @@ img { max-width: 100%; border-radius: .3rem; background: #fff; }
 .legend i { display: inline-block; width: .65em; height: .65em; margin-right: .35em; border-radius: 50%; }
 details { margin: 1.5rem 0; }
 summary { cursor: pointer; font-weight: 600; }
-@media (max-width: 40rem) { body { padding: 2rem 1rem 4rem; } h2 { margin-top: 3.5rem; } }
+@media (max-width: 40rem) {
+  body { padding: 2rem 1rem 4rem; }
+  h2 { margin-top: 3.5rem; }
+  th, td { padding: .45rem .4rem; }
+  thead th { min-width: 5.5rem; }
+  th:first-child { min-width: 7.5rem; }
+}
 footer { margin-top: 6rem; color: var(--muted); font-size: .875rem; }
 </style>
 </head>

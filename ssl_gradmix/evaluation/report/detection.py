@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
-from ssl_gradmix.evaluation import report_figures as figures
 from ssl_gradmix.evaluation.metrics import oscr_curve, roc_curve
-from ssl_gradmix.evaluation.report_page import Cell, Figures, Missing, Panel, Part, Section, Table
-from ssl_gradmix.evaluation.report_runs import Run
-from ssl_gradmix.evaluation.report_tables import (
+from ssl_gradmix.evaluation.report import figures
+from ssl_gradmix.evaluation.report.page import Cell, Figures, Missing, Panel, Part, Section, Table
+from ssl_gradmix.evaluation.report.runs import Run
+from ssl_gradmix.evaluation.report.tables import (
     NOT_ALIKE,
     alike,
     comparison,
@@ -19,6 +20,7 @@ from ssl_gradmix.evaluation.report_tables import (
     name_of,
     not_evaluated,
     value_cell,
+    with_projector,
 )
 from ssl_gradmix.evaluation.results import Row
 
@@ -59,13 +61,13 @@ def open_set_section(runs: Sequence[Run]) -> Section:
         "Telling test images of known classes from those of unknown classes. Every score is larger the more an image "
         "looks known."
     )
-    return Section("Open set recognition", _parts(runs, "osr"), text)
+    return Section("Open set recognition", with_projector(runs, "osr", partial(_parts, task="osr")), text)
 
 
 def out_of_distribution_section(runs: Sequence[Run]) -> Section:
     """Known test images against other data sets, by score."""
     text = "Telling test images of the known classes from images of another data set, with the same scores."
-    return Section("Out-of-distribution detection", _parts(runs, "ood"), text)
+    return Section("Out-of-distribution detection", with_projector(runs, "ood", partial(_parts, task="ood")), text)
 
 
 def _parts(runs: Sequence[Run], task: str) -> list[Part]:
@@ -116,8 +118,7 @@ def _differences(run: Run, task: str) -> Table:
 def _difference_cell(row: Row) -> Cell:
     cell = value_cell(row, signed=True)
     p_value = row.params.get("p_value")
-    is_test = p_value is not None and "std" not in row.params
-    return replace(cell, detail=f"{cell.detail}, p = {p_value:.3f}") if is_test else cell
+    return cell if p_value is None else replace(cell, detail=f"{cell.detail}, p = {p_value:.3f}")
 
 
 def _what(row: Row) -> str:

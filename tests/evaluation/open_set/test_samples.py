@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from ssl_gradmix.evaluation.open_set_samples import Samples, Settings
+from ssl_gradmix.evaluation.open_set.samples import Samples, Settings
 
 ARRAYS = {
     "is_known": np.array([True, True, False]),
@@ -17,14 +17,15 @@ ARRAYS = {
 
 @pytest.fixture
 def samples():
-    return Samples("mine", Settings(k=4, epochs=5), {"trial0": "abc", "folder:x": "def"}, {"trial0": ARRAYS})
+    arrays = {"trial0": ARRAYS, "folder:x": {name: array[:2] for name, array in ARRAYS.items()}}
+    return Samples("mine", Settings(k=4, epochs=5), {"trial0": "abc", "folder:x": "def"}, arrays)
 
 
 def test_samples_survive_the_disk_exactly(samples, tmp_path):
     path = tmp_path / "deep" / "osr_samples.safetensors"
     samples.write(path)
     stored = load_file(path)
-    assert sorted(stored) == sorted(f"trial0/{name}" for name in ARRAYS)
+    assert sorted(stored) == sorted(f"{group}/{name}" for group in ("trial0", "folder:x") for name in ARRAYS)
     assert (stored["trial0/is_known"].dtype, stored["trial0/labels"].dtype) == (np.uint8, np.int64)
     read = Samples.read(path)
     assert (read.encoder, read.settings, read.images) == (samples.encoder, samples.settings, samples.images)
@@ -42,6 +43,25 @@ def test_files_that_are_no_samples_are_refused(samples, tmp_path):
             Samples.read(tmp_path / f"{name}.safetensors")
     with pytest.raises(FileNotFoundError, match="nothing"):
         Samples.read(tmp_path / "nothing.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("images", "arrays", "message"),
+    [
+        ({"trial0": "abc", "trial1": "x"}, {"trial0": ARRAYS}, "it has arrays of trial0, but names trial0, trial1"),
+        ({"trial0": "abc"}, {"trial0": {"vim": ARRAYS["vim"]}}, "trial0 lacks is_known or correct, or"),
+        (
+            {"trial0": "abc"},
+            {"trial0": ARRAYS | {"vim": np.zeros(2)}},
+            "trial0 .* its arrays differ in length",
+        ),
+        (["trial0"], {"trial0": ARRAYS}, "'list' object"),
+    ],
+)
+def test_samples_that_do_not_fit_together_are_refused(tmp_path, images, arrays, message):
+    Samples("theirs", Settings(), images, arrays).write(tmp_path / "osr_samples.safetensors")
+    with pytest.raises(ValueError, match=f"is no file of open-set samples, or damaged: {message}"):
+        Samples.read(tmp_path / "osr_samples.safetensors")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ssl_gradmix.evaluation.results import Row, read_rows
+from ssl_gradmix.evaluation.results import Row, read_rows, results_folder
 from ssl_gradmix.files import read_yaml
 from ssl_gradmix.training.run_folder import RunFolder
 
@@ -42,7 +42,8 @@ class Run:
         config: What is in config.yaml, None for a folder of results.
         log: Lines of log.jsonl.
         picture: Last one of `samples/`.
-        results: By task, for those evaluated.
+        results: By task, for those evaluated: of backbone features.
+        of_projector: The same of projector features.
     """
 
     path: str
@@ -51,6 +52,7 @@ class Run:
     log: list[dict[str, Any]]
     picture: Path | None
     results: dict[str, Results]
+    of_projector: dict[str, Results]
 
 
 def read_runs(paths: Sequence[str]) -> list[Run]:
@@ -73,7 +75,7 @@ def read_runs(paths: Sequence[str]) -> list[Run]:
         _read(path, where.name if names.count(where.name) == 1 else path)
         for path, where in zip(paths, resolved, strict=True)
     ]
-    if not any(run.results for run in runs):
+    if not any(run.results or run.of_projector for run in runs):
         raise ValueError(
             f"nothing to report: no evaluation in {', '.join(paths)}; run eval/linear_probe.py {paths[0]} first"
         )
@@ -100,8 +102,9 @@ def _read(path: str, name: str) -> Run:
     if not folder.path.is_dir():
         raise FileNotFoundError(f"no run folder {path!r}")
     is_run = folder.config.exists()
-    results = _read_results(folder.path / "eval" if is_run else folder.path)
-    if not is_run and not results:
+    out = folder.path / "eval" if is_run else folder.path
+    results, of_projector = (_read_results(results_folder(out, feature)) for feature in ("backbone", "projector"))
+    if not (is_run or results or of_projector):
         raise ValueError(f"{path!r} is no run (it has no config.yaml) and holds no results of an evaluation")
     pictures = sorted(path for path in folder.samples.glob("*.png") if path.is_file())
     return Run(
@@ -111,6 +114,7 @@ def _read(path: str, name: str) -> Run:
         [entry for entry in folder.read_log() if isinstance(entry, dict)],
         pictures[-1] if pictures else None,
         results,
+        of_projector,
     )
 
 

@@ -103,8 +103,9 @@ class Samples:
                     array = file.get_tensor(key)
                     arrays.setdefault(group, {})[name] = array.astype(bool) if array.dtype == np.uint8 else array
             settings, images = Settings(**json.loads(header["settings"])), json.loads(header["images"])
+            _check(images, arrays)
             return cls(header["encoder"], settings, images, arrays)
-        except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+        except (SafetensorError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} is no file of open-set samples, or damaged: {error}") from error
 
     def check_comparable(self, other: Samples) -> None:
@@ -122,3 +123,11 @@ class Samples:
             raise ValueError(f"{other.encoder} has other samples: the images of {', '.join(different)} differ")
         if self.settings != other.settings:
             raise ValueError(f"{other.encoder} was scored with {other.settings}, this with {self.settings}")
+
+
+def _check(images: dict[str, str], arrays: dict[str, dict[str, np.ndarray]]) -> None:
+    if images.keys() != arrays.keys():
+        raise ValueError(f"it has arrays of {', '.join(arrays)}, but names {', '.join(images)}")
+    for group, named in arrays.items():
+        if not {"is_known", "correct"} <= named.keys() or len({array.shape for array in named.values()}) > 1:
+            raise ValueError(f"{group} lacks is_known or correct, or its arrays differ in length")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from ssl_gradmix.evaluation.osr_plots import overview
+from ssl_gradmix.evaluation.open_set.plots import overview
 from ssl_gradmix.evaluation.results import Row
 
 SCORES = ("max_logit", "knn_distance", "top_k_cosine", "mahalanobis")
