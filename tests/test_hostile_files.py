@@ -458,6 +458,31 @@ def test_lying_samples_are_named_by_a_report(kind: str, run: Path, capsys: pytes
     assert "osr_samples.safetensors is damaged" in refusal(capsys)
 
 
+@pytest.mark.parametrize(
+    "scores",
+    [torch.rand(4), torch.rand(3, 2), torch.rand(()), torch.full((3,), torch.inf), torch.rand(3).bfloat16()],
+    ids=["other length", "matrix", "single", "infinite", "type that NumPy has not"],
+)
+def test_samples_that_do_not_fit_are_named_by_a_report(
+    run: Path, scores: torch.Tensor, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_rows(run / "eval" / "osr.json", [ROW])
+    known = torch.tensor([1, 0, 1], dtype=torch.uint8)
+    save_file({"trial0/is_known": known, "trial0/max_logit": scores}, run / "eval" / "osr_samples.safetensors")
+    assert report(run) == 2
+    assert re.search(r"osr_samples\.safetensors .*is damaged", refusal(capsys))
+
+
+@pytest.mark.parametrize(
+    "settings", ["data: 5", "data: {name: folder, root: 5}", "data: {size: x}", "data: {open_set: 3}"]
+)
+def test_a_map_whose_settings_are_of_other_types_is_missing(run: Path, tmp_path: Path, settings: str) -> None:
+    write_rows(run / "eval" / "linear_probe.json", [ROW])
+    (run / "config.yaml").write_text(settings)
+    load_script("eval/report.py").main([str(run), "--out", str(tmp_path / "out")])
+    assert "run: no map" in (tmp_path / "out" / "report.html").read_text()
+
+
 @pytest.mark.parametrize("claimed", [0, 1, 0x7FFFFFFF])
 def test_a_checkpoint_whose_archive_lies_is_passed_over(
     tmp_path: Path, claimed: int, caplog: pytest.LogCaptureFixture
@@ -605,6 +630,7 @@ def test_pipes_in_a_run_are_not_waited_for(run: Path, name: str) -> None:
         load_encoder(run)
 
 
+@pytest.mark.filterwarnings("ignore:Glyph")
 def test_names_that_nothing_can_print_or_that_look_like_formulas(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -154,8 +154,12 @@ def _samples(run: Run, task: str) -> _Samples:
         group, _, name = key.rpartition("/")
         groups.setdefault(group, {})[name] = array.astype(bool) if name in ("is_known", "correct") else array
     for group, arrays in groups.items():
+        damaged = f"{task}_samples.safetensors of the run {run.path!r} is damaged"
         if "is_known" not in arrays:
-            raise ValueError(f"{task}_samples.safetensors of the run {run.path!r} is damaged: no {group}/is_known")
+            raise ValueError(f"{damaged}: no {group}/is_known")
+        shapes = {array.shape for array in arrays.values()}
+        if len(shapes) > 1 or len(*shapes) != 1 or not all(np.isfinite(array).all() for array in arrays.values()):
+            raise ValueError(f"{damaged}: the arrays of {group} are not as many finite numbers each")
     return groups
 
 

@@ -137,5 +137,5 @@ def _read_samples(path: Path) -> dict[str, np.ndarray]:
 
     try:
         return load_file(path) if path.is_file() else {}
-    except SafetensorError as error:
+    except (SafetensorError, TypeError) as error:  # NumPy has no bfloat16
         raise ValueError(f"{path} is damaged: {error}") from error

@@ -203,7 +203,7 @@ def _maps(runs: Sequence[Run], method: Literal["pca", "tsne"]) -> Section:
     for index, run in enumerate(runs):
         try:
             drawn = feature_map(run.path, _data_of(run), method, accelerator)
-        except (ValueError, TypeError, OSError) as error:  # settings may be of any type
+        except (ValueError, TypeError, AttributeError, OSError) as error:  # settings may be of any type
             parts.append(Missing(f"{run.name}: no map, {error}"))
         else:
             panels.append(_map_panel(run.name, index, drawn))
