@@ -193,7 +193,9 @@ def test_bad_input(tmp_path):
 
 def _in_one_of_two(counts, folder):
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
+    AcceleratorState._reset_state(True)  # a forked process has that of earlier tests
     accelerator = Accelerator()
     results = {"processes": accelerator.num_processes}
     for count in counts:
