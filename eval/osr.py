@@ -63,7 +63,7 @@ class Options:
     compare: str | None = None
     k: int | None = None
     top_k: int | None = None
-    epochs: int = 20
+    epochs: int = 100
     seed: int = 0
 
 
