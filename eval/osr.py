@@ -51,8 +51,7 @@ class Options:
         compare: Another run evaluated so, to test whether the two differ on the same images.
         k: Whose neighbour's distance is the score knn_distance; null takes 50, or as many as there are.
         top_k: Neighbours in each class of the score top_k_cosine; null takes 3, or as many as there are.
-        epochs: Passes over the training features, of the linear classifier. A fifth of those of eval/linear_probe.py,
-            as there is one in every trial; accuracies differ by some tenths of a percent.
+        epochs: Passes over the training features, of the linear classifier.
         seed: Of the linear classifier's training.
     """
 
