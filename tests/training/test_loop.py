@@ -20,7 +20,7 @@ from ssl_gradmix.methods.byol import BYOL
 from ssl_gradmix.methods.simclr import SimCLR
 from ssl_gradmix.settings import Augmentation, Optimiser, Training
 from ssl_gradmix.training.loop import Trainer, check_images, create_accelerator
-from ssl_gradmix.training.monitor import KnnMonitor
+from ssl_gradmix.training.monitor import Monitor
 from ssl_gradmix.training.run_folder import RunFolder
 
 TRAINING = Training(epochs=3, batch_size=8, workers=0, threads=1, knn_every=0, samples_every=0)
@@ -172,14 +172,14 @@ def test_refuses_what_cannot_be_trained(tmp_path: Path) -> None:
 
 def test_the_monitor_reads_knn_and_leaves_the_backbone_alone() -> None:
     images = image_set(200)
-    monitor = KnnMonitor(images, 16, (0.5,) * 3, (0.5,) * 3, bank=120, queries=30)
+    monitor = Monitor(images, 16, (0.5,) * 3, (0.5,) * 3, bank=120, queries=30)
     assert len(monitor.bank) == 120
     assert len(monitor.queries) == 30
     rows = {tuple(pixels.flatten().tolist()) for pixels in monitor.bank}
     assert not any(tuple(pixels.flatten().tolist()) in rows for pixels in monitor.queries)
     backbone = backbones.create("resnet10_tiny").train()
     before = {name: buffer.clone() for name, buffer in backbone.named_buffers()}
-    accuracy = monitor(backbone, torch.device("cpu"))
+    accuracy = monitor(backbone, torch.device("cpu"))["knn"]
     assert backbone.training
     assert all(torch.equal(buffer, before[name]) for name, buffer in backbone.named_buffers())
     backbone.eval()
