@@ -7,61 +7,18 @@ import signal
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
-from safetensors.torch import load_file
+from training_support import TRAINING, final, image_set, trainer
 
-from ssl_gradmix import GradMix, backbones
-from ssl_gradmix.data.datasets import ImageSet
+from ssl_gradmix import backbones
 from ssl_gradmix.evaluation.knn import knn_accuracy
+from ssl_gradmix.evaluation.rank import effective_rank
 from ssl_gradmix.methods.byol import BYOL
 from ssl_gradmix.methods.simclr import SimCLR
-from ssl_gradmix.settings import Augmentation, Optimiser, Training
-from ssl_gradmix.training.loop import Trainer, check_images, create_accelerator
+from ssl_gradmix.training.loop import check_images, create_accelerator
 from ssl_gradmix.training.monitor import Monitor
 from ssl_gradmix.training.run_folder import RunFolder
-
-TRAINING = Training(epochs=3, batch_size=8, workers=0, threads=1, knn_every=0, samples_every=0)
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerator():
-    yield
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-
-
-def image_set(count: int = 36) -> ImageSet:
-    """Two classes, dark and bright, in noise."""
-    labels = np.arange(count) % 2
-    pixels = np.random.default_rng(0).integers(0, 100, (count, 16, 16, 3)) + 150 * labels[:, None, None, None]
-    return ImageSet(pixels.astype(np.uint8), labels.astype(np.int64), ("dark", "bright"), "noise")
-
-
-def trainer(path: Path, kind: type = SimCLR, training: Training = TRAINING, where: str = "device", **kwargs) -> Trainer:
-    accelerator = create_accelerator(training)
-    torch.manual_seed(training.seed)
-    backbone = backbones.create("resnet10_tiny")
-    method = kind(backbone, 128, hidden_dim=32, output_dim=16, gradmix=GradMix(layers=["layer2"]))
-    folder = RunFolder(path)
-    folder.start({"training": {}}, overwrite=False)
-    return Trainer(
-        method,
-        image_set(),
-        folder,
-        accelerator,
-        16,
-        Augmentation(where=where),
-        kwargs.pop("optimiser", Optimiser()),
-        training,
-        **kwargs,
-    )
-
-
-def final(path: Path) -> dict[str, torch.Tensor]:
-    return load_file(sorted((path / "checkpoint").glob("epoch-*"))[-1] / "method.safetensors")
 
 
 @pytest.mark.parametrize("kind", [SimCLR, BYOL])
@@ -139,25 +96,6 @@ def test_accumulating_takes_as_many_optimiser_steps(tmp_path: Path) -> None:
     assert updates == [(step, 4) for step in range(4)]
 
 
-def test_a_loss_that_is_not_finite_stops_with_its_step(tmp_path: Path) -> None:
-    broken = trainer(tmp_path)
-    step = broken._step
-
-    def poisoned(batch: object) -> object:
-        if (broken.epoch, broken.batch) == (1, 2):
-            with torch.no_grad():
-                next(broken.bare.projector.parameters()).fill_(torch.nan)
-            broken.bare.gradmix = None
-        return step(batch)
-
-    broken._step = poisoned
-    with pytest.raises(
-        FloatingPointError, match=r"loss is nan in epoch 2, batch 3; the last good checkpoint is in .*checkpoint"
-    ):
-        broken.run()
-    assert all(tensor.isfinite().all() for tensor in final(tmp_path).values())
-
-
 def test_refuses_what_cannot_be_trained(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="training.batch_size 64 exceeds the 36 images of noise"):
         trainer(tmp_path, training=replace(TRAINING, batch_size=64))
@@ -179,10 +117,15 @@ def test_the_monitor_reads_knn_and_leaves_the_backbone_alone() -> None:
     assert not any(tuple(pixels.flatten().tolist()) in rows for pixels in monitor.queries)
     backbone = backbones.create("resnet10_tiny").train()
     before = {name: buffer.clone() for name, buffer in backbone.named_buffers()}
-    accuracy = monitor(backbone, torch.device("cpu"))["knn"]
+    readings = monitor(backbone, torch.device("cpu"))
     assert backbone.training
     assert all(torch.equal(buffer, before[name]) for name, buffer in backbone.named_buffers())
     backbone.eval()
     with torch.inference_mode():
         features = [backbone((pixels / 255 - 0.5) / 0.5) for pixels in (monitor.queries, monitor.bank)]
-    assert accuracy == pytest.approx(knn_accuracy(features[0], monitor.query_labels, features[1], monitor.bank_labels))
+    assert readings == {
+        "knn": pytest.approx(knn_accuracy(features[0], monitor.query_labels, features[1], monitor.bank_labels)),
+        "effective_rank": pytest.approx(effective_rank(torch.cat(features)), rel=1e-4),
+    }
+    images.labels[:] = -1
+    assert Monitor(images, 16, (0.5,) * 3, (0.5,) * 3)(backbone, torch.device("cpu")).keys() == {"effective_rank"}
