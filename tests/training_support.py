@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -47,3 +50,26 @@ def trainer(path: Path, kind: type = SimCLR, training: Training = TRAINING, wher
 
 def final(path: Path) -> dict[str, torch.Tensor]:
     return load_file(sorted((path / "checkpoint").glob("epoch-*"))[-1] / "method.safetensors")
+
+
+def before_step(training: Trainer, place: tuple[int, int], act: Callable[[], object]) -> None:
+    """Makes something happen before the step of an (epoch, batch), counted from 0."""
+    step = training._step
+
+    def watched(batch: object) -> object:
+        if (training.epoch, training.batch) == place:
+            act()
+        return step(batch)
+
+    training._step = watched
+
+
+@contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """No file can grow beyond so many bytes: what a full disk does to those who write, on any machine."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

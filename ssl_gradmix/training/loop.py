@@ -250,7 +250,7 @@ class Trainer:
             leave=False,
         )
         for batch in self.source.epoch(self.epoch, self.batch):
-            losses, skipped, rate = self._step(batch)
+            losses, skipped = self._step(batch)
             unread.append(torch.stack([losses.total.detach(), *losses[1:], skipped]))
             self.batch += 1
             seen += self.source.indices.micro
@@ -264,16 +264,17 @@ class Trainer:
         seconds = time.perf_counter() - began
         entry = self._means()
         self.epoch, self.batch, self.totals = self.epoch + 1, 0, {}
+        step = self.epoch * self.steps_per_epoch
         return {
             "epoch": self.epoch,
-            "step": self.epoch * self.steps_per_epoch,
+            "step": step,
             **entry,
-            "lr": rate,
+            "lr": optimisers.rate(step - 1, self.steps, self.warmup, self.peak),
             "images_per_second": round(seen / seconds, 1),
         }
 
-    def _step(self, batch: Any) -> tuple[Losses, Tensor, float]:
-        """Losses of a (micro-)batch, 1 where its optimiser step was skipped or else 0, and the learning rate."""
+    def _step(self, batch: Any) -> tuple[Losses, Tensor]:
+        """Losses of a (micro-)batch, and 1 where its optimiser step was skipped, 0 otherwise."""
         batches.seed_step(self.training.seed, self.epoch, self.batch, self.accelerator.process_index)
         step = self.epoch * self.steps_per_epoch + self.batch // self.training.accumulate
         rate = optimisers.rate(step, self.steps, self.warmup, self.peak)
@@ -291,7 +292,7 @@ class Trainer:
             self.optimiser.zero_grad()
         if self.accelerator.sync_gradients and hasattr(self.bare, "update_teacher"):
             self.bare.update_teacher(step, self.steps)
-        return losses, self._skip_if_bad(losses), rate
+        return losses, self._skip_if_bad(losses)
 
     def _skip_if_bad(self, losses: Losses) -> Tensor:
         """Takes an optimiser step back, on all processes, if one of its losses or a weight after it is not finite."""

@@ -27,7 +27,7 @@ from ssl_gradmix.training.run_folder import RunFolder
 
 METHODS = {"SimCLR": SimCLR, "BYOL": BYOL}
 STEPS, EPOCHS = 2, 10
-STOP, POISONED = 7, 9
+STOP, POISONED = 6, 9
 PIXELS = np.random.default_rng(0).integers(0, 256, (STEPS * 8 + 1, 16, 16, 3), np.uint8)
 TRAINING = Training(epochs=EPOCHS, batch_size=8, workers=0, threads=1, knn_every=0, samples_every=0)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from training_support import file_size_limit
 
 from ssl_gradmix.training import checkpoint
 from ssl_gradmix.training.checkpoint import State
@@ -164,3 +165,11 @@ def test_damaged_ones_of_later_places_do_not_push_good_ones_out(tmp_path: Path) 
     checkpoint.save(tmp_path, state(2))
     assert checkpoint.load(tmp_path, LIKE).epoch == 2
     assert (tmp_path / "epoch-00001-batch-0000000").exists()
+
+
+def test_without_room_it_says_so_and_leaves_nothing_half_done(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, state(1))
+    with file_size_limit(100), pytest.raises(OSError, match="File too large"):
+        checkpoint.save(tmp_path, state(2))
+    assert [path.name for path in tmp_path.iterdir()] == ["epoch-00001-batch-0000000"]
+    assert checkpoint.load(tmp_path, LIKE).epoch == 1

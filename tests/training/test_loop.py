@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_support import TRAINING, final, image_set, trainer
+from training_support import TRAINING, before_step, final, image_set, trainer
 
 from ssl_gradmix import backbones
 from ssl_gradmix.evaluation.knn import knn_accuracy
@@ -30,14 +30,7 @@ def test_stopped_by_a_signal_mid_epoch_it_ends_with_the_same_weights(
     trainer(tmp_path / "whole", kind, where=where).run()
 
     stopped = trainer(tmp_path / "parts", kind, where=where)
-    step = stopped._step
-
-    def step_and_signal(batch: object) -> object:
-        if (stopped.epoch, stopped.batch) == (1, 2):
-            os.kill(os.getpid(), number)
-        return step(batch)
-
-    stopped._step = step_and_signal
+    before_step(stopped, (1, 2), lambda: os.kill(os.getpid(), number))
     with pytest.raises(SystemExit) as exit_:
         stopped.run()
     assert exit_.value.code == 128 + number
@@ -57,6 +50,21 @@ def test_stopped_by_a_signal_mid_epoch_it_ends_with_the_same_weights(
         assert {k: v for k, v in one.items() if k not in timed} == {k: v for k, v in two.items() if k not in timed}
 
 
+def test_stopped_in_the_last_step_of_an_epoch_it_reports_that_epoch_when_it_goes_on(tmp_path: Path) -> None:
+    trainer(tmp_path / "whole").run()
+    stopped = trainer(tmp_path / "parts")
+    before_step(stopped, (1, 3), lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit):
+        stopped.run()
+    trainer(tmp_path / "parts").run()
+    logs = [RunFolder(tmp_path / name).read_log() for name in ("whole", "parts")]
+    assert [(entry["epoch"], entry["loss"], entry["lr"]) for entry in logs[0]] == [
+        (entry["epoch"], entry["loss"], entry["lr"]) for entry in logs[1]
+    ]
+    whole, parts = final(tmp_path / "whole"), final(tmp_path / "parts")
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
 def test_a_finished_run_is_reported_and_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trainer(tmp_path).run()
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
@@ -64,6 +72,9 @@ def test_a_finished_run_is_reported_and_left_alone(tmp_path: Path, capsys: pytes
     trainer(tmp_path).run()
     assert f"{tmp_path} is finished: epoch 3/3  loss" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")} == before
+    (tmp_path / "log.jsonl").unlink()
+    trainer(tmp_path).run()
+    assert f"{tmp_path} is finished; --overwrite true starts anew" in capsys.readouterr().out
 
 
 def test_the_run_folder_holds_a_backbone_that_timm_loads(tmp_path: Path) -> None:
