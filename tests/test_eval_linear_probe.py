@@ -166,7 +166,6 @@ def test_bad_input_is_one_line(run, capsys, arguments, message):
     assert not list(run.glob("eval/linear_probe*"))
 
 
-@pytest.mark.slow
 @pytest.mark.distributed
 def test_two_processes_give_what_one_gives(run, tmp_path):
     assert main([str(run), "--epochs", "2", "--out", str(tmp_path / "one")]) == 0

@@ -38,9 +38,10 @@ READ_EVERY = 50
 READ_SECONDS = 5.0
 """About so long is between two readings where steps are slow: several processes agree on a signal only then."""
 
-COLLAPSED_SPREAD = 0.05
-COLLAPSED_RANK = 1.5
-"""Below either an encoder counts as collapsed: its images' embeddings, or features, are all but the same."""
+COLLAPSED_SPREAD = 0.1
+COLLAPSED_RANK = 2.0
+"""Below either an encoder counts as collapsed. Healthy ones keep a spread of 0.7 to 1, and effective ranks above 10;
+untrained ones have ranks above 4."""
 
 SAMPLED = 8
 """Images in a picture of mixed views."""
@@ -388,11 +389,11 @@ class Trainer:
         self._warn_of_collapse(entry)
 
     def _warn_of_collapse(self, entry: dict[str, Any]) -> None:
-        rank = entry.get("effective_rank", COLLAPSED_RANK)
-        if entry["spread"] < COLLAPSED_SPREAD or rank < COLLAPSED_RANK:
+        rank = entry.get("effective_rank")
+        if entry["spread"] < COLLAPSED_SPREAD or (rank is not None and rank < COLLAPSED_RANK):
             self._say(
-                f"warning: the encoder collapses, all images look the same to it (spread {entry['spread']:.3f}"
-                + (f", effective rank {rank:.2f}" if "effective_rank" in entry else "")
+                f"warning: the encoder collapses, it hardly tells images apart (spread {entry['spread']:.3f}"
+                + ("" if rank is None else f", effective rank {rank:.2f}")
                 + "); a lower --optimiser.lr or --optimiser.weight_decay may help, for BYOL another --method.momentum"
             )
 

@@ -1,6 +1,6 @@
 """The same trainings by two processes (run by torchrun) and by one (imported by a test): whole, resumed, or broken.
 
-Usage: shared_training.py FOLDER all|killed|broken
+Usage: shared_training.py FOLDER killed|broken
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def group_norms(module: nn.Module) -> None:
 
 
 def create(folder: Path, name: str, nonfinite: str = "stop") -> Trainer:
-    """Views are made by image, and a donor is an image's own other view: neither depends on the process."""
+    """Views are made by image, and in `run` a donor is an image's own other view: neither depends on the process."""
     training = Training(**{**vars(TRAINING), "nonfinite": nonfinite})
     accelerator = create_accelerator(training)
     torch.manual_seed(0)
@@ -50,11 +50,11 @@ def create(folder: Path, name: str, nonfinite: str = "stop") -> Trainer:
     method = METHODS[name](backbones.create("resnet10_tiny"), 128, hidden_dim=32, output_dim=16, gradmix=gradmix)
     group_norms(method)
     images = ImageSet(PIXELS, np.zeros(len(PIXELS), np.int64), ("noise",), "noise")
-    run = RunFolder(folder / name)
+    into = RunFolder(folder / name)
     if accelerator.is_main_process:
-        run.start({"training": {}}, overwrite=False)
+        into.start({"training": {}}, overwrite=False)
     accelerator.wait_for_everyone()
-    return Trainer(method, images, run, accelerator, 16, Augmentation(where="workers"), Optimiser(), training)
+    return Trainer(method, images, into, accelerator, 16, Augmentation(where="workers"), Optimiser(), training)
 
 
 def act_at(trainer: Trainer, step: int, act: object) -> None:
@@ -66,6 +66,12 @@ def act_at(trainer: Trainer, step: int, act: object) -> None:
         return inner(batch)
 
     trainer._step = watched
+
+
+def run(trainer: Trainer) -> None:
+    donors = mock.patch.object(mixing, "derangement", lambda count, device, generator=None: torch.arange(count))
+    with donors, mock.patch.object(loop, "READ_EVERY", 1):
+        trainer.run()
 
 
 def train(folder: Path, name: str, *, stop: bool = False, poison: bool = False) -> None:
@@ -85,13 +91,11 @@ def train(folder: Path, name: str, *, stop: bool = False, poison: bool = False) 
         act_at(trainer, STOP, signalled)
     if poison:
         act_at(trainer, POISONED, poisoned)
-    donors = mock.patch.object(mixing, "derangement", lambda count, device, generator=None: torch.arange(count))
     status = None
-    with donors, mock.patch.object(loop, "READ_EVERY", 1):
-        try:
-            trainer.run()
-        except SystemExit as stopped:
-            status = stopped.code
+    try:
+        run(trainer)
+    except SystemExit as stopped:
+        status = stopped.code
     assert status == (128 + signal.SIGTERM if stop else None)
 
 
@@ -107,23 +111,24 @@ def break_down(folder: Path, how: str) -> None:
         return batch
 
     act_at(trainer, 5, broken)
-    trainer.run()
+    run(trainer)
 
 
-def main(folder: Path, what: str) -> None:
-    if what != "all":
-        break_down(folder, what)
-        return
+def main(folder: Path, how: str) -> None:
+    """Whole and resumed trainings, if one process is to be killed afterwards, and the breakdown."""
     assert create_accelerator(TRAINING).num_processes == 2
-    for name in METHODS:
-        train(folder / "two", name)
-    train(folder / "two then one", "SimCLR", stop=True)
-    train(folder / "one then two", "BYOL")
-    train(folder / "two skip", "BYOL", poison=True)
-    try:
-        create_accelerator(Training(batch_size=7))
-    except ValueError as error:
-        print(error)
+    if how == "killed":
+        for name in METHODS:
+            train(folder / "two", name)
+        train(folder / "two then one", "SimCLR", stop=True)
+        train(folder / "one then two", "BYOL")
+        train(folder / "two skip", "BYOL", poison=True)
+        try:
+            create_accelerator(Training(batch_size=7))
+        except ValueError as error:
+            print(error)
+        print("trained", flush=True)
+    break_down(folder / how, how)
 
 
 if __name__ == "__main__":

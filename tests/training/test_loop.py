@@ -16,14 +16,21 @@ from ssl_gradmix.evaluation.knn import knn_accuracy
 from ssl_gradmix.evaluation.rank import effective_rank
 from ssl_gradmix.methods.byol import BYOL
 from ssl_gradmix.methods.simclr import SimCLR
+from ssl_gradmix.settings import Optimiser
 from ssl_gradmix.training.loop import check_images, create_accelerator
 from ssl_gradmix.training.monitor import Monitor
 from ssl_gradmix.training.run_folder import RunFolder
 
 
-@pytest.mark.parametrize("kind", [SimCLR, BYOL])
-@pytest.mark.parametrize("where", ["device", "workers"])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("kind", "where", "number"),
+    [
+        (SimCLR, "device", signal.SIGTERM),
+        (SimCLR, "workers", signal.SIGINT),
+        (BYOL, "device", signal.SIGINT),
+        (BYOL, "workers", signal.SIGTERM),
+    ],
+)
 def test_stopped_by_a_signal_mid_epoch_it_ends_with_the_same_weights(
     tmp_path: Path, kind: type, where: str, number: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -140,3 +147,38 @@ def test_the_monitor_reads_knn_and_leaves_the_backbone_alone() -> None:
     }
     images.labels[:] = -1
     assert Monitor(images, 16, (0.5,) * 3, (0.5,) * 3)(backbone, torch.device("cpu")).keys() == {"effective_rank"}
+
+
+def test_a_collapse_is_noticed_and_a_healthy_encoder_is_not_accused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer(tmp_path / "healthy", BYOL, training=replace(TRAINING, knn_every=1)).run()
+    assert "collapses" not in capsys.readouterr().out
+
+    # Without a predictor and a slower teacher nothing keeps all embeddings from becoming one.
+    training, optimiser = replace(TRAINING, epochs=8), Optimiser(lr=30, warmup_epochs=0.2)
+    collapsing = trainer(tmp_path / "collapsing", BYOL, training=training, optimiser=optimiser)
+    collapsing.bare.predictor, collapsing.bare.momentum, collapsing.bare.gradmix = torch.nn.Identity(), 0.0, None
+    collapsing.run()
+    last = RunFolder(tmp_path / "collapsing").read_log()[-1]
+    assert last["spread"] < 0.1
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith(
+        f"warning: the encoder collapses, it hardly tells images apart (spread {last['spread']:.3f}); a "
+    )
+
+
+@pytest.mark.parametrize(
+    ("entry", "warned"),
+    [
+        ({"spread": 0.3}, False),
+        ({"spread": 0.09}, True),
+        ({"spread": 0.8, "effective_rank": 1.26}, True),  # features on a line
+        ({"spread": 0.3, "effective_rank": 4.2}, False),
+    ],
+)
+def test_either_reading_tells_of_a_collapse(
+    entry: dict[str, float], warned: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer(tmp_path)._warn_of_collapse(entry)
+    assert ("the encoder collapses" in capsys.readouterr().out) == warned

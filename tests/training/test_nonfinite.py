@@ -76,18 +76,16 @@ def test_weights_that_the_last_step_of_an_epoch_spoilt_are_not_saved(tmp_path: P
 @pytest.mark.parametrize(
     ("kind", "optimiser", "accumulate", "what"),
     [
-        (SimCLR, "sgd", 1, "images"),
         (SimCLR, "adamw", 1, "gradient"),
         (BYOL, "lars", 1, "images"),
         (BYOL, "sgd", 2, "images"),
-        (BYOL, "adamw", 1, "gradient"),
     ],
 )
 def test_a_skipped_step_leaves_everything_as_it_was(
     kind: type, optimiser: str, accumulate: int, what: str, tmp_path: Path
 ) -> None:
     """As if nothing had been done at that step: weights, statistics, teacher and the optimiser's state."""
-    training = replace(SKIP, accumulate=accumulate)
+    training = replace(SKIP, epochs=2, accumulate=accumulate)
     settings = {"training": training, "optimiser": Optimiser(optimiser)}
     # Of two micro-batches the second is bad, and the first goes with it.
     places = [(0, accumulate - 1), (1, 2 * accumulate + accumulate - 1)]
@@ -114,7 +112,7 @@ def test_a_skipped_step_leaves_everything_as_it_was(
         assert one.keys() == two.keys()
         assert all(torch.equal(one[name], two[name]) for name in one)
     entries = RunFolder(tmp_path / "skipping").read_log()
-    assert [entry["skipped"] for entry in entries] == [1, 1, 0]
+    assert [entry["skipped"] for entry in entries] == [1, 1]
     assert all(0 < entry["loss"] < 20 for entry in entries)
 
 

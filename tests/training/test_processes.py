@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,14 +22,15 @@ def losses(path: Path) -> list[float]:
 
 
 @pytest.mark.distributed
-def test_two_processes_train_what_one_does_and_runs_change_hands(script: Script, tmp_path: Path) -> None:
+def test_two_processes_train_what_one_does_and_die_together(script: Script, tmp_path: Path) -> None:
+    """Whole, resumed by another number of processes, and with a step skipped for what one of them saw."""
     shared = load_script(SCRIPT)
     for name in shared.METHODS:
         shared.train(tmp_path / "one", name)
     shared.train(tmp_path / "one skip", "BYOL", poison=True)
     shared.train(tmp_path / "one then two", "BYOL", stop=True)
-    done = script(SCRIPT, str(tmp_path), "all", processes=2)
-    assert done.returncode == 0, done.stderr
+    done = script(SCRIPT, str(tmp_path), "killed", processes=2)
+    assert "trained\n" in done.stdout, done.stderr
     shared.train(tmp_path / "two then one", "SimCLR")
 
     for alone, other, name in (
@@ -48,15 +48,15 @@ def test_two_processes_train_what_one_does_and_runs_change_hands(script: Script,
     assert skipped == [0] * 4 + [1] + [0] * 5
     assert "training.batch_size 7 is not a multiple of 2 processes x 1 micro-batches" in done.stdout
 
+    assert done.returncode != 0  # one was killed in the end, and the other did not wait for it
+    assert not (tmp_path / "killed/SimCLR/checkpoint/epoch-00003-batch-0000000").exists()
+    shared.train(tmp_path / "killed", "SimCLR")
+    assert losses(tmp_path / "killed/SimCLR") == pytest.approx(losses(tmp_path / "one/SimCLR"), abs=1.1e-5)
 
+
+@pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("how", ["killed", pytest.param("broken", marks=pytest.mark.slow)])
-def test_one_process_that_dies_ends_all_and_the_run_goes_on(how: str, script: Script, tmp_path: Path) -> None:
-    began = time.monotonic()
-    done = script(SCRIPT, str(tmp_path), how, processes=2)
+def test_what_only_one_process_met_is_said(script: Script, tmp_path: Path) -> None:
+    done = script(SCRIPT, str(tmp_path), "broken", processes=2)
     assert done.returncode != 0
-    assert time.monotonic() - began < 120
-    if how == "broken":
-        assert "process 1: images/7.png is damaged" in done.stderr
-    load_script(SCRIPT).train(tmp_path, "SimCLR")
-    assert [entry["epoch"] for entry in RunFolder(tmp_path / "SimCLR").read_log()] == list(range(1, 11))
+    assert "process 1: images/7.png is damaged" in done.stderr
