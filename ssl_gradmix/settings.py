@@ -217,9 +217,12 @@ class Training:
         accumulate: Micro-batches to an optimiser step; the batch is split into so many.
         seed: Seeds initialisation, shuffling, augmentation and mixing.
         precision: `no` is float32; `bf16` and `fp16` are mixed precision.
+        nonfinite: What to do where a loss or a weight is not finite: `stop` with the step and the last good checkpoint,
+            or `skip` that step, counted in the log (for which a copy of all weights is kept during each step).
         workers: Loader processes, where augmentation runs in workers.
         threads: CPU threads of each process, where it trains on the CPU; null shares the cores out.
-        knn_every: Epochs between two readings of kNN accuracy on held-out training images; 0 for never.
+        knn_every: Epochs between two readings of features of training images: their effective rank and, where images
+            are labelled, kNN accuracy on held-out ones; 0 for never.
         samples_every: Epochs between two pictures of mixed views in `samples/`; 0 for never.
         checkpoint_every: Epochs between two checkpoints.
         trackers: Accelerate trackers to log to as well, for instance `[tensorboard]`.
@@ -230,6 +233,7 @@ class Training:
     accumulate: int = 1
     seed: int = 0
     precision: Literal["no", "bf16", "fp16"] = "no"
+    nonfinite: Literal["stop", "skip"] = "stop"
     workers: int = 2
     threads: int | None = None
     knn_every: int = 10

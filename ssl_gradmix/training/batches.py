@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from ssl_gradmix.data.augmentation import DeviceViews, WorkerViews
 from ssl_gradmix.data.datasets import ImageSet
 from ssl_gradmix.settings import Augmentation
+from ssl_gradmix.training import signals
 
 RESIDENT_BYTES = 4 * 2**30
 """`augmentation.where=auto` keeps a data set on the device up to this size, decoded."""
@@ -89,6 +90,7 @@ class WorkerBatches:
             batch_sampler=self,
             num_workers=workers,
             persistent_workers=workers > 0,
+            worker_init_fn=signals.obey_parent_alone,
             pin_memory=device.type == "cuda",
         )
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 import copy
 import logging
 import os
-import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from signal import Signals
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -22,14 +25,23 @@ from ssl_gradmix import backbones
 from ssl_gradmix.data.datasets import ImageSet
 from ssl_gradmix.methods.losses import Losses
 from ssl_gradmix.settings import Augmentation, Optimiser, Training
-from ssl_gradmix.training import batches, checkpoint, optimisers, samples
-from ssl_gradmix.training.monitor import KnnMonitor
+from ssl_gradmix.training import batches, checkpoint, optimisers, samples, signals
+from ssl_gradmix.training.monitor import Monitor
+from ssl_gradmix.training.nonfinite import Undo, all_finite, tolerant
 from ssl_gradmix.training.run_folder import RunFolder
 
 logger = logging.getLogger("ssl_gradmix")
 
 READ_EVERY = 50
-"""Steps between two readings of the losses from the device, which the host has to wait for."""
+"""At most so many steps lie between two readings of the losses from the device, which the host has to wait for."""
+
+READ_SECONDS = 5.0
+"""About so long is between two readings where steps are slow: several processes agree on a signal only then."""
+
+COLLAPSED_SPREAD = 0.1
+COLLAPSED_RANK = 2.0
+"""Below either an encoder counts as collapsed. Healthy ones keep a spread of 0.7 to 1, and effective ranks above 10;
+untrained ones have ranks above 4."""
 
 SAMPLED = 8
 """Images in a picture of mixed views."""
@@ -159,28 +171,44 @@ class Trainer:
         )
         self.monitor = None
         labelled = images.subset(images.labels >= 0)
-        if accelerator.is_main_process and training.knn_every and len(labelled) >= 10:
-            self.monitor = KnnMonitor(labelled, size, self.mean, self.std)
+        watched = labelled if len(labelled) >= 10 else images
+        if accelerator.is_main_process and training.knn_every and len(watched) >= 10:
+            self.monitor = Monitor(watched, size, self.mean, self.std)
+        if method.gradmix is not None:
+            method.gradmix = tolerant(method.gradmix)
         if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
             method = nn.SyncBatchNorm.convert_sync_batchnorm(method)
         method.to(memory_format=torch.channels_last)
         self.method, self.optimiser = accelerator.prepare(method, optimisers.create(method, optimiser))
         self.bare = accelerator.unwrap_model(self.method)
+        self.undo = Undo(self.bare, self.optimiser) if training.nonfinite == "skip" else None
+        self.bad = torch.zeros((), dtype=torch.bool, device=accelerator.device)
         self.epoch, self.batch, self.totals = 0, 0, {}
+        self.read_every = 1
+        self.saved: Path | None = None
 
     def run(self) -> None:
         """Trains from the last checkpoint, or from the start, to the end.
 
         Raises:
-            FloatingPointError: A loss that is not finite; names the step and the last good checkpoint.
+            FloatingPointError: A loss or a weight that is not finite; names the step and the last good checkpoint.
+            OSError: The run folder cannot be written to, a full disk for instance; names the last good checkpoint.
             SystemExit: SIGTERM or SIGINT came and the state is saved; the status is 143 or 130.
         """
+        try:
+            self._run()
+        except (ValueError, OSError) as error:
+            # What ends one process alone, such as a broken image in its share, is not known to the one that speaks.
+            if not self.accelerator.is_main_process:
+                logger.error("process %d: %s", self.accelerator.process_index, error)
+            raise
+
+    def _run(self) -> None:
         self._resume()
         if self.epoch == self.training.epochs:
-            self._say(
-                f"{self.folder.path} is finished: {_line(self.folder.read_log()[-1], self.epoch)}; "
-                "--overwrite true starts anew"
-            )
+            if self.accelerator.is_main_process:
+                lines = [f": {_line(entry, self.epoch)}" for entry in self.folder.read_log()]
+                self._say(f"{self.folder.path} is finished{lines[-1] if lines else ''}; --overwrite true starts anew")
             return
         if self.training.trackers:
             self.accelerator.init_trackers("trackers")
@@ -196,9 +224,9 @@ class Trainer:
                 f"learning rate {self.peak:.4g} (scaled by batch / {optimisers.REFERENCE_BATCH}), {self.steps:,} steps"
             )
         began, first = time.perf_counter(), self.epoch
-        with _signals() as signals:
+        with signals.collected() as received:
             while self.epoch < self.training.epochs:
-                entry = self._one_epoch(signals)
+                entry = self._one_epoch(received)
                 done = self.epoch - first
                 entry["seconds_left"] = round(
                     (time.perf_counter() - began) / done * (self.training.epochs - self.epoch), 1
@@ -207,13 +235,14 @@ class Trainer:
                 if self.epoch % self.training.checkpoint_every == 0 or self.epoch == self.training.epochs:
                     self._save()
                 if self.epoch < self.training.epochs:
-                    self._stop_if_asked(signals)
+                    self._stop_if_asked(received)
         if self.training.trackers:
             self.accelerator.end_training()
 
-    def _one_epoch(self, signals: list[int]) -> dict[str, Any]:
+    def _one_epoch(self, received: list[int]) -> dict[str, Any]:
         self.method.train()
         began, seen, unread = time.perf_counter(), 0, []
+        last_read = began
         bar = tqdm(
             total=len(self.source.indices),
             initial=self.batch,
@@ -222,33 +251,38 @@ class Trainer:
             leave=False,
         )
         for batch in self.source.epoch(self.epoch, self.batch):
-            losses, rate = self._step(batch)
-            unread.append(torch.stack([losses.total.detach(), *losses[1:]]))
+            losses, skipped = self._step(batch)
+            unread.append(torch.stack([losses.total.detach(), *losses[1:], skipped]))
             self.batch += 1
             seen += self.source.indices.micro
             bar.update()
-            if self.accelerator.sync_gradients and (len(unread) >= READ_EVERY or self._alone_and_asked(signals)):
-                self._read(unread)
-                self._stop_if_asked(signals)
-        self._read(unread)
+            if self.accelerator.sync_gradients and (len(unread) >= self.read_every or self._alone_and_asked(received)):
+                self._read(unread, time.perf_counter() - last_read)
+                self._stop_if_asked(received)
+                last_read = time.perf_counter()
+        self._read(unread, time.perf_counter() - last_read)
         bar.close()
         seconds = time.perf_counter() - began
-        entry = {name: round(total / self.batch, 5) for name, total in self.totals.items()}
+        entry = self._means()
         self.epoch, self.batch, self.totals = self.epoch + 1, 0, {}
+        step = self.epoch * self.steps_per_epoch
         return {
             "epoch": self.epoch,
-            "step": self.epoch * self.steps_per_epoch,
+            "step": step,
             **entry,
-            "lr": rate,
+            "lr": optimisers.rate(step - 1, self.steps, self.warmup, self.peak),
             "images_per_second": round(seen / seconds, 1),
         }
 
-    def _step(self, batch: Any) -> tuple[Losses, float]:
+    def _step(self, batch: Any) -> tuple[Losses, Tensor]:
+        """Losses of a (micro-)batch, and 1 where its optimiser step was skipped, 0 otherwise."""
         batches.seed_step(self.training.seed, self.epoch, self.batch, self.accelerator.process_index)
         step = self.epoch * self.steps_per_epoch + self.batch // self.training.accumulate
         rate = optimisers.rate(step, self.steps, self.warmup, self.peak)
         for group in self.optimiser.param_groups:
             group["lr"] = rate
+        if self.undo is not None and self.batch % self.training.accumulate == 0:
+            self.undo.remember()
         views = [view.contiguous(memory_format=torch.channels_last) for view in self.source.views(batch)]
         with self.accelerator.accumulate(self.method):
             losses = self.method(views)
@@ -259,41 +293,87 @@ class Trainer:
             self.optimiser.zero_grad()
         if self.accelerator.sync_gradients and hasattr(self.bare, "update_teacher"):
             self.bare.update_teacher(step, self.steps)
-        return losses, rate
+        return losses, self._skip_if_bad(losses)
 
-    def _read(self, unread: list[Tensor]) -> None:
-        """Adds the losses of some steps, mean over processes, to the epoch's totals."""
+    def _skip_if_bad(self, losses: Losses) -> Tensor:
+        """Takes an optimiser step back, on all processes, if one of its losses or a weight after it is not finite."""
+        skipped = torch.zeros_like(losses.pair)
+        if self.undo is None:
+            return skipped
+        self.bad = self.bad | ~losses.total.detach().isfinite()
+        if self.accelerator.sync_gradients:
+            bad = self.bad | ~all_finite(self.bare.state_dict().values())
+            skipped = (self.accelerator.reduce(bad.float(), "sum") > 0).to(skipped.dtype)
+            self.undo.take_back(skipped > 0)
+            self.bad = torch.zeros_like(self.bad)
+        return skipped
+
+    def _read(self, unread: list[Tensor], seconds: float) -> None:
+        """Adds the losses of some steps, mean over processes, to the epoch's totals.
+
+        Every checkpoint comes right after it, so that what is not finite is never saved.
+
+        Args:
+            unread: A row a (micro-)batch: its losses, and whether its optimiser step was skipped.
+            seconds: Since the last reading.
+        """
         if not unread:
             return
         values = self.accelerator.reduce(torch.stack(unread), "mean").cpu()
-        broken = ~values.isfinite().all(1)
-        if broken.any():
-            at = self.batch - len(unread) + int(broken.nonzero()[0])
-            raise FloatingPointError(
-                f"loss is {values[broken][0, 0]:g} in epoch {self.epoch + 1}, batch {at + 1}; "
-                f"the last good checkpoint is in {self.folder.checkpoint}. A lower --optimiser.lr or a longer "
-                "--optimiser.warmup_epochs may help"
-            )
-        for name, total in zip(("loss", *Losses._fields[1:]), values.double().sum(0).tolist(), strict=True):
-            self.totals[name] = self.totals.get(name, 0.0) + total
+        finite = values.isfinite().all(1)
+        if self.undo is None and not finite.all():
+            at = self.batch - len(unread) + int((~finite).nonzero()[0])
+            self._diverged(f"loss is {values[~finite][0, 0]:g} in epoch {self.epoch + 1}, batch {at + 1}")
+        # Mean over processes in float32: the same on all of them, who have to agree on when they read.
+        sound = all_finite(self.bare.state_dict().values()).float()
+        sound, waited = self.accelerator.reduce(torch.stack([sound, sound.new_tensor(seconds)]), "mean").tolist()
+        if sound < 1:
+            self._diverged(f"weights are not finite after epoch {self.epoch + 1}, batch {self.batch}")
+        self.read_every = max(1, min(READ_EVERY, int(READ_SECONDS * len(unread) / max(waited, 1e-6))))
+        sums = {
+            **dict(zip(("loss", *Losses._fields[1:]), values[finite, :-1].double().sum(0).tolist(), strict=True)),
+            "read": int(finite.sum()),
+            "skipped": round(float(values[:, -1].sum())),
+        }
+        self.totals = {name: self.totals.get(name, 0) + total for name, total in sums.items()}
         unread.clear()
 
-    def _alone_and_asked(self, signals: list[int]) -> bool:
-        return bool(signals) and self.accelerator.num_processes == 1
+    def _means(self) -> dict[str, float]:
+        """The epoch's mean losses; of the batches that had finite ones, where others were skipped."""
+        totals = dict(self.totals)
+        read, skipped = totals.pop("read"), totals.pop("skipped")
+        if skipped == self.steps_per_epoch:
+            self._diverged(
+                f"all {skipped} steps of epoch {self.epoch + 1} were skipped, with losses or weights not finite"
+            )
+        means = {name: round(total / read, 5) for name, total in totals.items()}
+        return means if self.undo is None else {**means, "skipped": skipped}
 
-    def _stop_if_asked(self, signals: list[int]) -> None:
+    def _diverged(self, what: str) -> None:
+        raise FloatingPointError(
+            f"{what}; {self._last_good()}. A lower --optimiser.lr or a longer --optimiser.warmup_epochs may help"
+        )
+
+    def _last_good(self) -> str:
+        return f"the last good checkpoint is {self.saved}" if self.saved else "there is no checkpoint yet"
+
+    def _alone_and_asked(self, received: list[int]) -> bool:
+        return bool(received) and self.accelerator.num_processes == 1
+
+    def _stop_if_asked(self, received: list[int]) -> None:
         """Saves and stops where any process got a signal; all agree, or some would wait for the others for ever."""
-        asked = torch.tensor(max(signals, default=0), device=self.accelerator.device)
+        asked = torch.tensor(max(received, default=0), device=self.accelerator.device)
         number = int(self.accelerator.gather(asked).max())
         if number:
             self._save()
-            self._say(f"stopped by {signal.Signals(number).name} and saved; the same command goes on from here")
+            self._say(f"stopped by {Signals(number).name} and saved; the same command goes on from here")
             raise SystemExit(128 + number)
 
     def _report(self, entry: dict[str, Any]) -> None:
         due = self.epoch == self.training.epochs
         if self.monitor and (due or self.epoch % self.training.knn_every == 0):
-            entry["knn"] = round(self.monitor(self.bare.backbone, self.accelerator.device), 4)
+            readings = self.monitor(self.bare.backbone, self.accelerator.device)
+            entry.update({name: round(value, 4) for name, value in readings.items()})
         if (
             self.bare.gradmix is not None
             and self.training.samples_every
@@ -303,8 +383,19 @@ class Trainer:
         if self.training.trackers:
             self.accelerator.log({name: value for name, value in entry.items() if name != "epoch"}, step=self.epoch)
         if self.accelerator.is_main_process:
-            self.folder.append_log(entry)
+            with self._writing():
+                self.folder.append_log(entry)
         self._say(_line(entry, self.training.epochs))
+        self._warn_of_collapse(entry)
+
+    def _warn_of_collapse(self, entry: dict[str, Any]) -> None:
+        rank = entry.get("effective_rank")
+        if entry["spread"] < COLLAPSED_SPREAD or (rank is not None and rank < COLLAPSED_RANK):
+            self._say(
+                f"warning: the encoder collapses, it hardly tells images apart (spread {entry['spread']:.3f}"
+                + ("" if rank is None else f", effective rank {rank:.2f}")
+                + "); a lower --optimiser.lr or --optimiser.weight_decay may help, for BYOL another --method.momentum"
+            )
 
     def _say(self, line: str) -> None:
         if self.accelerator.is_main_process:
@@ -317,9 +408,13 @@ class Trainer:
         views = [view[:SAMPLED].clone() for view in self.source.views(next(iter(self.source.epoch(0, 0))))[:2]]
         mixed = method.mixed_views(views)
         if self.accelerator.is_main_process:
-            samples.draw(views[0], mixed, self.mean, self.std, self.folder.samples / f"epoch-{self.epoch:05d}.png")
+            with self._writing():
+                samples.draw(views[0], mixed, self.mean, self.std, self.folder.samples / f"epoch-{self.epoch:05d}.png")
 
     def _save(self) -> None:
+        path = checkpoint.path_of(self.folder.checkpoint, self.epoch, self.batch)
+        if path == self.saved:
+            return
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler
@@ -331,43 +426,47 @@ class Trainer:
                 self.optimiser.state_dict(),
                 scaler.state_dict() if scaler is not None else None,
             )
-            checkpoint.save(self.folder.checkpoint, state)
-            backbones.save(self.bare.backbone, self.folder.backbone, self.size, self.backbone_kwargs)
-            _save_projector(self.bare.projector, self.folder)
+            # The checkpoint comes last: a run whose last one is there is finished, and all else has to be there too.
+            with self._writing():
+                backbones.save(self.bare.backbone, self.folder.backbone, self.size, self.backbone_kwargs)
+                _save_projector(self.bare.projector, self.folder)
+                for written in (*self.folder.backbone.iterdir(), self.folder.projector, self.folder.path):
+                    checkpoint.flush(written)
+                checkpoint.save(self.folder.checkpoint, state)
+        self.saved = path
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            raise OSError(
+                f"run: {self.folder.path} cannot be written to ({getattr(error, 'strerror', None) or error}); "
+                f"{self._last_good()}; with room to write, the same command goes on from there"
+            ) from error
 
     def _resume(self) -> None:
-        state = checkpoint.load(self.folder.checkpoint)
+        # One process reads for all: on several machines they need not share the folder, and never start from different
+        # checkpoints.
+        main = self.accelerator.is_main_process
+        state = checkpoint.load(self.folder.checkpoint, self.bare.state_dict()) if main else None
+        (state,) = broadcast_object_list([state])
         if state is not None:
             self.bare.load_state_dict(state.method)
             self.optimiser.load_state_dict(state.optimiser)
             if state.scaler is not None and self.accelerator.scaler is not None:
                 self.accelerator.scaler.load_state_dict(state.scaler)
             self.epoch, self.batch, self.totals = state.epoch, state.batch, state.totals
-        if self.accelerator.is_main_process:
-            self.folder.rewind_log(self.epoch)
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collects SIGTERM and SIGINT instead of dying of them; a second one ends the process as usual."""
-    received: list[int] = []
-
-    def note(number: int, frame: object) -> None:
-        received.append(number)
-        signal.signal(number, previous[number])
-
-    previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+            self.saved = checkpoint.path_of(self.folder.checkpoint, self.epoch, self.batch)
+        if main:
+            with self._writing():
+                self.folder.rewind_log(self.epoch)
 
 
 def _save_projector(projector: nn.Module, run: RunFolder) -> None:
     temporary = run.path / ".projector.safetensors.tmp"
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in projector.state_dict().items()}, temporary)
-    temporary.rename(run.path / "projector.safetensors")
+    temporary.rename(run.projector)
 
 
 def _line(entry: dict[str, Any], epochs: int) -> str:
@@ -380,6 +479,8 @@ def _line(entry: dict[str, Any], epochs: int) -> str:
         f"lr {entry['lr']:.4f}",
         f"{entry['images_per_second']:,.0f} images/s",
         f"{time.strftime('%H:%M:%S', time.gmtime(entry['seconds_left']))} left",
+        *([f"skipped {entry['skipped']}"] if entry.get("skipped") else []),
+        *([f"rank {entry['effective_rank']:.1f}"] if "effective_rank" in entry else []),
         *([f"kNN {entry['knn']:.1%}"] if "knn" in entry else []),
     ]
     return "  ".join(parts)

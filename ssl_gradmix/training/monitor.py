@@ -1,4 +1,4 @@
-"""kNN accuracy while an encoder trains."""
+"""What an encoder's features are worth while it trains: kNN accuracy and effective rank."""
 
 from __future__ import annotations
 
@@ -10,16 +10,21 @@ from torch import Tensor, nn
 from ssl_gradmix.data.augmentation import eval_transform
 from ssl_gradmix.data.datasets import ImageSet
 from ssl_gradmix.evaluation.knn import knn_accuracy
+from ssl_gradmix.evaluation.rank import effective_rank
 
 
-class KnnMonitor:
-    """Reads how well held-out training images are classified by their neighbours among other training images.
+class Monitor:
+    """Reads the effective rank of features, and how well neighbours classify them where images are labelled.
 
-    Both come from the training split, so that whoever watches it, or chooses settings by it, has not looked at test
+    Held-out training images are classified by their neighbours among other training images; the rank is that of all of
+    their features together. Features of the backbone are what is used after the training, and there are more of them
+    than dimensions, where a batch's embeddings would cap the rank at the batch.
+
+    All come from the training split, so that whoever watches it, or chooses settings by it, has not looked at test
     images.
 
     Args:
-        images: Labelled training images.
+        images: Training images, all labelled or else none used as such.
         size: Side of what the encoder sees, in pixels.
         mean: Of the normalisation, a number a channel.
         std: Of the normalisation.
@@ -47,20 +52,28 @@ class KnnMonitor:
         voting, asked = train_test_split(
             order, test_size=queries, random_state=seed, stratify=labels if divisible else None
         )
+        self.labelled = images.labelled
         self.bank, self.bank_labels = images.subset(voting).pixels(size), torch.from_numpy(images.labels[voting])
         self.queries, self.query_labels = images.subset(asked).pixels(size), torch.from_numpy(images.labels[asked])
         self.normalise = eval_transform(size, mean, std)
 
     @torch.inference_mode()
-    def __call__(self, backbone: nn.Module, device: torch.device) -> float:
-        """Accuracy in [0, 1]; the backbone is left as it was found, BatchNorm statistics included."""
+    def __call__(self, backbone: nn.Module, device: torch.device) -> dict[str, float]:
+        """The readings for the log; the backbone is left as it was found, BatchNorm statistics included.
+
+        Returns:
+            `effective_rank` from 1 to the number of dimensions, and `knn`, an accuracy in [0, 1], where labelled.
+        """
         training = backbone.training
         backbone.eval()
         try:
             queries, bank = (self._features(backbone, pixels, device) for pixels in (self.queries, self.bank))
         finally:
             backbone.train(training)
-        return knn_accuracy(queries, self.query_labels, bank, self.bank_labels)
+        readings = {"effective_rank": effective_rank(torch.cat([queries, bank]))}
+        if self.labelled:
+            readings["knn"] = knn_accuracy(queries, self.query_labels, bank, self.bank_labels)
+        return readings
 
     def _features(self, backbone: nn.Module, pixels: Tensor, device: torch.device) -> Tensor:
         return torch.cat([backbone(self.normalise(batch.to(device))).float().cpu() for batch in pixels.split(256)])

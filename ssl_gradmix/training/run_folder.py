@@ -22,9 +22,10 @@ PARTS = ("config.yaml", "log.jsonl", "checkpoint", "backbone", "projector.safete
 FREE = (
     *("run", "overwrite", "expect_processes", "environment", "data.root", "data.download"),
     *("training.workers", "training.threads", "training.knn_every", "training.samples_every"),
-    *("training.checkpoint_every", "training.trackers"),
+    *("training.checkpoint_every", "training.trackers", "training.nonfinite"),
 )
-"""Settings that may differ when a run is resumed: they change no weight."""
+"""Settings that may differ when a run is resumed: they change no weight (but for rounding, threads; and `nonfinite`,
+only where the run would have stopped)."""
 
 
 class RunFolder:
@@ -40,6 +41,7 @@ class RunFolder:
         self.log = self.path / "log.jsonl"
         self.checkpoint = self.path / "checkpoint"
         self.backbone = self.path / "backbone"
+        self.projector = self.path / "projector.safetensors"
         self.samples = self.path / "samples"
 
     def check(self, settings: dict[str, Any], overwrite: bool) -> None:
@@ -51,7 +53,7 @@ class RunFolder:
         nearest = next(parent for parent in (self.path, *self.path.absolute().parents) if parent.exists())
         if not nearest.is_dir() or not os.access(nearest, os.W_OK):
             raise ValueError(f"run: {self.path} cannot be written to; choose another folder with --run")
-        if not self.path.exists() or not any(self.path.iterdir()):
+        if not self.path.exists() or {path.name for path in self.path.iterdir()} <= {_temporary(self.config).name}:
             return
         if not self.config.exists():
             raise ValueError(
@@ -73,16 +75,18 @@ class RunFolder:
             ValueError: The folder cannot be created.
         """
         if overwrite:
+            # The old config stays until the new one replaces it: a folder without one would not be taken for a run.
             for part in PARTS:
                 target = self.path / part
-                shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
+                if target != self.config:
+                    shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(
                 f"run: {self.path} cannot be written to ({error.strerror}); choose another with --run"
             ) from error
-        if not self.config.exists():
+        if overwrite or not self.config.exists():
             write_text(self.config, yaml.safe_dump({**settings, "environment": environment()}, sort_keys=False))
 
     def append_log(self, entry: dict[str, Any]) -> None:
@@ -120,9 +124,13 @@ def environment() -> dict[str, str]:
 
 def write_text(path: Path, text: str) -> None:
     """Writes under a temporary name and renames, so that a reader never sees half a file."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = _temporary(path)
     temporary.write_text(text)
     os.replace(temporary, path)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

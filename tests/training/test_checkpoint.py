@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from training_support import file_size_limit
 
 from ssl_gradmix.training import checkpoint
 from ssl_gradmix.training.checkpoint import State
+
+LIKE = {"weight": torch.empty(2, 3), "bias": torch.empty(2), "tied": torch.empty(2, 3)}
 
 
 def state(epoch: int, batch: int = 0) -> State:
@@ -25,7 +28,7 @@ def state(epoch: int, batch: int = 0) -> State:
 def test_comes_back_as_it_was(tmp_path: Path) -> None:
     saved = state(3, 7)
     checkpoint.save(tmp_path, saved)
-    loaded = checkpoint.load(tmp_path)
+    loaded = checkpoint.load(tmp_path, LIKE)
     assert (loaded.epoch, loaded.batch, loaded.totals, loaded.scaler) == (3, 7, {"loss": 1.5}, None)
     assert all(torch.equal(loaded.method[name], tensor) for name, tensor in saved.method.items())
     assert loaded.optimiser["param_groups"] == saved.optimiser["param_groups"]
@@ -33,10 +36,10 @@ def test_comes_back_as_it_was(tmp_path: Path) -> None:
 
 
 def test_the_newest_is_read_and_two_are_kept(tmp_path: Path) -> None:
-    assert checkpoint.load(tmp_path) is None
+    assert checkpoint.load(tmp_path, LIKE) is None
     for epoch, batch in ((8, 0), (9, 0), (9, 50), (10, 0)):
         checkpoint.save(tmp_path, state(epoch, batch))
-        assert (checkpoint.load(tmp_path).epoch, checkpoint.load(tmp_path).batch) == (epoch, batch)
+        assert (checkpoint.load(tmp_path, LIKE).epoch, checkpoint.load(tmp_path, LIKE).batch) == (epoch, batch)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "epoch-00009-batch-0000050",
         "epoch-00010-batch-0000000",
@@ -53,7 +56,7 @@ def test_a_damaged_one_is_named_and_the_previous_used(
     path = tmp_path / "epoch-00002-batch-0000000" / name
     content = {"truncated": path.read_bytes()[:-20], "empty": b"", "foreign": b"not a checkpoint at all"}
     path.unlink() if damage == "missing" else path.write_bytes(content[damage])
-    assert checkpoint.load(tmp_path).epoch == 1
+    assert checkpoint.load(tmp_path, LIKE).epoch == 1
     assert "epoch-00002-batch-0000000" in caplog.text
 
 
@@ -63,7 +66,7 @@ def test_all_damaged_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"no readable checkpoint in .*: epoch-00001-batch-0000000 are damaged; --overwrite"
     ):
-        checkpoint.load(tmp_path)
+        checkpoint.load(tmp_path, LIKE)
 
 
 def test_a_pickle_with_code_in_it_does_not_run(tmp_path: Path) -> None:
@@ -76,22 +79,97 @@ def test_a_pickle_with_code_in_it_does_not_run(tmp_path: Path) -> None:
     for write in (lambda: path.write_bytes(pickle.dumps(Attack())), lambda: torch.save(Attack(), path)):
         write()
         with pytest.raises(ValueError, match="no readable checkpoint"):
-            checkpoint.load(tmp_path)
+            checkpoint.load(tmp_path, LIKE)
     assert not (tmp_path / "owned").exists()
 
 
-def test_a_kill_while_writing_leaves_the_previous_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint.save(tmp_path, state(1))
+@pytest.mark.parametrize("again", [False, True], ids=["new", "in a damaged one's place"])
+def test_a_kill_at_any_file_operation_leaves_one_that_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: bool
+) -> None:
+    class Killed(BaseException):
+        pass
 
-    def killed(*args: object) -> None:
-        raise KeyboardInterrupt
+    def run_until(operation: int, folder: Path) -> bool:
+        """Saves epoch 2, killed at that operation; whether it was reached."""
+        left = iter(range(operation))
 
-    for step in ("save_file", "_flush"):
+        def counted(function):
+            def call(*args, **kwargs):
+                if next(left, None) is None:
+                    raise Killed
+                return function(*args, **kwargs)
+
+            return call
+
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint, step, killed)
-            with pytest.raises(KeyboardInterrupt):
-                checkpoint.save(tmp_path, state(2))
-        assert checkpoint.load(tmp_path).epoch == 1
+            for owner, name in ((Path, "mkdir"), (Path, "write_bytes"), (Path, "rename"), (checkpoint, "flush")):
+                patch.setattr(owner, name, counted(getattr(owner, name)))
+            patch.setattr(checkpoint.shutil, "rmtree", counted(checkpoint.shutil.rmtree))
+            try:
+                checkpoint.save(folder, state(2))
+            except Killed:
+                return True
+        return False
+
+    operations, epochs = 0, []
+    for operations in range(100):
+        folder = tmp_path / str(operations)
+        checkpoint.save(folder, state(1))
+        if again:
+            (folder / "epoch-00002-batch-0000000").mkdir()
+        if not run_until(operations, folder):
+            break
+        epochs.append(checkpoint.load(folder, LIKE).epoch)
+        checkpoint.save(folder, state(2))
+        assert checkpoint.load(folder, LIKE).epoch == 2
+        assert not (folder / ".unfinished").exists()
+    assert operations > 8
+    assert epochs == sorted(epochs)
+    assert epochs[0] == 1
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["of another run", "of another method"])
+def test_a_whole_file_that_is_not_this_runs_is_passed_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, full: bool
+) -> None:
+    checkpoint.save(tmp_path / "ours", state(1))
+    checkpoint.save(tmp_path / "ours", state(2))
+    other = state(2)
+    other.method = {"foreign": torch.ones(1)} if full else {name: t + 1 for name, t in other.method.items()}
+    checkpoint.save(tmp_path / "theirs", other)
+    ours, theirs = (tmp_path / name / "epoch-00002-batch-0000000" for name in ("ours", "theirs"))
+    for name in ("method.safetensors", "progress.pt") if full else ("method.safetensors",):
+        (ours / name).write_bytes((theirs / name).read_bytes())
+    assert checkpoint.load(tmp_path / "ours", LIKE).epoch == 1
+    reason = "its tensors are not this method's" if full else "method.safetensors is not the file that was written"
+    assert f"{ours} cannot be read (ValueError: {reason})" in caplog.text
+
+
+def test_one_flipped_bit_is_noticed(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, state(1))
+    path = tmp_path / "epoch-00001-batch-0000000" / "method.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="no readable checkpoint"):
+        checkpoint.load(tmp_path, LIKE)
+
+
+def test_damaged_ones_of_later_places_do_not_push_good_ones_out(tmp_path: Path) -> None:
+    for epoch in (1, 7, 8):
+        checkpoint.save(tmp_path, state(epoch))
+    for name in ("epoch-00007-batch-0000000", "epoch-00008-batch-0000000"):
+        (tmp_path / name / "progress.pt").write_bytes(b"")
+    checkpoint.save(tmp_path, state(1))
     checkpoint.save(tmp_path, state(2))
-    assert checkpoint.load(tmp_path).epoch == 2
-    assert not (tmp_path / ".unfinished").exists()
+    assert checkpoint.load(tmp_path, LIKE).epoch == 2
+    assert (tmp_path / "epoch-00001-batch-0000000").exists()
+
+
+def test_without_room_it_says_so_and_leaves_nothing_half_done(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, state(1))
+    with file_size_limit(100), pytest.raises(OSError, match="File too large"):
+        checkpoint.save(tmp_path, state(2))
+    assert [path.name for path in tmp_path.iterdir()] == ["epoch-00001-batch-0000000"]
+    assert checkpoint.load(tmp_path, LIKE).epoch == 1

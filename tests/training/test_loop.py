@@ -7,80 +7,37 @@ import signal
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
-from safetensors.torch import load_file
+from training_support import TRAINING, before_step, final, image_set, trainer
 
-from ssl_gradmix import GradMix, backbones
-from ssl_gradmix.data.datasets import ImageSet
+from ssl_gradmix import backbones
 from ssl_gradmix.evaluation.knn import knn_accuracy
+from ssl_gradmix.evaluation.rank import effective_rank
 from ssl_gradmix.methods.byol import BYOL
 from ssl_gradmix.methods.simclr import SimCLR
-from ssl_gradmix.settings import Augmentation, Optimiser, Training
-from ssl_gradmix.training.loop import Trainer, check_images, create_accelerator
-from ssl_gradmix.training.monitor import KnnMonitor
+from ssl_gradmix.settings import Optimiser
+from ssl_gradmix.training.loop import check_images, create_accelerator
+from ssl_gradmix.training.monitor import Monitor
 from ssl_gradmix.training.run_folder import RunFolder
 
-TRAINING = Training(epochs=3, batch_size=8, workers=0, threads=1, knn_every=0, samples_every=0)
 
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerator():
-    yield
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-
-
-def image_set(count: int = 36) -> ImageSet:
-    """Two classes, dark and bright, in noise."""
-    labels = np.arange(count) % 2
-    pixels = np.random.default_rng(0).integers(0, 100, (count, 16, 16, 3)) + 150 * labels[:, None, None, None]
-    return ImageSet(pixels.astype(np.uint8), labels.astype(np.int64), ("dark", "bright"), "noise")
-
-
-def trainer(path: Path, kind: type = SimCLR, training: Training = TRAINING, where: str = "device", **kwargs) -> Trainer:
-    accelerator = create_accelerator(training)
-    torch.manual_seed(training.seed)
-    backbone = backbones.create("resnet10_tiny")
-    method = kind(backbone, 128, hidden_dim=32, output_dim=16, gradmix=GradMix(layers=["layer2"]))
-    folder = RunFolder(path)
-    folder.start({"training": {}}, overwrite=False)
-    return Trainer(
-        method,
-        image_set(),
-        folder,
-        accelerator,
-        16,
-        Augmentation(where=where),
-        kwargs.pop("optimiser", Optimiser()),
-        training,
-        **kwargs,
-    )
-
-
-def final(path: Path) -> dict[str, torch.Tensor]:
-    return load_file(sorted((path / "checkpoint").glob("epoch-*"))[-1] / "method.safetensors")
-
-
-@pytest.mark.parametrize("kind", [SimCLR, BYOL])
-@pytest.mark.parametrize("where", ["device", "workers"])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("kind", "where", "number"),
+    [
+        (SimCLR, "device", signal.SIGTERM),
+        (SimCLR, "workers", signal.SIGINT),
+        (BYOL, "device", signal.SIGINT),
+        (BYOL, "workers", signal.SIGTERM),
+    ],
+)
 def test_stopped_by_a_signal_mid_epoch_it_ends_with_the_same_weights(
     tmp_path: Path, kind: type, where: str, number: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trainer(tmp_path / "whole", kind, where=where).run()
 
     stopped = trainer(tmp_path / "parts", kind, where=where)
-    step = stopped._step
-
-    def step_and_signal(batch: object) -> object:
-        if (stopped.epoch, stopped.batch) == (1, 2):
-            os.kill(os.getpid(), number)
-        return step(batch)
-
-    stopped._step = step_and_signal
+    before_step(stopped, (1, 2), lambda: os.kill(os.getpid(), number))
     with pytest.raises(SystemExit) as exit_:
         stopped.run()
     assert exit_.value.code == 128 + number
@@ -100,6 +57,21 @@ def test_stopped_by_a_signal_mid_epoch_it_ends_with_the_same_weights(
         assert {k: v for k, v in one.items() if k not in timed} == {k: v for k, v in two.items() if k not in timed}
 
 
+def test_stopped_in_the_last_step_of_an_epoch_it_reports_that_epoch_when_it_goes_on(tmp_path: Path) -> None:
+    trainer(tmp_path / "whole").run()
+    stopped = trainer(tmp_path / "parts")
+    before_step(stopped, (1, 3), lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit):
+        stopped.run()
+    trainer(tmp_path / "parts").run()
+    logs = [RunFolder(tmp_path / name).read_log() for name in ("whole", "parts")]
+    assert [(entry["epoch"], entry["loss"], entry["lr"]) for entry in logs[0]] == [
+        (entry["epoch"], entry["loss"], entry["lr"]) for entry in logs[1]
+    ]
+    whole, parts = final(tmp_path / "whole"), final(tmp_path / "parts")
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
 def test_a_finished_run_is_reported_and_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trainer(tmp_path).run()
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
@@ -107,6 +79,9 @@ def test_a_finished_run_is_reported_and_left_alone(tmp_path: Path, capsys: pytes
     trainer(tmp_path).run()
     assert f"{tmp_path} is finished: epoch 3/3  loss" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")} == before
+    (tmp_path / "log.jsonl").unlink()
+    trainer(tmp_path).run()
+    assert f"{tmp_path} is finished; --overwrite true starts anew" in capsys.readouterr().out
 
 
 def test_the_run_folder_holds_a_backbone_that_timm_loads(tmp_path: Path) -> None:
@@ -139,25 +114,6 @@ def test_accumulating_takes_as_many_optimiser_steps(tmp_path: Path) -> None:
     assert updates == [(step, 4) for step in range(4)]
 
 
-def test_a_loss_that_is_not_finite_stops_with_its_step(tmp_path: Path) -> None:
-    broken = trainer(tmp_path)
-    step = broken._step
-
-    def poisoned(batch: object) -> object:
-        if (broken.epoch, broken.batch) == (1, 2):
-            with torch.no_grad():
-                next(broken.bare.projector.parameters()).fill_(torch.nan)
-            broken.bare.gradmix = None
-        return step(batch)
-
-    broken._step = poisoned
-    with pytest.raises(
-        FloatingPointError, match=r"loss is nan in epoch 2, batch 3; the last good checkpoint is in .*checkpoint"
-    ):
-        broken.run()
-    assert all(tensor.isfinite().all() for tensor in final(tmp_path).values())
-
-
 def test_refuses_what_cannot_be_trained(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="training.batch_size 64 exceeds the 36 images of noise"):
         trainer(tmp_path, training=replace(TRAINING, batch_size=64))
@@ -172,17 +128,57 @@ def test_refuses_what_cannot_be_trained(tmp_path: Path) -> None:
 
 def test_the_monitor_reads_knn_and_leaves_the_backbone_alone() -> None:
     images = image_set(200)
-    monitor = KnnMonitor(images, 16, (0.5,) * 3, (0.5,) * 3, bank=120, queries=30)
+    monitor = Monitor(images, 16, (0.5,) * 3, (0.5,) * 3, bank=120, queries=30)
     assert len(monitor.bank) == 120
     assert len(monitor.queries) == 30
     rows = {tuple(pixels.flatten().tolist()) for pixels in monitor.bank}
     assert not any(tuple(pixels.flatten().tolist()) in rows for pixels in monitor.queries)
     backbone = backbones.create("resnet10_tiny").train()
     before = {name: buffer.clone() for name, buffer in backbone.named_buffers()}
-    accuracy = monitor(backbone, torch.device("cpu"))
+    readings = monitor(backbone, torch.device("cpu"))
     assert backbone.training
     assert all(torch.equal(buffer, before[name]) for name, buffer in backbone.named_buffers())
     backbone.eval()
     with torch.inference_mode():
         features = [backbone((pixels / 255 - 0.5) / 0.5) for pixels in (monitor.queries, monitor.bank)]
-    assert accuracy == pytest.approx(knn_accuracy(features[0], monitor.query_labels, features[1], monitor.bank_labels))
+    assert readings == {
+        "knn": pytest.approx(knn_accuracy(features[0], monitor.query_labels, features[1], monitor.bank_labels)),
+        "effective_rank": pytest.approx(effective_rank(torch.cat(features)), rel=1e-4),
+    }
+    images.labels[:] = -1
+    assert Monitor(images, 16, (0.5,) * 3, (0.5,) * 3)(backbone, torch.device("cpu")).keys() == {"effective_rank"}
+
+
+def test_a_collapse_is_noticed_and_a_healthy_encoder_is_not_accused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer(tmp_path / "healthy", BYOL, training=replace(TRAINING, knn_every=1)).run()
+    assert "collapses" not in capsys.readouterr().out
+
+    # Without a predictor and a slower teacher nothing keeps all embeddings from becoming one.
+    training, optimiser = replace(TRAINING, epochs=8), Optimiser(lr=30, warmup_epochs=0.2)
+    collapsing = trainer(tmp_path / "collapsing", BYOL, training=training, optimiser=optimiser)
+    collapsing.bare.predictor, collapsing.bare.momentum, collapsing.bare.gradmix = torch.nn.Identity(), 0.0, None
+    collapsing.run()
+    last = RunFolder(tmp_path / "collapsing").read_log()[-1]
+    assert last["spread"] < 0.1
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith(
+        f"warning: the encoder collapses, it hardly tells images apart (spread {last['spread']:.3f}); a "
+    )
+
+
+@pytest.mark.parametrize(
+    ("entry", "warned"),
+    [
+        ({"spread": 0.3}, False),
+        ({"spread": 0.09}, True),
+        ({"spread": 0.8, "effective_rank": 1.26}, True),  # features on a line
+        ({"spread": 0.3, "effective_rank": 4.2}, False),
+    ],
+)
+def test_either_reading_tells_of_a_collapse(
+    entry: dict[str, float], warned: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer(tmp_path)._warn_of_collapse(entry)
+    assert ("the encoder collapses" in capsys.readouterr().out) == warned

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from training_support import file_size_limit
 
+from ssl_gradmix.training import run_folder
 from ssl_gradmix.training.run_folder import RunFolder
 
 SETTINGS = {
@@ -77,3 +79,35 @@ def test_the_log_is_rewound_to_the_checkpoint_and_survives_half_a_line(tmp_path:
     assert [entry["epoch"] for entry in folder.read_log()] == [1, 2, 3]
     folder.rewind_log(2)
     assert folder.log.read_text() == '{"epoch": 1, "loss": 0.5}\n{"epoch": 2, "loss": 0.5}\n'
+
+
+def test_a_line_that_did_not_fit_on_the_disk_is_an_error_and_no_entry(tmp_path: Path) -> None:
+    folder = started(tmp_path)
+    folder.append_log({"epoch": 1, "loss": 0.5})
+    with file_size_limit(folder.log.stat().st_size + 10), pytest.raises(OSError, match="File too large"):
+        folder.append_log({"epoch": 2, "loss": 0.25})
+    assert folder.log.read_text() == '{"epoch": 1, "loss": 0.5}\n{"epoch": '
+    assert folder.read_log() == [{"epoch": 1, "loss": 0.5}]
+    folder.rewind_log(1)
+    assert folder.log.read_text() == '{"epoch": 1, "loss": 0.5}\n'
+
+
+def test_a_kill_at_the_very_start_does_not_lock_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
+    (folder.path / ".config.yaml.tmp").write_text("run")
+    folder.check(SETTINGS, overwrite=False)
+    folder.start(SETTINGS, overwrite=False)
+
+    changed = {**SETTINGS, "extra_view": "none"}
+    with monkeypatch.context() as patch:
+        patch.setattr(run_folder, "write_text", killed)
+        with pytest.raises(KeyboardInterrupt):
+            folder.start(changed, overwrite=True)
+    folder.check(changed, overwrite=True)
+    folder.start(changed, overwrite=True)
+    assert sorted(path.name for path in folder.path.iterdir()) == ["config.yaml"]
+    folder.check(changed, overwrite=False)

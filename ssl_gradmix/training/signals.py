@@ -1,0 +1,56 @@
+"""SIGTERM and SIGINT as requests that the training loop answers when a step is done."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+ECHO = 2.0
+"""Seconds in which a second signal is taken for the first one's echo: Ctrl-C and cluster schedulers reach all
+processes, and torchrun then passes on to its workers what they have already got."""
+
+
+@contextmanager
+def collected() -> Iterator[list[int]]:
+    """Collects the numbers of signals instead of dying of them; a second one that is no echo ends the process."""
+    received: list[int] = []
+    first = 0.0
+
+    def note(number: int, frame: object) -> None:
+        nonlocal first
+        if not received:
+            first = time.monotonic()
+        elif time.monotonic() - first > ECHO:
+            signal.signal(number, previous[number])
+            signal.raise_signal(number)
+            return
+        received.append(number)
+
+    previous = {number: signal.signal(number, note) for number in SIGNALS}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def obey_parent_alone(worker: int) -> None:
+    """A loader process's `worker_init_fn`: of these signals it heeds SIGTERM, where its parent sent it.
+
+    Ctrl-C and schedulers signal all processes. A worker that died of it would take the training down in mid-step.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

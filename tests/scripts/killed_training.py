@@ -1,0 +1,175 @@
+"""Trains in processes that are killed by SIGKILL and started again, and compares with ones that are left alone.
+
+Usage: killed_training.py FOLDER SEED KILLS. A process a training, forked, so that imports are paid for once. Prints a
+line a kill: what was trained, how it was killed, and whether it ended with the same files.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from ssl_gradmix import GradMix, backbones
+from ssl_gradmix.data.datasets import ImageSet
+from ssl_gradmix.methods.byol import BYOL
+from ssl_gradmix.methods.simclr import SimCLR
+from ssl_gradmix.settings import Augmentation, Optimiser, Training
+from ssl_gradmix.training.loop import Trainer, create_accelerator
+from ssl_gradmix.training.run_folder import RunFolder
+
+torch.set_num_threads(1)
+STEPS, EPOCHS = 4, 3
+PIXELS = np.random.default_rng(0).integers(0, 256, (STEPS * 8 + 3, 16, 16, 3), np.uint8)
+Kind = tuple[str, str, int, str]
+
+
+def kinds(draw: random.Random) -> Iterator[Kind]:
+    """Every pair of method and augmentation in turn, with an optimiser."""
+    while True:
+        pairs = [(name, *at) for name in ("SimCLR", "BYOL") for at in (("device", 0), ("workers", 0), ("workers", 2))]
+        for pair in draw.sample(pairs, len(pairs)):
+            yield (*pair, draw.choice(["sgd", "lars", "adamw"]))
+
+
+def create(folder: Path, kind: Kind) -> Trainer:
+    name, where, workers, optimiser = kind
+    training = Training(epochs=EPOCHS, batch_size=8, workers=workers, threads=1, knn_every=0, samples_every=0)
+    accelerator = create_accelerator(training)
+    torch.manual_seed(0)
+    gradmix = GradMix(layers=["layer2"])
+    method = {"SimCLR": SimCLR, "BYOL": BYOL}[name](
+        backbones.create("resnet10_tiny"), 128, hidden_dim=32, output_dim=16, gradmix=gradmix
+    )
+    images = ImageSet(PIXELS, np.zeros(len(PIXELS), np.int64), ("noise",), "noise")
+    run = RunFolder(folder)
+    run.start({"training": {}}, overwrite=False)
+    return Trainer(method, images, run, accelerator, 16, Augmentation(where=where), Optimiser(optimiser), training)
+
+
+def file_operations(folder: Path, act: Callable[[int], None]) -> None:
+    """Calls `act` with a running number before each operation on a file in the folder that may change it."""
+    count = 0
+
+    def hook(event: str, arguments: tuple) -> None:
+        nonlocal count
+        writes = event in ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree") or (
+            event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        )
+        if writes and str(folder) in str(arguments[0]):
+            count += 1
+            act(count)
+
+    sys.addaudithook(hook)
+
+
+def fork(folder: Path, kind: Kind, kill_at: dict[str, int]) -> int:
+    """Starts a training that kills itself at a step or a file operation, or that has to be killed."""
+    process = os.fork()
+    if process:
+        return process
+    os.setsid()  # its workers are killed with it
+    os.dup2(os.open(folder.with_suffix(".txt"), os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
+    asked = False
+
+    def at_operation(number: int) -> None:
+        nonlocal operations
+        operations += asked or "stop" not in kill_at
+        if operations == kill_at.get("operation"):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    try:
+        operations = 0
+        file_operations(folder, at_operation)
+        trainer = create(folder, kind)
+        step = trainer._step
+
+        def counted(batch: object) -> object:
+            nonlocal asked
+            number = trainer.epoch * STEPS + trainer.batch
+            if number == kill_at.get("step"):
+                os.kill(os.getpid(), signal.SIGKILL)
+            if number == kill_at.get("stop") and not asked:
+                asked = True
+                os.kill(os.getpid(), signal.SIGTERM)
+            return step(batch)
+
+        trainer._step = counted
+        trainer.run()
+        folder.with_suffix(".operations").write_text(str(operations))
+    except SystemExit as stopped:
+        os._exit(stopped.code)
+    except BaseException as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        os._exit(1)
+    os._exit(0)
+
+
+def finished(folder: Path) -> dict[str, object]:
+    """All that a run leaves, but for times."""
+    (*_, newest) = sorted((folder / "checkpoint").glob("epoch-*"))
+    state = torch.load(newest / "progress.pt", weights_only=True)["optimiser"]["state"]
+    timed = ("images_per_second", "seconds_left")
+    return {
+        "method": {name: tensor.numpy().tobytes() for name, tensor in load_file(newest / "method.safetensors").items()},
+        "optimiser": {(i, name): value.numpy().tobytes() for i in state for name, value in state[i].items()},
+        "backbone": (folder / "backbone" / "model.safetensors").read_bytes(),
+        "projector": (folder / "projector.safetensors").read_bytes(),
+        "log": [{k: v for k, v in line.items() if k not in timed} for line in RunFolder(folder).read_log()],
+        "left over": [path.name for path in folder.rglob(".*")],
+    }
+
+
+def status_of(process: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+def main(folder: Path, seed: int, kills: int) -> None:
+    draw = random.Random(seed)
+    manners = ("moment", "operation", "operation of a checkpoint in mid-epoch", "step")
+    whole: dict[Kind, tuple[dict[str, object], float, int]] = {}
+    done = 0
+    for trial, kind in enumerate(kinds(draw)):
+        alone = folder / "-".join(map(str, kind))
+        if kind not in whole:
+            began = time.monotonic()
+            assert status_of(fork(alone, kind, {})) == 0
+            seconds = time.monotonic() - began
+            whole[kind] = finished(alone), seconds, int(alone.with_suffix(".operations").read_text())
+        expected, seconds, operations = whole[kind]
+        path, manner = folder / f"trial-{trial}", manners[trial % len(manners)]
+        stop = draw.randrange(EPOCHS * STEPS - 1)
+        place = {
+            "moment": {},
+            "step": {"step": draw.randrange(EPOCHS * STEPS)},
+            "operation": {"operation": draw.randint(1, operations)},
+            # A checkpoint makes about twelve of them.
+            "operation of a checkpoint in mid-epoch": {"stop": stop, "operation": draw.randint(1, 12)},
+        }[manner]
+        process = fork(path, kind, place)
+        if manner == "moment":
+            moment = draw.uniform(0, seconds)
+            time.sleep(moment)
+            os.kill(process, signal.SIGKILL)
+            place = {"seconds": round(moment, 2)}
+        if status_of(process) != -signal.SIGKILL:
+            continue  # it was done before
+        assert status_of(fork(path, kind, {})) == 0
+        ended = finished(path)
+        different = [part for part in expected if ended[part] != expected[part]]
+        print(*kind, "killed at", manner, place, "differs in" if different else "same", *different, flush=True)
+        done += 1
+        if done == kills:
+            return
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]).resolve(), int(sys.argv[2]), int(sys.argv[3]))

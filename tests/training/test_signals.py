@@ -1,0 +1,57 @@
+"""Signals ask a training to stop: an echo changes nothing, a later second one insists, loader processes go on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+
+import pytest
+import torch
+from training_support import image_set
+
+from ssl_gradmix.settings import Augmentation
+from ssl_gradmix.training import batches, signals
+
+
+def test_signals_are_collected_and_handlers_restored() -> None:
+    before = [signal.getsignal(number) for number in signals.SIGNALS]
+    with signals.collected() as received:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)  # as torchrun passes it on to a process that has got it already
+        os.kill(os.getpid(), signal.SIGINT)
+    assert received == [signal.SIGTERM, signal.SIGTERM, signal.SIGINT]
+    assert [signal.getsignal(number) for number in signals.SIGNALS] == before
+
+
+def test_a_second_one_after_a_while_does_what_it_always_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signals, "ECHO", -1.0)
+    with signals.collected() as received:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert received == [signal.SIGINT]
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_loader_processes_outlive_signals_to_the_whole_group_but_obey_their_parent() -> None:
+    source = batches.create(
+        image_set(),
+        Augmentation(where="workers"),
+        batches.BatchIndices(36, 4, 0),
+        16,
+        (0.5,) * 3,
+        (0.5,) * 3,
+        2,
+        2,
+        torch.device("cpu"),
+    )
+    epoch = source.epoch(0, 0)
+    next(epoch)
+    workers = source.loader._iterator._workers
+    for name in ("-INT", "-TERM"):
+        subprocess.run(["kill", name, *(str(worker.pid) for worker in workers)], check=True)
+    assert len(list(epoch)) == 8
+    assert all(worker.is_alive() for worker in workers)
+    workers[0].terminate()
+    workers[0].join(20)
+    assert workers[0].exitcode == 0

@@ -1,0 +1,75 @@
+"""A tiny training on noise, for the tests of several modules; a plain module, imported by its name."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from ssl_gradmix import GradMix, backbones
+from ssl_gradmix.data.datasets import ImageSet
+from ssl_gradmix.methods.simclr import SimCLR
+from ssl_gradmix.settings import Augmentation, Optimiser, Training
+from ssl_gradmix.training.loop import Trainer, create_accelerator
+from ssl_gradmix.training.run_folder import RunFolder
+
+TRAINING = Training(epochs=3, batch_size=8, workers=0, threads=1, knn_every=0, samples_every=0)
+
+
+def image_set(count: int = 36) -> ImageSet:
+    """Two classes, dark and bright, in noise."""
+    labels = np.arange(count) % 2
+    pixels = np.random.default_rng(0).integers(0, 100, (count, 16, 16, 3)) + 150 * labels[:, None, None, None]
+    return ImageSet(pixels.astype(np.uint8), labels.astype(np.int64), ("dark", "bright"), "noise")
+
+
+def trainer(path: Path, kind: type = SimCLR, training: Training = TRAINING, where: str = "device", **kwargs) -> Trainer:
+    accelerator = create_accelerator(training)
+    torch.manual_seed(training.seed)
+    backbone = backbones.create("resnet10_tiny")
+    method = kind(backbone, 128, hidden_dim=32, output_dim=16, gradmix=GradMix(layers=["layer2"]))
+    folder = RunFolder(path)
+    folder.start({"training": {}}, overwrite=False)
+    return Trainer(
+        method,
+        image_set(),
+        folder,
+        accelerator,
+        16,
+        Augmentation(where=where),
+        kwargs.pop("optimiser", Optimiser()),
+        training,
+        **kwargs,
+    )
+
+
+def final(path: Path) -> dict[str, torch.Tensor]:
+    return load_file(sorted((path / "checkpoint").glob("epoch-*"))[-1] / "method.safetensors")
+
+
+def before_step(training: Trainer, place: tuple[int, int], act: Callable[[], object]) -> None:
+    """Makes something happen before the step of an (epoch, batch), counted from 0."""
+    step = training._step
+
+    def watched(batch: object) -> object:
+        if (training.epoch, training.batch) == place:
+            act()
+        return step(batch)
+
+    training._step = watched
+
+
+@contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """No file can grow beyond so many bytes: what a full disk does to those who write, on any machine."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
