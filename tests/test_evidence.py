@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import yaml
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
@@ -33,7 +32,7 @@ from ssl_gradmix.evaluation.results import write_rows
 from ssl_gradmix.settings import BYOLSettings, Data, SimCLRSettings
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from evidence import differences, effective_rank, figures, images, page, rows, runner
+from evidence import differences, figures, images, page, rows, runner
 from evidence.cells import CHANGES, DATA, VARIANTS, Cell, Grid, Step, passes, steps
 
 CIFAR = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -508,19 +507,6 @@ class TestPage:
         assert [float(np.ravel(mark.get_xdata())[0]) for mark in marks] == pytest.approx(
             [100 * 0.13 / 3, 100 * 0.31 / 3]
         )
-
-
-def test_effective_rank():
-    rng = np.random.default_rng(0)
-    features = rng.normal(size=(50, 8)) * np.arange(1, 9)
-    shares = np.linalg.svd(features, compute_uv=False)
-    shares /= shares.sum()
-    expected = math.exp(-(shares * np.log(shares)).sum())
-    assert effective_rank.effective_rank(torch.from_numpy(features)) == pytest.approx(expected)
-    assert effective_rank.effective_rank(torch.eye(6).repeat(3, 1)) == pytest.approx(6)
-    assert effective_rank.effective_rank(torch.outer(torch.arange(1.0, 5), torch.ones(3))) == pytest.approx(1)
-    with pytest.raises(ValueError, match="not zero"):
-        effective_rank.effective_rank(torch.zeros(4, 3))
 
 
 class TestRunner:

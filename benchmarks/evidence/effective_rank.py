@@ -1,9 +1,6 @@
-"""How many directions frozen features of the training images fill: RankMe.
+"""How many directions frozen features of the training images fill: RankMe, see `ssl_gradmix.evaluation.rank`.
 
-Garrido et al., "RankMe: Assessing the Downstream Performance of Pretrained Self-Supervised Representations by Their
-Rank", 2023 (arXiv 2210.02885): the exponential of the entropy of the singular values, divided by their sum.
-
-    python benchmarks/evidence/effective_rank.py runs/x
+python benchmarks/evidence/effective_rank.py runs/x
 """
 
 from __future__ import annotations
@@ -16,8 +13,6 @@ from typing import TYPE_CHECKING
 from ssl_gradmix.evaluation import cli
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from ssl_gradmix.evaluation.setup import Evaluation
 
 
@@ -26,22 +21,9 @@ class Options:
     """Nothing to choose."""
 
 
-def effective_rank(features: Tensor) -> float:
-    """The effective rank of features (N, D), between 1 and min(N, D); they are not centred, as in RankMe.
-
-    Raises:
-        ValueError: All features are zero.
-    """
-    import torch
-
-    values = torch.linalg.svdvals(features.double())
-    if not values.sum() > 0:
-        raise ValueError("the effective rank needs a feature that is not zero")
-    return torch.special.entr(values / values.sum()).sum().exp().item()
-
-
 def evaluate(evaluation: Evaluation, options: Options) -> None:
     """Measures, and on the main process writes `effective_rank.json` and prints the number."""
+    from ssl_gradmix.evaluation.rank import effective_rank
     from ssl_gradmix.evaluation.results import write_rows
 
     train = evaluation.load("train")
