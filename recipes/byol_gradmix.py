@@ -16,12 +16,11 @@ from ssl_gradmix import command_line
 from ssl_gradmix.settings import BYOLSettings
 
 DEFAULTS = {
-    "method.momentum": 0.98,
-    "optimiser.lr": 0.8,
+    "optimiser.lr": 1.2,
     "optimiser.warmup_epochs": 1.0,
-    "augmentation.min_scale": 0.4,
-    "training.batch_size": 32,
-    "training.epochs": 25,
+    "augmentation.min_scale": 0.5,
+    "training.batch_size": 24,
+    "training.epochs": 20,
 }
 """For digits on a laptop: BYOL wants more steps than SimCLR, and smaller batches give them in the same time."""
 
