@@ -218,7 +218,7 @@ class Training:
         seed: Seeds initialisation, shuffling, augmentation and mixing.
         precision: `no` is float32; `bf16` and `fp16` are mixed precision.
         nonfinite: What to do where a loss or a weight is not finite: `stop` with the step and the last good checkpoint,
-            or `skip` that step, counted in the log (for which a copy of all weights is kept during each step).
+            or `skip` that step, counted in the log (which takes memory for a copy of weights and optimiser state).
         workers: Loader processes, where augmentation runs in workers.
         threads: CPU threads of each process, where it trains on the CPU; null shares the cores out.
         knn_every: Epochs between two readings of features of training images: their effective rank and, where images
