@@ -67,6 +67,7 @@ def recipe_parser(method_settings: type, description: str, recipe: str) -> Argum
         ("training", Training),
     ):
         parser.add_class_arguments(settings, name)
+    parser.set_defaults({"augmentation.flip": None})  # settled by `read`
     parser.add_class_arguments(GradMix, "gradmix", skip={"generator", "attribution"})
     # A function is for Python alone: here its name would have any module imported that a file of settings names.
     parser.groups["gradmix"].add_argument(
@@ -85,6 +86,8 @@ def read(parser: ArgumentParser, argv: Sequence[str] | None) -> tuple[Namespace,
         The settings as dataclasses, and the same as plain values, for YAML.
     """
     parsed = parser.parse_args(argv)
+    if parsed.augmentation.flip is None:
+        parsed.augmentation.flip = 0.0 if parsed.data.name in ("digits", "mnist", "svhn") else 0.5
     plain = yaml.safe_load(parser.dump(parsed))
     plain.pop("environment", None)
     return parser.instantiate(parsed), plain

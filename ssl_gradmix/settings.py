@@ -80,7 +80,8 @@ class Augmentation:
             loader processes (lightly's transforms), `auto` takes the device where the decoded training images fit in 4
             GiB.
         min_scale: Smallest share of the image's area that a random resized crop keeps, in (0, 1].
-        flip: Probability of a horizontal flip.
+        flip: Probability of a horizontal flip. Null, the command line's default, is 0.5, and 0 for `digits`, `mnist` and
+            `svhn`: mirror images of digits are none.
         jitter: Probability of a colour jitter.
         brightness: Brightness factor is drawn from [1 - b, 1 + b].
         contrast: Contrast factor is drawn from [1 - c, 1 + c].
@@ -93,7 +94,7 @@ class Augmentation:
 
     where: Literal["auto", "device", "workers"] = "auto"
     min_scale: float = 0.2
-    flip: float = 0.5
+    flip: float | None = 0.5
     jitter: float = 0.8
     brightness: float = 0.4
     contrast: float = 0.4
@@ -107,7 +108,8 @@ class Augmentation:
         _require_between("augmentation.min_scale", self.min_scale, 0, 1, open_low=True)
         _require_between("augmentation.hue", self.hue, 0, 0.5)
         for name in ("flip", "jitter", "brightness", "contrast", "saturation", "gray", "blur", "solarize"):
-            _require_between(f"augmentation.{name}", getattr(self, name), 0, 1)
+            if getattr(self, name) is not None:
+                _require_between(f"augmentation.{name}", getattr(self, name), 0, 1)
 
 
 @dataclass

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from support import load_script
 
 from ssl_gradmix import command_line
+from ssl_gradmix.settings import SimCLRSettings
 
 ROOT = Path(__file__).parent.parent
 QUICK = [
@@ -194,3 +195,13 @@ def test_importing_the_package_needs_torch_alone() -> None:
     code = f"import ssl_gradmix, sys; print([name for name in ({heavy}) if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "flip"),
+    [([], 0.0), (["--data.name", "cifar10"], 0.5), (["--data.name", "svhn", "--augmentation.flip", "0.3"], 0.3)],
+)
+def test_digits_are_mirrored_only_where_asked_for(arguments: list[str], flip: float) -> None:
+    parser = command_line.recipe_parser(SimCLRSettings, "", recipe="simclr")
+    settings, plain = command_line.read(parser, arguments)
+    assert settings.augmentation.flip == plain["augmentation"]["flip"] == flip
