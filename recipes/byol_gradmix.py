@@ -19,8 +19,8 @@ DEFAULTS = {
     "optimiser.lr": 1.2,
     "optimiser.warmup_epochs": 1.0,
     "augmentation.min_scale": 0.5,
-    "training.batch_size": 24,
-    "training.epochs": 20,
+    "training.batch_size": 16,
+    "training.epochs": 18,
 }
 """For digits on a laptop: BYOL wants more steps than SimCLR, and smaller batches give them in the same time."""
 

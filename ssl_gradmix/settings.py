@@ -80,8 +80,8 @@ class Augmentation:
             loader processes (lightly's transforms), `auto` takes the device where the decoded training images fit in 4
             GiB.
         min_scale: Smallest share of the image's area that a random resized crop keeps, in (0, 1].
-        flip: Probability of a horizontal flip. Null, the command line's default, is 0.5, and 0 for `digits`, `mnist` and
-            `svhn`: mirror images of digits are none.
+        flip: Probability of a horizontal flip. Null, the command line's default, is 0.5, but 0 for `digits`, `mnist`
+            and `svhn`: mirror images of digits are none.
         jitter: Probability of a colour jitter.
         brightness: Brightness factor is drawn from [1 - b, 1 + b].
         contrast: Contrast factor is drawn from [1 - c, 1 + c].
