@@ -41,16 +41,17 @@ def collected() -> Iterator[list[int]]:
 
 
 def obey_parent_alone(worker: int) -> None:
-    """A loader process's `worker_init_fn`: of these signals it heeds SIGTERM, where its parent sent it.
+    """A loader process's `worker_init_fn`: it ignores SIGINT, and SIGTERM but from its parent, as long as it has one.
 
     Ctrl-C and schedulers signal all processes. A worker that died of it would take the training down in mid-step.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_await_end, args=(os.getppid(),), daemon=True).start()
 
 
-def _end_with_parent() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
+def _await_end(parent: int) -> None:
+    sender = None
+    while sender != parent and os.getppid() == parent:
+        sender = signal.sigwaitinfo({signal.SIGTERM}).si_pid
     os._exit(0)
