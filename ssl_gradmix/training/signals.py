@@ -41,7 +41,7 @@ def collected() -> Iterator[list[int]]:
 
 
 def obey_parent_alone(worker: int) -> None:
-    """A loader process's `worker_init_fn`: of these signals it heeds SIGTERM, from its parent alone while that lives.
+    """A loader process's `worker_init_fn`: it ignores SIGINT, and SIGTERM but from its parent, as long as it has one.
 
     Ctrl-C and schedulers signal all processes. A worker that died of it would take the training down in mid-step.
     """
@@ -51,6 +51,7 @@ def obey_parent_alone(worker: int) -> None:
 
 
 def _await_end(parent: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent and os.getppid() == parent:
-        pass
+    sender = None
+    while sender != parent and os.getppid() == parent:
+        sender = signal.sigwaitinfo({signal.SIGTERM}).si_pid
     os._exit(0)

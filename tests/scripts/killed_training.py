@@ -76,7 +76,6 @@ def fork(folder: Path, kind: Kind, kill_at: dict[str, int]) -> int:
     process = os.fork()
     if process:
         return process
-    os.setsid()  # its workers are killed with it
     os.dup2(os.open(folder.with_suffix(".txt"), os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
     asked = False
 
