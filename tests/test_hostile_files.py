@@ -125,7 +125,7 @@ def test_a_checkpoint(tmp_path: Path, planted: Planted, write: Callable, name: s
     checkpoint.save(tmp_path, state)
     write(planted, tmp_path / "epoch-00001-batch-0000000" / name)
     with pytest.raises(ValueError, match="no readable checkpoint in"):
-        checkpoint.load(tmp_path)
+        checkpoint.load(tmp_path, state.method)
 
 
 def test_a_run_that_is_resumed(
@@ -497,7 +497,7 @@ def test_a_checkpoint_whose_archive_lies_is_passed_over(
     for offset in (20, 24):  # sizes in the first entry of the archive's directory, packed and unpacked
         struct.pack_into("<I", content, directory + offset, claimed)
     path.write_bytes(content)
-    assert checkpoint.load(tmp_path).epoch == 1
+    assert checkpoint.load(tmp_path, state.method).epoch == 1
     assert "epoch-00002-batch-0000000 cannot be read" in caplog.text
 
 

@@ -138,7 +138,8 @@ def test_trains_on_a_folder_and_answers_the_same_command_again(
     assert entry["epoch"] == 1
     assert (entry["extra"] > 0) == (extra_view != "none")
     assert 0.5 <= entry["lam"] <= 0.95 if extra_view == "gradmix" else entry["lam"] == (extra_view == "augmented")
-    assert "learning rate 0.00625 (scaled by batch / 256)" in capsys.readouterr().out
+    rate = {"simclr": 0.2, "byol": 1.2}[name] * 8 / 256
+    assert f"learning rate {rate:.4g} (scaled by batch / 256)" in capsys.readouterr().out
 
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     assert command_line.run(main, arguments) == 0
