@@ -468,6 +468,7 @@ def test_bad_input_to_make_c_writes_nothing(tmp_path, capsys, arguments, message
 # Processes and help
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_two_processes_give_what_one_gives(run, tmp_path):
     arguments = "--corruptions [glass_blur,fog] --images 61 --workers 1 --epochs 5"

@@ -213,6 +213,7 @@ def test_a_backbone_that_cannot_be_read(run, capsys, script, damage, message):
     assert sorted(run.rglob("*")) == before
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_two_processes_give_what_one_gives(run, tmp_path):
     assert main([str(run), "--epochs", "2", "--out", str(tmp_path / "one")]) == 0

@@ -295,6 +295,7 @@ def test_damaged_samples_of_the_other_run_are_refused(run, tmp_path, capsys):
     assert "osr_samples.safetensors is no file of open-set samples, or damaged" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_two_processes_give_what_one_gives(run, tmp_path):
     arguments = [str(run), "--trials", "[1]", *QUICK]

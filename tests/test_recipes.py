@@ -138,14 +138,14 @@ def test_trains_on_a_folder_and_answers_the_same_command_again(
     assert entry["epoch"] == 1
     assert (entry["extra"] > 0) == (extra_view != "none")
     assert 0.5 <= entry["lam"] <= 0.95 if extra_view == "gradmix" else entry["lam"] == (extra_view == "augmented")
-    rate = {"simclr": 0.2, "byol": 1.2}[name] * 8 / 256
-    assert f"learning rate {rate:.4g} (scaled by batch / 256)" in capsys.readouterr().out
+    rate = {"simclr": 0.2, "byol": 1.2}[name]
+    assert f"learning rate {rate * 8 / 256:.4g} (scaled by batch / 256)" in capsys.readouterr().out
 
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     assert command_line.run(main, arguments) == 0
     assert "is finished: epoch 1/1" in capsys.readouterr().out
     assert command_line.run(main, [*arguments, "--optimiser.lr", "0.5"]) == 2
-    assert "was started with other settings (optimiser.lr was 0.2, now 0.5)" in capsys.readouterr().err
+    assert f"was started with other settings (optimiser.lr was {rate}, now 0.5)" in capsys.readouterr().err
     (checkpoint,) = (run / "checkpoint").iterdir()
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
