@@ -23,7 +23,7 @@ from ssl_gradmix.settings import Augmentation
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LIGHTLY_IMAGES = 256
-"""So many images a round for lightly's transforms, which take a hundredth of a second for few."""
+"""At most so many a round for lightly's transforms, which are an order of magnitude slower."""
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
 Corruptions and open-set scores have benchmarks of their own: corruption_speed.py and osr_scores.py.
 
     python benchmarks/evaluation_speed.py
-    python benchmarks/evaluation_speed.py --device cuda --backbone resnet50_small --images 50000
+    python benchmarks/evaluation_speed.py --device cuda --backbones resnet50_small --images 50000
 """
 
 from __future__ import annotations

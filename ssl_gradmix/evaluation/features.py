@@ -128,14 +128,19 @@ def _encode(encoder: Encoder, images: ImageSet, batch_size: int, device: torch.d
 
 def _ahead(images: ImageSet, size: int, batch_size: int) -> Iterator[Tensor]:
     """Pixels batch by batch, each decoded, or corrupted, while the one before is encoded."""
-    numbers = np.arange(len(images))
-    batches = [images.subset(numbers[i : i + batch_size]) for i in range(0, len(images), batch_size)]
+
+    def read(start: int) -> Tensor:
+        batch = images.subset(np.arange(start, min(start + batch_size, len(images))))
+        return batch.pixels(size, progress=False)
+
     with ThreadPoolExecutor(1) as thread:
-        coming = thread.submit(batches[0].pixels, size, progress=False)
-        for batch in batches[1:]:
-            pixels, coming = coming.result(), thread.submit(batch.pixels, size, progress=False)
-            yield pixels
-        yield coming.result()
+        coming = None
+        for start in range(0, len(images), batch_size):
+            before, coming = coming, thread.submit(read, start)
+            if before is not None:
+                yield before.result()
+        if coming is not None:
+            yield coming.result()
 
 
 def _check(encoded: Tensor, count: int, name: str) -> None:
