@@ -41,7 +41,7 @@ def extract(
     for it; here the whole centre square is seen.) Everything runs in float32.
 
     Args:
-        encoder: Moved to the device, and put in eval mode.
+        encoder: Moved to the device, on a CPU its kernels to channels_last, and put in eval mode.
         images: A set, or uint8 (N, H, W, 3), which has no labels.
         batch_size: Images at once, on each process.
         device: Where the encoder runs; None takes the accelerator's, else a GPU where there is one.
@@ -111,7 +111,9 @@ def _gather(
 def _encode(encoder: Encoder, images: ImageSet, batch_size: int, device: torch.device, progress: bool) -> Tensor:
     from tqdm import tqdm
 
-    model = encoder.model.to(device).eval()
+    # On a CPU convolutions are faster that way; in float32 on a GPU they need not be.
+    layout = torch.channels_last if device.type == "cpu" else torch.preserve_format
+    model = encoder.model.to(device, memory_format=layout).eval()
     mean = torch.tensor(encoder.mean, device=device).view(3, 1, 1)
     std = torch.tensor(encoder.std, device=device).view(3, 1, 1)
     features = []

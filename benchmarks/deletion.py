@@ -1,0 +1,128 @@
+"""Does attribution find what makes two views agree? A deletion test on a trained encoder and its projector.
+
+Two views of each test image are embedded, a box of one of them is replaced by another image as GradMix does it, and the
+embedding's cosine similarity to the other view is read again. A place that carries the agreement costs more of it than
+a random one of the same size: differences are paired, image by image, with 95% t intervals over images. The centre is
+the control that needs no gradient: objects tend to lie there.
+
+    python benchmarks/deletion.py runs/simclr
+    python benchmarks/deletion.py runs/a runs/b --layer layer2 --images 5000
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+
+import numpy as np
+import timing
+import torch
+from scipy.stats import ttest_1samp
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
+from torchvision.ops import box_iou
+
+from ssl_gradmix import GradMix
+from ssl_gradmix.data.augmentation import DeviceViews
+from ssl_gradmix.data.datasets import load
+from ssl_gradmix.evaluation.encoders import Encoder, load_encoder
+from ssl_gradmix.methods.nt_xent import nt_xent
+from ssl_gradmix.settings import Augmentation, Data
+
+PLACES = ("agreement", "loss", "centre", "random")
+KEPT = (0.9, 0.7, 0.5)
+BATCH = 256
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", help="run folders of SimCLR")
+    parser.add_argument("--layer", default="layer3", help="observed (default: %(default)s)")
+    parser.add_argument("--images", type=int, default=2000, help="test images (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of views, donors and random places (default: %(default)s)")
+    options = parser.parse_args()
+    print(f"{options.images:,} test images, {options.layer}, seed {options.seed}, {timing.origin()}\n")
+    header = ["run", "kept", "whole", *(f"{place}, against random" for place in PLACES[:-1]), "random", "IoU"]
+    rows = [line for run in options.runs for line in lines(load_encoder(run, feature="projector"), options)]
+    print(timing.table(header, rows))
+    print("\nwhole: similarity before anything is replaced; IoU: of the boxes of agreement and loss")
+
+
+def lines(encoder: Encoder, options: argparse.Namespace) -> list[list[str]]:
+    """The table's lines of one run, one for each share that is kept."""
+    images = load(Data(**encoder.config["data"]), "test").subset(range(options.images)).pixels(encoder.size)
+    views = DeviceViews(Augmentation(**encoder.config["augmentation"]), encoder.size, encoder.mean, encoder.std)
+    temperature = encoder.config["method"]["temperature"]
+    encoder.model.requires_grad_(True)  # attribution needs a graph
+    found = []
+    for kept in KEPT:
+        torch.manual_seed(options.seed)
+        batches = [
+            delete(encoder.model, views(batch, 2), f"0.{options.layer}", kept, temperature, Anywhere(options.seed + i))
+            for i, batch in enumerate(images.split(BATCH))
+        ]
+        columns = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+        found.append(
+            [
+                encoder.run.name,
+                f"{kept:.0%}",
+                f"{columns['whole'].mean():.3f}",
+                *(difference(columns[place], columns["random"]) for place in PLACES[:-1]),
+                f"{columns['random'].mean():.3f}",
+                f"{columns['iou'].mean():.2f}",
+            ]
+        )
+    return found
+
+
+def delete(
+    model: nn.Module, views: list[Tensor], layer: str, kept: float, temperature: float, anywhere: Anywhere
+) -> dict[str, np.ndarray]:
+    """Similarities (N,) of the first view to the second, whole and mixed at each place, and the IoU of two boxes."""
+    first, second = views
+    mixers = {
+        "agreement": GradMix([layer], target="agreement", lam_range=(kept, kept)),
+        "loss": GradMix([layer], target="loss", lam_range=(kept, kept)),
+        "centre": GradMix([layer], attribution=central, lam_range=(kept, kept)),
+        "random": GradMix([layer], attribution=anywhere, lam_range=(kept, kept)),
+    }
+    with mixers["agreement"].observe(model) as observed:
+        z0, z1 = model(torch.cat(views)).chunk(2)
+    loss = nt_xent(z0, z1, temperature)
+    state = torch.get_rng_state()
+    mixed = {}
+    for place, mixer in mixers.items():
+        torch.set_rng_state(state)  # the same donors at every place
+        mixed[place] = mixer(first, loss, observed, donors=second)
+    with torch.no_grad():
+        similar = {"whole": cosine_similarity(z0, z1)}
+        similar |= {place: cosine_similarity(model(each.images), z1) for place, each in mixed.items()}
+    similar["iou"] = box_iou(mixed["agreement"].boxes, mixed["loss"].boxes).diagonal()
+    return {name: values.detach().numpy() for name, values in similar.items()}
+
+
+class Anywhere:
+    """Maps of noise from a generator of its own, so that donors are the same as for the other places."""
+
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, activation: Tensor, gradient: Tensor) -> Tensor:
+        return torch.rand(len(activation), *activation.shape[2:], generator=self.generator)
+
+
+def central(activation: Tensor, gradient: Tensor) -> Tensor:
+    """A map (N, h, w) that is highest in the middle."""
+    height, width = activation.shape[2:]
+    y, x = (torch.linspace(-1, 1, extent) for extent in (height, width))
+    return (2 - y[:, None] ** 2 - x**2).expand(len(activation), height, width)
+
+
+def difference(values: np.ndarray, reference: np.ndarray) -> str:
+    """The mean of a paired difference, with half the width of its 95% t interval."""
+    low, high = ttest_1samp(values - reference, 0).confidence_interval(0.95)
+    return f"{(values - reference).mean():+.3f} ± {(high - low) / 2:.3f}" if math.isfinite(low) else "0"
+
+
+if __name__ == "__main__":
+    main()
