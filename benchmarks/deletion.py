@@ -1,9 +1,9 @@
 """Does attribution find what makes two views agree? A deletion test on a trained encoder and its projector.
 
-Two views of each test image are embedded, a box of one of them is replaced by another image as GradMix does it, and the
-embedding's cosine similarity to the other view is read again. A place that carries the agreement costs more of it than
-a random one of the same size: differences are paired, image by image, with 95% t intervals over images. The centre is
-the control that needs no gradient: objects tend to lie there.
+Two views of each training image are embedded, a box of one of them is replaced by another image as GradMix does it, and
+the embedding's cosine similarity to the other view is read again. A place that carries the agreement costs more of it
+than a random one of the same size: differences are paired, image by image, with 95% t intervals over images. The centre
+is the control that needs no gradient: objects tend to lie there.
 
     python benchmarks/deletion.py runs/simclr
     python benchmarks/deletion.py runs/a runs/b --layer layer2 --images 5000
@@ -23,6 +23,7 @@ from torch.nn.functional import cosine_similarity
 from torchvision.ops import box_iou
 
 from ssl_gradmix import GradMix
+from ssl_gradmix.attribution import METHODS
 from ssl_gradmix.data.augmentation import DeviceViews
 from ssl_gradmix.data.datasets import load
 from ssl_gradmix.evaluation.encoders import Encoder, load_encoder
@@ -38,10 +39,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", help="run folders of SimCLR")
     parser.add_argument("--layer", default="layer3", help="observed (default: %(default)s)")
-    parser.add_argument("--images", type=int, default=2000, help="test images (default: %(default)s)")
+    parser.add_argument("--attribution", choices=METHODS, default="layercam", help="(default: %(default)s)")
+    parser.add_argument("--images", type=int, default=2000, help="training images, at random (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of views, donors and random places (default: %(default)s)")
     options = parser.parse_args()
-    print(f"{options.images:,} test images, {options.layer}, seed {options.seed}, {timing.origin()}\n")
+    print(
+        f"{options.images:,} training images, {options.attribution} at {options.layer}, seed {options.seed}, {timing.origin()}\n"
+    )
     header = ["run", "kept", "whole", *(f"{place}, against random" for place in PLACES[:-1]), "random", "IoU"]
     rows = [line for run in options.runs for line in lines(load_encoder(run, feature="projector"), options)]
     print(timing.table(header, rows))
@@ -50,7 +54,9 @@ def main() -> None:
 
 def lines(encoder: Encoder, options: argparse.Namespace) -> list[list[str]]:
     """The table's lines of one run, one for each share that is kept."""
-    images = load(Data(**encoder.config["data"]), "test").subset(range(options.images)).pixels(encoder.size)
+    images = load(Data(**encoder.config["data"]), "train")
+    drawn = np.random.default_rng(options.seed).permutation(len(images))[: options.images]
+    pixels = images.subset(drawn).pixels(encoder.size)
     views = DeviceViews(Augmentation(**encoder.config["augmentation"]), encoder.size, encoder.mean, encoder.std)
     temperature = encoder.config["method"]["temperature"]
     encoder.model.requires_grad_(True)  # attribution needs a graph
@@ -58,8 +64,8 @@ def lines(encoder: Encoder, options: argparse.Namespace) -> list[list[str]]:
     for kept in KEPT:
         torch.manual_seed(options.seed)
         batches = [
-            delete(encoder.model, views(batch, 2), f"0.{options.layer}", kept, temperature, Anywhere(options.seed + i))
-            for i, batch in enumerate(images.split(BATCH))
+            delete(encoder.model, views(batch, 2), mixers(options, kept, options.seed + i), temperature)
+            for i, batch in enumerate(pixels.split(BATCH))
         ]
         columns = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
         found.append(
@@ -75,17 +81,22 @@ def lines(encoder: Encoder, options: argparse.Namespace) -> list[list[str]]:
     return found
 
 
+def mixers(options: argparse.Namespace, kept: float, seed: int) -> dict[str, GradMix]:
+    """GradMix at each place, with boxes of one size."""
+    settings = {"layers": [f"0.{options.layer}"], "lam_range": (kept, kept)}
+    return {
+        "agreement": GradMix(**settings, attribution=options.attribution, target="agreement"),
+        "loss": GradMix(**settings, attribution=options.attribution, target="loss"),
+        "centre": GradMix(**settings, attribution=central),
+        "random": GradMix(**settings, attribution=Anywhere(seed)),
+    }
+
+
 def delete(
-    model: nn.Module, views: list[Tensor], layer: str, kept: float, temperature: float, anywhere: Anywhere
+    model: nn.Module, views: list[Tensor], mixers: dict[str, GradMix], temperature: float
 ) -> dict[str, np.ndarray]:
     """Similarities (N,) of the first view to the second, whole and mixed at each place, and the IoU of two boxes."""
     first, second = views
-    mixers = {
-        "agreement": GradMix([layer], target="agreement", lam_range=(kept, kept)),
-        "loss": GradMix([layer], target="loss", lam_range=(kept, kept)),
-        "centre": GradMix([layer], attribution=central, lam_range=(kept, kept)),
-        "random": GradMix([layer], attribution=anywhere, lam_range=(kept, kept)),
-    }
     with mixers["agreement"].observe(model) as observed:
         z0, z1 = model(torch.cat(views)).chunk(2)
     loss = nt_xent(z0, z1, temperature)
