@@ -44,7 +44,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of views, donors and random places (default: %(default)s)")
     options = parser.parse_args()
     print(
-        f"{options.images:,} training images, {options.attribution} at {options.layer}, seed {options.seed}, {timing.origin()}\n"
+        f"{options.images:,} training images, {options.attribution} at {options.layer}, seed {options.seed}, "
+        f"{timing.origin()}\n"
     )
     header = ["run", "kept", "whole", *(f"{place}, against random" for place in PLACES[:-1]), "random", "IoU"]
     rows = [line for run in options.runs for line in lines(load_encoder(run, feature="projector"), options)]
