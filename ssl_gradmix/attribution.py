@@ -94,10 +94,12 @@ def _recorder(observed: Observed, name: str) -> Callable[[nn.Module, tuple, obje
 
 
 def layercam(activation: Tensor, gradient: Tensor) -> Tensor:
-    """`sum_c A_c * relu(G_c)` at every place: LayerCAM, Jiang et al. 2021, IEEE TIP 30.
+    """`sum_c A_c * relu(smooth(G)_c)` at every place: LayerCAM, Jiang et al. 2021, IEEE TIP 30, of smoothed gradients.
 
-    Without LayerCAM's outer relu: after a ReLU layer it changes nothing, and tokens of a transformer may be negative,
-    where normalisation still ranks the places.
+    Without smoothing, the maximum of a map ahead of a strided stage tells the stride's grid rather than the image, see
+    `smooth`; where gradients are the same at every place, as ahead of global pooling, it changes nothing. And without
+    LayerCAM's outer relu: after a ReLU layer it changes nothing, and tokens of a transformer may be negative, where
+    normalisation still ranks the places.
 
     Args:
         activation: (N, C, h, w).
@@ -106,7 +108,20 @@ def layercam(activation: Tensor, gradient: Tensor) -> Tensor:
     Returns:
         Map (N, h, w), not normalised.
     """
-    return (activation * gradient.relu()).sum(1)
+    return (activation * smooth(gradient).relu()).sum(1)
+
+
+def smooth(gradient: Tensor) -> Tensor:
+    """Averages every place with its neighbours, by weights 1, 2, 1 in both directions; (N, C, h, w) stays so.
+
+    Places of a layer reach a stage of stride 2 through unequal numbers of weights, so that their gradients alternate
+    whatever the image shows (Odena, Olah, Shlens 2016, "Deconvolution and checkerboard artifacts"). This filter lets
+    nothing through that alternates from place to place, up to the border, which is reflected.
+    """
+    if min(gradient.shape[2:]) < 2:
+        return gradient
+    padded = F.pad(gradient, (1, 1, 1, 1), mode="reflect")
+    return F.avg_pool2d(F.avg_pool2d(padded, 2, stride=1), 2, stride=1)
 
 
 def gradcam(activation: Tensor, gradient: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import nn
 
-from ssl_gradmix.attribution import attribute, observe, spatial
+from ssl_gradmix.attribution import attribute, layercam, observe, spatial
 
 
 class Net(nn.Module):
@@ -23,16 +23,31 @@ class Net(nn.Module):
         return self.head(self.stage(self.stem(x)).mean((2, 3)))
 
 
+def naive_smooth(values: torch.Tensor) -> torch.Tensor:
+    """Weights 1, 2, 1 down and across, over (h, w); beyond the border lies what is before it."""
+    height, width = values.shape
+    result = torch.zeros(height, width)
+    for y in range(height):
+        for x in range(width):
+            for dy, down in ((-1, 1), (0, 2), (1, 1)):
+                for dx, across in ((-1, 1), (0, 2), (1, 1)):
+                    row = height - 2 if y + dy == height else abs(y + dy)
+                    column = width - 2 if x + dx == width else abs(x + dx)
+                    result[y, x] += down * across * values[row, column] / 16
+    return result
+
+
 def naive(activation: torch.Tensor, gradient: torch.Tensor, method: str) -> torch.Tensor:
     count, channels, height, width = activation.shape
     maps = torch.zeros(count, height, width)
     for n in range(count):
         for c in range(channels):
             weight = gradient[n, c].mean()
+            smoothed = naive_smooth(gradient[n, c])
             for y in range(height):
                 for x in range(width):
                     if method == "layercam":
-                        maps[n, y, x] += activation[n, c, y, x] * max(0.0, gradient[n, c, y, x].item())
+                        maps[n, y, x] += activation[n, c, y, x] * max(0.0, smoothed[y, x].item())
                     else:
                         maps[n, y, x] += activation[n, c, y, x] * weight
     return maps if method == "layercam" else maps.clamp_min(0)
@@ -90,6 +105,25 @@ def test_equals_pytorch_grad_cam(method: str) -> None:
         )
     theirs = torch.from_numpy(theirs).clamp_min(0)
     torch.testing.assert_close(ours, torch.stack([stretch(each) for each in theirs]), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("size", "kernel", "stride"), [((8, 8), 1, 2), ((6, 10), 2, 2), ((7, 9), 1, 2)])
+def test_a_stride_leaves_no_pattern(size: tuple[int, int], kernel: int, stride: int) -> None:
+    torch.manual_seed(0)
+    activation = torch.ones(1, 3, *size, requires_grad=True)
+    downsample = nn.Conv2d(3, 4, kernel, stride, bias=False)
+    gradient = torch.autograd.grad(downsample(activation).sum(), activation)[0]
+    assert gradient.std((2, 3)).min() > 0.05  # it alternates though the image is flat
+    maps = layercam(activation.detach(), gradient)
+    torch.testing.assert_close(maps, maps.mean().expand_as(maps))
+
+
+def test_maps_of_one_line_are_not_smoothed() -> None:
+    torch.manual_seed(0)
+    activation, weight = torch.rand(2, 3, 1, 6, requires_grad=True), torch.rand(3, 1, 6)
+    maps = attribute((activation * weight).sum(), {"layer": [activation]}, (1, 6), target="loss")
+    expected = (activation.detach() * weight).sum(1)
+    torch.testing.assert_close(maps, torch.stack([stretch(each) for each in expected]))
 
 
 def test_takes_the_first_images_over_several_passes() -> None:
