@@ -31,14 +31,17 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (STEPS * 8 + 1, 16, 16, 3), n
 TRAINING = Training(epochs=EPOCHS, batch_size=8, workers=0, threads=1, knn_every=0, samples_every=0)
 
 
-def group_norms(module: nn.Module) -> None:
-    """In place of BatchNorm, whose statistics would be those of a process's share."""
+def make_comparable(module: nn.Module) -> None:
+    """GroupNorm in place of BatchNorm, whose statistics would be those of a process's share; SiLU in place of ReLU,
+    whose kink makes weights that differ by 1e-4 out of a rounding error of 1e-7."""
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d):
             norm = nn.GroupNorm(1, child.num_features).requires_grad_(child.weight.requires_grad)  # not the teacher's
             setattr(module, name, nn.Sequential(norm, getattr(child, "act", nn.Identity())))
+        elif isinstance(child, nn.ReLU):
+            setattr(module, name, nn.SiLU())
         else:
-            group_norms(child)
+            make_comparable(child)
 
 
 def create(folder: Path, name: str, nonfinite: str = "stop") -> Trainer:
@@ -48,7 +51,7 @@ def create(folder: Path, name: str, nonfinite: str = "stop") -> Trainer:
     torch.manual_seed(0)
     gradmix = GradMix(layers=["layer2"], fill="crop", lam_range=(0.7, 0.7))
     method = METHODS[name](backbones.create("resnet10_tiny"), 128, hidden_dim=32, output_dim=16, gradmix=gradmix)
-    group_norms(method)
+    make_comparable(method)
     images = ImageSet(PIXELS, np.zeros(len(PIXELS), np.int64), ("noise",), "noise")
     into = RunFolder(folder / name)
     if accelerator.is_main_process:
