@@ -10,6 +10,7 @@ that runs out of time goes on where it stopped when the part is run again.
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import signal
 import subprocess
@@ -71,6 +72,11 @@ def parts(options: argparse.Namespace) -> dict[str, list[str]]:
         ],
         "simclr-200": train("simclr", "simclr-200", "--optimiser.lr", "0.12"),
         "augmentation": [str(HERE / "augmentation.py"), "--batch", "512"],
+        "throughput-workers": [
+            *(str(HERE / "throughput.py"), "--backbone", "resnet18_small", "--batch", "512", "--images", "25600"),
+            *("--precision", "bf16", "--workers", str(len(os.sched_getaffinity(0))), "--rounds", "3"),
+            *("--rows", "step", "loop workers", "loop pageable", "plain loop", "lightly"),
+        ],
         "step-resnet50": [*STEP, "--batch", "256", "--backbone", "resnet50_small"],
         "step-vit": [*STEP, "--batch", "256", *small_vit, "--layers", "blocks.8", "blocks.5"],
         "step-float32": [*STEP, "--batch", "512", "--precision", "float32"],

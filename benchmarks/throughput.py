@@ -8,9 +8,10 @@ row's peak memory is its own. Images are synthetic, uint8 in memory. Rows:
     step compiled   the same with the backbone's stages compiled one by one
     step fused      the same with torch's fused optimiser
     loop            `Trainer`, as the recipes run it: views on the device
-    loop workers    `Trainer` with views made by lightly's transforms in two workers
+    loop workers    `Trainer` with views made by lightly's transforms in workers; on a GPU, copied from pinned memory
+    loop pageable   the same from pageable memory, where the host waits for each copy; on a GPU only
     plain loop      `Trainer`, plain SimCLR
-    lightly         plain SimCLR as lightly's examples write it: its transforms in two workers, its loss
+    lightly         plain SimCLR as lightly's examples write it: its transforms in workers, its loss
 
     python benchmarks/throughput.py
     python benchmarks/throughput.py --device cuda --backbone resnet18_small --batch 512 --images 50000 --precision bf16
@@ -30,7 +31,7 @@ import time
 import numpy as np
 import timing
 
-GRADMIX = ("step", "step NCHW", "step compiled", "step fused", "loop", "loop workers")
+GRADMIX = ("step", "step NCHW", "step compiled", "step fused", "loop", "loop workers", "loop pageable")
 PLAIN = ("plain loop", "lightly")
 
 
@@ -41,19 +42,24 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128, help="images a step (default: %(default)s)")
     parser.add_argument("--images", type=int, default=2048, help="images of an epoch (default: %(default)s)")
     parser.add_argument("--precision", choices=["no", "bf16"], default="no")
-    parser.add_argument("--rows", nargs="+", choices=GRADMIX + PLAIN, default=GRADMIX + PLAIN)
+    parser.add_argument("--workers", type=int, default=2, help="of the rows that have any (default: %(default)s)")
+    parser.add_argument("--rows", nargs="+", choices=GRADMIX + PLAIN, help="(default: all that the device has)")
     parser.add_argument("--row", choices=GRADMIX + PLAIN, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.row:
         print(json.dumps(measure(options.row, options)))
         return
+    copied = options.device.startswith("cuda")
+    chosen = options.rows or [row for row in GRADMIX + PLAIN if copied or row != "loop pageable"]
+    if "loop pageable" in chosen and not copied:
+        parser.error("--rows: 'loop pageable' is for a GPU, as nothing is copied on a CPU")
     print(
         f"{options.backbone}, {options.size} px, batch {options.batch}, {options.images:,} images, precision "
-        f"{options.precision}, {options.rounds} rounds, {timing.origin(options.device)}\n",
+        f"{options.precision}, {options.workers} workers, {options.rounds} rounds, {timing.origin(options.device)}\n",
         flush=True,
     )
-    rounds = [{row: in_a_process(row) for row in options.rows} for _ in range(options.rounds)]
-    print(timing.table(["row", "images/s", "against", "peak memory"], [line(row, rounds) for row in options.rows]))
+    rounds = [{row: in_a_process(row) for row in chosen} for _ in range(options.rounds)]
+    print(timing.table(["row", "images/s", "against", "peak memory"], [line(row, rounds) for row in chosen]))
 
 
 def in_a_process(row: str) -> dict[str, float]:
@@ -149,6 +155,7 @@ def our_loop(row: str, options: argparse.Namespace) -> float:
         batch_size=options.batch,
         precision=options.precision,
         threads=options.threads,
+        workers=options.workers,
         knn_every=0,
         samples_every=0,
     )
@@ -158,16 +165,19 @@ def our_loop(row: str, options: argparse.Namespace) -> float:
     labels = np.full(options.images, -1)
     with tempfile.TemporaryDirectory() as path:
         folder = RunFolder(path)
-        Trainer(
+        trainer = Trainer(
             method.to(torch.device(options.device)),
             ImageSet(images(options), labels, (), "noise"),
             folder,
             accelerator,
             options.size,
-            Augmentation(where="workers" if row == "loop workers" else "device"),
+            Augmentation(where="workers" if row in ("loop workers", "loop pageable") else "device"),
             Optimiser(),
             training,
-        ).run()
+        )
+        if row == "loop pageable":
+            trainer.source.loader.pin_memory = False
+        trainer.run()
         return folder.read_log()[-1]["images_per_second"]
 
 
@@ -199,7 +209,12 @@ def lightly_style(options: argparse.Namespace) -> float:
     optimiser = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     criterion = NTXentLoss(temperature=0.2)
     loader = torch.utils.data.DataLoader(
-        Views(), options.batch, shuffle=True, drop_last=True, num_workers=2, persistent_workers=True
+        Views(),
+        options.batch,
+        shuffle=True,
+        drop_last=True,
+        num_workers=options.workers,
+        persistent_workers=options.workers > 0,
     )
     kind, half = options.device.split(":")[0], options.precision == "bf16"
 
