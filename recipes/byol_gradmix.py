@@ -36,8 +36,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     from ssl_gradmix import backbones
     from ssl_gradmix.data.datasets import known_classes, load
     from ssl_gradmix.methods.byol import BYOL
-    from ssl_gradmix.training.loop import Trainer, check_images, create_accelerator
-    from ssl_gradmix.training.run_folder import RunFolder
+    from ssl_gradmix.run_folder import RunFolder
+    from ssl_gradmix.training.loop import Trainer, check_images
+    from ssl_gradmix.training.processes import create_accelerator
 
     folder = RunFolder(settings.run)
     folder.check(plain, settings.overwrite)

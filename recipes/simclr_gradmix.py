@@ -25,8 +25,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     from ssl_gradmix import backbones
     from ssl_gradmix.data.datasets import known_classes, load
     from ssl_gradmix.methods.simclr import SimCLR
-    from ssl_gradmix.training.loop import Trainer, check_images, create_accelerator
-    from ssl_gradmix.training.run_folder import RunFolder
+    from ssl_gradmix.run_folder import RunFolder
+    from ssl_gradmix.training.loop import Trainer, check_images
+    from ssl_gradmix.training.processes import create_accelerator
 
     if settings.training.accumulate > 1 and not settings.method.allow_fewer_negatives:
         raise ValueError(

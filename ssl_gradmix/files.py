@@ -1,8 +1,10 @@
-"""Small files that anyone may have written, read as plain data and never as instructions, and names of files."""
+"""Files: read as plain data and never as instructions, written whole or not at all, and their names."""
 
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,22 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise ValueError(f"{path} is damaged: it holds no settings")
     return settings
+
+
+def write_whole(path: str | Path, write: Callable[[Path], object]) -> None:
+    """Has `write(temporary path)` write a file in the same folder and renames it, so that no reader sees half of it.
+
+    Several processes may write the same file, and the last one's stays. A process that is killed while it writes leaves
+    `.<name>.<process>.tmp` behind.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def printable(name: str) -> str:

@@ -80,8 +80,8 @@ class Augmentation:
             loader processes (lightly's transforms), `auto` takes the device where the decoded training images fit in 4
             GiB.
         min_scale: Smallest share of the image's area that a random resized crop keeps, in (0, 1].
-        flip: Probability of a horizontal flip. Null, the command line's default, is 0.5, but 0 for `digits`, `mnist`
-            and `svhn`: mirror images of digits are none.
+        flip: Probability of a horizontal flip. Null is 0.5; on the command line, where it is the default, it is 0 for
+            `digits`, `mnist` and `svhn`: mirror images of digits are none.
         jitter: Probability of a colour jitter.
         brightness: Brightness factor is drawn from [1 - b, 1 + b].
         contrast: Contrast factor is drawn from [1 - c, 1 + c].
@@ -107,9 +107,10 @@ class Augmentation:
     def __post_init__(self) -> None:
         _require_between("augmentation.min_scale", self.min_scale, 0, 1, open_low=True)
         _require_between("augmentation.hue", self.hue, 0, 0.5)
+        if self.flip is None:
+            self.flip = 0.5
         for name in ("flip", "jitter", "brightness", "contrast", "saturation", "gray", "blur", "solarize"):
-            if getattr(self, name) is not None:
-                _require_between(f"augmentation.{name}", getattr(self, name), 0, 1)
+            _require_between(f"augmentation.{name}", getattr(self, name), 0, 1)
 
 
 @dataclass

@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 from ssl_gradmix import GradMix, backbones
 from ssl_gradmix.data.datasets import ImageSet
 from ssl_gradmix.methods.simclr import SimCLR
+from ssl_gradmix.run_folder import RunFolder
 from ssl_gradmix.settings import Augmentation, Optimiser, Training
-from ssl_gradmix.training.loop import Trainer, create_accelerator
-from ssl_gradmix.training.run_folder import RunFolder
+from ssl_gradmix.training.loop import Trainer
+from ssl_gradmix.training.processes import create_accelerator
 
 TRAINING = Training(epochs=3, batch_size=8, workers=0, threads=1, knn_every=0, samples_every=0)
 

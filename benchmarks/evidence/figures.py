@@ -13,7 +13,7 @@ from evidence.cells import VARIANTS
 from evidence.differences import Values, compare
 from evidence.rows import MEASURES
 from ssl_gradmix.evaluation.plots import ACCENT, GRID, INK, MUTED
-from ssl_gradmix.evaluation.results import write_whole
+from ssl_gradmix.files import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -13,7 +13,7 @@ from evidence import figures as drawing
 from evidence.cells import CHANGES, VARIANTS
 from evidence.differences import Difference, Values, compare, values
 from evidence.rows import MEASURES, Measure, Row
-from ssl_gradmix.evaluation.results import write_whole
+from ssl_gradmix.files import write_whole
 
 BEGIN, END = "<!-- generated from rows: begin -->", "<!-- generated from rows: end -->"
 

@@ -13,9 +13,9 @@ from typing import Any
 
 from evidence.cells import Cell, Grid, passes
 from ssl_gradmix.evaluation.open_set.trials import KNOWN_ONLY
-from ssl_gradmix.evaluation.results import read_rows, write_whole
-from ssl_gradmix.files import read_yaml
-from ssl_gradmix.training.run_folder import RunFolder
+from ssl_gradmix.evaluation.results import read_rows
+from ssl_gradmix.files import read_yaml, write_whole
+from ssl_gradmix.run_folder import RunFolder
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ssl_gradmix.data.datasets import ImageSet
 from ssl_gradmix.evaluation.encoders import Encoder
-from ssl_gradmix.evaluation.results import write_whole
+from ssl_gradmix.files import write_whole
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

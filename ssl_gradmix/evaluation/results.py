@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
-from ssl_gradmix.files import read_json
+from ssl_gradmix.files import read_json, write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -122,18 +121,6 @@ def write_figure(path: str | Path, figure: Figure) -> None:
         text.set_parse_math(False)
     with rc_context({"text.parse_math": False}):  # for texts that are made only now, as those of ticks
         write_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight"))
-
-
-def write_whole(path: str | Path, write: Callable[[Path], object]) -> None:
-    """Has `write(temporary path)` write a file in the same folder and renames it, so that no reader sees half of it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def console_table(rows: Sequence[Row]) -> str:

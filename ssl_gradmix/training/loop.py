@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +13,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -23,12 +21,13 @@ from tqdm.auto import tqdm
 
 from ssl_gradmix import backbones
 from ssl_gradmix.data.datasets import ImageSet
+from ssl_gradmix.files import write_whole
 from ssl_gradmix.methods.losses import Losses
+from ssl_gradmix.run_folder import RunFolder
 from ssl_gradmix.settings import Augmentation, Optimiser, Training
 from ssl_gradmix.training import batches, checkpoint, optimisers, samples, signals
 from ssl_gradmix.training.monitor import Monitor
 from ssl_gradmix.training.nonfinite import Undo, all_finite, tolerant
-from ssl_gradmix.training.run_folder import RunFolder
 
 logger = logging.getLogger("ssl_gradmix")
 
@@ -45,52 +44,6 @@ untrained ones have ranks above 4."""
 
 SAMPLED = 8
 """Images in a picture of mixed views."""
-
-
-def create_accelerator(
-    training: Training, expect_processes: int | None = None, project: str | None = None
-) -> Accelerator:
-    """Sets up devices, processes and trackers, and says how many processes there are.
-
-    Args:
-        training: Precision, accumulation, batch and trackers.
-        expect_processes: How many there should be.
-        project: Folder for what trackers write.
-
-    Raises:
-        ValueError: Another number of processes than expected, a batch that they cannot share evenly, or a tracker that
-            is not installed.
-    """
-    trackers = training.trackers or []
-    missing = [name for name in trackers if name not in map(str, get_available_trackers())]
-    if missing:
-        raise ValueError(
-            f"training.trackers: {', '.join(missing)} not known to Accelerate or not installed; pip install it"
-        )
-    accelerator = Accelerator(
-        mixed_precision=training.precision,
-        gradient_accumulation_steps=training.accumulate,
-        log_with=trackers or None,
-        project_dir=project,
-    )
-    found = accelerator.num_processes
-    logger.info(
-        "%d process%s on %s, precision %s", found, "" if found == 1 else "es", accelerator.device, training.precision
-    )
-    if accelerator.device.type == "cpu":
-        # `accelerate launch` and torchrun leave one thread a process, however many cores there are.
-        torch.set_num_threads(training.threads or max(1, len(os.sched_getaffinity(0)) // found))
-    if expect_processes not in (None, found):
-        raise ValueError(
-            f"expect_processes: {expect_processes} expected, {found} running; several processes on a CPU need "
-            "`ACCELERATE_USE_CPU=true torchrun --nproc_per_node N`, as `accelerate launch --cpu` starts one only"
-        )
-    if training.batch_size % (found * training.accumulate):
-        raise ValueError(
-            f"training.batch_size {training.batch_size} is not a multiple of {found} processes x "
-            f"{training.accumulate} micro-batches"
-        )
-    return accelerator
 
 
 @torch.no_grad()
@@ -120,7 +73,7 @@ class Trainer:
             where it has a teacher, `update_teacher(step, steps)`.
         images: To train on; their labels serve the kNN reading alone.
         folder: Where everything is written, already started.
-        accelerator: From `create_accelerator`.
+        accelerator: From `processes.create_accelerator`.
         size: Side of the views in pixels.
         augmentation: How views are made.
         optimiser: How weights are updated.
@@ -464,9 +417,8 @@ class Trainer:
 
 
 def _save_projector(projector: nn.Module, run: RunFolder) -> None:
-    temporary = run.path / ".projector.safetensors.tmp"
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in projector.state_dict().items()}, temporary)
-    temporary.rename(run.projector)
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in projector.state_dict().items()}
+    write_whole(run.projector, lambda temporary: save_file(weights, temporary))
 
 
 def _line(entry: dict[str, Any], epochs: int) -> str:

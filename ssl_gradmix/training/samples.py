@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ssl_gradmix.files import write_whole
 from ssl_gradmix.gradmix import MixedViews
 
 
@@ -46,10 +46,7 @@ def draw(images: Tensor, mixed: MixedViews, mean: Sequence[float], std: Sequence
         axis.spines[:].set_visible(False)
     for row, label in enumerate(("image", "attribution", "region", f"mixed view\nkept {mixed.lam.item():.0%}")):
         grid[row, 0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=10)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png")
-    os.replace(temporary, path)
+    write_whole(path, lambda temporary: figure.savefig(temporary, format="png"))
 
 
 def _region(before: np.ndarray, after: np.ndarray, box: list[int] | None) -> np.ndarray:

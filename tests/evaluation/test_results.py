@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from ssl_gradmix.evaluation.plots import class_accuracies
-from ssl_gradmix.evaluation.results import Row, console_table, read_rows, write_figure, write_rows, write_whole
+from ssl_gradmix.evaluation.results import Row, console_table, read_rows, write_figure, write_rows
 
 ROW = Row("osr", "cifar10", "test", 2, "mine", "backbone", "knn", "auroc", 0.75, 0.7, 0.8, 1000, {"k": 20, "t": 0.07})
 BARE = Row("osr", "cifar10", "test", None, "mine", "backbone", "msp", "oscr", 0.5, None, None, 10)
@@ -48,20 +48,6 @@ def test_nan_leaves_the_old_file(tmp_path, what):
 def test_extra_cannot_replace_the_rows(tmp_path):
     with pytest.raises(ValueError, match="extra must not have an entry 'rows'"):
         write_rows(tmp_path / "r.json", [ROW], {"rows": []})
-
-
-def test_a_write_that_fails_half_way_leaves_the_old_file(tmp_path):
-    path = tmp_path / "figure.png"
-    path.write_text("old")
-
-    def fail(temporary):
-        temporary.write_text("half")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        write_whole(path, fail)
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_texts_of_figures_are_no_mathematics(tmp_path):

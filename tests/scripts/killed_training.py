@@ -22,9 +22,10 @@ from ssl_gradmix import GradMix, backbones
 from ssl_gradmix.data.datasets import ImageSet
 from ssl_gradmix.methods.byol import BYOL
 from ssl_gradmix.methods.simclr import SimCLR
+from ssl_gradmix.run_folder import RunFolder
 from ssl_gradmix.settings import Augmentation, Optimiser, Training
-from ssl_gradmix.training.loop import Trainer, create_accelerator
-from ssl_gradmix.training.run_folder import RunFolder
+from ssl_gradmix.training.loop import Trainer
+from ssl_gradmix.training.processes import create_accelerator
 
 torch.set_num_threads(1)
 STEPS, EPOCHS = 4, 3

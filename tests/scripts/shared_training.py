@@ -19,10 +19,11 @@ from ssl_gradmix import GradMix, backbones, mixing
 from ssl_gradmix.data.datasets import ImageSet
 from ssl_gradmix.methods.byol import BYOL
 from ssl_gradmix.methods.simclr import SimCLR
+from ssl_gradmix.run_folder import RunFolder
 from ssl_gradmix.settings import Augmentation, Optimiser, Training
 from ssl_gradmix.training import loop
-from ssl_gradmix.training.loop import Trainer, create_accelerator
-from ssl_gradmix.training.run_folder import RunFolder
+from ssl_gradmix.training.loop import Trainer
+from ssl_gradmix.training.processes import create_accelerator
 
 METHODS = {"SimCLR": SimCLR, "BYOL": BYOL}
 STEPS, EPOCHS = 2, 10

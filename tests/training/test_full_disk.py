@@ -13,7 +13,7 @@ import pytest
 import torch
 from training_support import TRAINING, before_step, file_size_limit, final, trainer
 
-from ssl_gradmix.training.run_folder import RunFolder
+from ssl_gradmix.run_folder import RunFolder
 
 Disk = tuple[Path, Callable[[], None], Callable[[], None]]
 

@@ -16,10 +16,11 @@ from ssl_gradmix.evaluation.knn import knn_accuracy
 from ssl_gradmix.evaluation.rank import effective_rank
 from ssl_gradmix.methods.byol import BYOL
 from ssl_gradmix.methods.simclr import SimCLR
+from ssl_gradmix.run_folder import RunFolder
 from ssl_gradmix.settings import Optimiser
-from ssl_gradmix.training.loop import check_images, create_accelerator
+from ssl_gradmix.training.loop import check_images
 from ssl_gradmix.training.monitor import Monitor
-from ssl_gradmix.training.run_folder import RunFolder
+from ssl_gradmix.training.processes import create_accelerator
 
 
 @pytest.mark.parametrize(

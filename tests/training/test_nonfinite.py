@@ -15,11 +15,11 @@ from ssl_gradmix import GradMix, MixedViews
 from ssl_gradmix.methods.byol import BYOL
 from ssl_gradmix.methods.losses import Losses
 from ssl_gradmix.methods.simclr import SimCLR
+from ssl_gradmix.run_folder import RunFolder
 from ssl_gradmix.settings import Optimiser
 from ssl_gradmix.training import optimisers
 from ssl_gradmix.training.loop import Trainer
 from ssl_gradmix.training.nonfinite import Undo, all_finite, tolerant
-from ssl_gradmix.training.run_folder import RunFolder
 
 SKIP = replace(TRAINING, nonfinite="skip")
 

@@ -11,7 +11,7 @@ import torch
 from support import load_script
 from training_support import final
 
-from ssl_gradmix.training.run_folder import RunFolder
+from ssl_gradmix.run_folder import RunFolder
 
 SCRIPT = "tests/scripts/shared_training.py"
 Script = Callable[..., subprocess.CompletedProcess[str]]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ssl_gradmix.evaluation.results import write_whole
+from ssl_gradmix.files import write_whole
 
 _K, _TOP_K = 50, 3  # the defaults of `scores.all_scores`
 
@@ -26,7 +26,7 @@ class Settings:
 
     k: int | None = None
     top_k: int | None = None
-    epochs: int = 20
+    epochs: int = 100
     seed: int = 0
 
     @property

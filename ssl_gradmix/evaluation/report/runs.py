@@ -11,7 +11,7 @@ import numpy as np
 
 from ssl_gradmix.evaluation.results import Row, read_rows, results_folder
 from ssl_gradmix.files import read_yaml
-from ssl_gradmix.training.run_folder import RunFolder
+from ssl_gradmix.run_folder import RunFolder
 
 TASKS = ("linear_probe", "osr", "ood", "corruption")
 """The evaluations that a report knows; each has its results in `<task>.json`."""
@@ -82,14 +82,6 @@ def read_runs(paths: Sequence[str]) -> list[Run]:
     return runs
 
 
-def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings without nesting: `{"data": {"name": "digits"}}` becomes `{"data.name": "digits"}`."""
-    found: dict[str, Any] = {}
-    for name, value in settings.items():
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return found
-
-
 def plain(value: Any) -> str:
     """A setting in words."""
     if isinstance(value, list | tuple):
@@ -111,7 +103,7 @@ def _read(path: str, name: str) -> Run:
         path,
         name,
         read_yaml(folder.config) if is_run else None,
-        [entry for entry in folder.read_log() if isinstance(entry, dict)],
+        folder.read_log(),
         pictures[-1] if pictures else None,
         results,
         of_projector,

@@ -25,7 +25,7 @@ from ssl_gradmix.evaluation.report.page import (
     render_html,
     render_markdown,
 )
-from ssl_gradmix.evaluation.report.runs import Run, flat, plain, read_runs
+from ssl_gradmix.evaluation.report.runs import Run, plain, read_runs
 from ssl_gradmix.evaluation.report.tables import (
     class_comparison,
     comparison,
@@ -34,7 +34,9 @@ from ssl_gradmix.evaluation.report.tables import (
     transposed,
     with_projector,
 )
-from ssl_gradmix.evaluation.results import Row, write_whole
+from ssl_gradmix.evaluation.results import Row
+from ssl_gradmix.files import write_whole
+from ssl_gradmix.run_folder import flat
 
 MapMethod = Literal["pca", "tsne", "none"]
 

@@ -24,7 +24,6 @@ from reports import (
 )
 
 from ssl_gradmix.data.corruptions import COMMON
-from ssl_gradmix.evaluation.report.runs import flat
 from ssl_gradmix.evaluation.results import write_rows
 
 # Numbers
@@ -261,10 +260,6 @@ def test_only_settings_that_differ_and_the_commit(tmp_path):
         ["optimiser.lr", "0.1", "0.1000001"],
     ]
     assert "Versions common to all: torch 2.9.0." in page.words
-
-
-def test_flat_settings():
-    assert flat({"a": {"b": {"c": 1}, "d": [1, 2]}, "e": None}) == {"a.b.c": 1, "a.d": [1, 2], "e": None}
 
 
 def test_markdown_has_the_tables_of_the_page(runs):

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from ssl_gradmix.files import read_yaml
+from ssl_gradmix.files import read_yaml, write_whole
 from ssl_gradmix.version import __version__
 
 PARTS = ("config.yaml", "log.jsonl", "checkpoint", "backbone", "projector.safetensors", "samples", "eval", "trackers")
@@ -53,7 +53,7 @@ class RunFolder:
         nearest = next(parent for parent in (self.path, *self.path.absolute().parents) if parent.exists())
         if not nearest.is_dir() or not os.access(nearest, os.W_OK):
             raise ValueError(f"run: {self.path} cannot be written to; choose another folder with --run")
-        if not self.path.exists() or {path.name for path in self.path.iterdir()} <= {_temporary(self.config).name}:
+        if not self.path.exists() or set(self.path.iterdir()) <= set(self._left_by_kills()):
             return
         if not self.config.exists():
             raise ValueError(
@@ -80,6 +80,8 @@ class RunFolder:
                 target = self.path / part
                 if target != self.config:
                     shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
+        for left in self._left_by_kills():
+            left.unlink(missing_ok=True)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -87,7 +89,12 @@ class RunFolder:
                 f"run: {self.path} cannot be written to ({error.strerror}); choose another with --run"
             ) from error
         if overwrite or not self.config.exists():
-            write_text(self.config, yaml.safe_dump({**settings, "environment": environment()}, sort_keys=False))
+            _write_text(self.config, yaml.safe_dump({**settings, "environment": environment()}, sort_keys=False))
+
+    def _left_by_kills(self) -> list[Path]:
+        """Files that a training began to write, and did not live to rename."""
+        patterns = (".config.yaml.*tmp", ".log.jsonl.*tmp", ".projector.safetensors.*tmp", "samples/.*.png.*tmp")
+        return [left for pattern in patterns for left in self.path.glob(pattern)]
 
     def append_log(self, entry: dict[str, Any]) -> None:
         """Adds a line to log.jsonl."""
@@ -95,19 +102,30 @@ class RunFolder:
             file.write(json.dumps(entry) + "\n")
 
     def read_log(self) -> list[dict[str, Any]]:
-        """The lines of log.jsonl; a last line that a kill left unfinished is passed over."""
+        """The lines of log.jsonl, up to the first that is no entry: a kill may leave the last one unfinished."""
         entries = []
         for line in self.log.read_text().splitlines() if self.log.exists() else []:
             try:
-                entries.append(json.loads(line))
+                entry = json.loads(line)
             except (ValueError, RecursionError):
                 break
+            if not isinstance(entry, dict) or not isinstance(entry.get("epoch"), int):
+                break
+            entries.append(entry)
         return entries
 
     def rewind_log(self, epoch: int) -> None:
         """Drops what was logged after the checkpoint that a resumed run goes on from, after `epoch` epochs."""
         kept = [entry for entry in self.read_log() if entry["epoch"] <= epoch]
-        write_text(self.log, "".join(json.dumps(entry) + "\n" for entry in kept))
+        _write_text(self.log, "".join(json.dumps(entry) + "\n" for entry in kept))
+
+
+def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings without nesting: `{"data": {"name": "digits"}}` becomes `{"data.name": "digits"}`."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return found
 
 
 def environment() -> dict[str, str]:
@@ -122,25 +140,11 @@ def environment() -> dict[str, str]:
     return found
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes under a temporary name and renames, so that a reader never sees half a file."""
-    temporary = _temporary(path)
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.tmp")
-
-
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    old, new = _flat(before), _flat(now)
+    old, new = flat(before), flat(now)
     names = sorted(name for name in old.keys() | new.keys() if name not in FREE and name.split(".")[0] not in FREE)
     return [f"{name} was {old.get(name)!r}, now {new.get(name)!r}" for name in names if old.get(name) != new.get(name)]
 
 
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        flat.update(_flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value})
-    return flat
+def _write_text(path: Path, text: str) -> None:
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

@@ -8,8 +8,8 @@ import pytest
 import yaml
 from training_support import file_size_limit
 
-from ssl_gradmix.training import run_folder
-from ssl_gradmix.training.run_folder import RunFolder
+from ssl_gradmix import run_folder
+from ssl_gradmix.run_folder import RunFolder, flat
 
 SETTINGS = {
     "run": "x",
@@ -70,12 +70,13 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path, overwrite: bool) 
         RunFolder(tmp_path / "thesis.tex" / "run").check(SETTINGS, overwrite)
 
 
-def test_the_log_is_rewound_to_the_checkpoint_and_survives_half_a_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize("last", ['{"epoch": 4, "lo', "[]", '"epoch"', '{"loss": 0.5}'])
+def test_the_log_is_rewound_to_the_checkpoint_and_survives_a_line_that_is_no_entry(tmp_path: Path, last: str) -> None:
     folder = started(tmp_path)
     for epoch in (1, 2, 3):
         folder.append_log({"epoch": epoch, "loss": 0.5})
     with folder.log.open("a") as file:
-        file.write('{"epoch": 4, "lo')
+        file.write(last)
     assert [entry["epoch"] for entry in folder.read_log()] == [1, 2, 3]
     folder.rewind_log(2)
     assert folder.log.read_text() == '{"epoch": 1, "loss": 0.5}\n{"epoch": 2, "loss": 0.5}\n'
@@ -92,22 +93,37 @@ def test_a_line_that_did_not_fit_on_the_disk_is_an_error_and_no_entry(tmp_path: 
     assert folder.log.read_text() == '{"epoch": 1, "loss": 0.5}\n'
 
 
+def test_what_kills_left_half_written_goes_and_all_else_stays(tmp_path: Path) -> None:
+    folder = started(tmp_path)
+    folder.samples.mkdir()
+    mine = folder.path / ".notes.tmp"
+    for path in (folder.path / ".projector.safetensors.4711.tmp", folder.samples / ".epoch-00001.png.4711.tmp", mine):
+        path.write_text("half")
+    folder.start(SETTINGS, overwrite=False)
+    assert sorted(folder.path.rglob("*")) == sorted([folder.config, mine, folder.samples])
+
+
 def test_a_kill_at_the_very_start_does_not_lock_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def killed(*args: object) -> None:
         raise KeyboardInterrupt
 
     folder = RunFolder(tmp_path / "run")
     folder.path.mkdir()
-    (folder.path / ".config.yaml.tmp").write_text("run")
+    (folder.path / ".config.yaml.4711.tmp").write_text("run")
     folder.check(SETTINGS, overwrite=False)
     folder.start(SETTINGS, overwrite=False)
+    assert list(folder.path.iterdir()) == [folder.config]
 
     changed = {**SETTINGS, "extra_view": "none"}
     with monkeypatch.context() as patch:
-        patch.setattr(run_folder, "write_text", killed)
+        patch.setattr(run_folder, "write_whole", killed)
         with pytest.raises(KeyboardInterrupt):
             folder.start(changed, overwrite=True)
     folder.check(changed, overwrite=True)
     folder.start(changed, overwrite=True)
     assert sorted(path.name for path in folder.path.iterdir()) == ["config.yaml"]
     folder.check(changed, overwrite=False)
+
+
+def test_flat_settings() -> None:
+    assert flat({"a": {"b": {"c": 1}, "d": [1, 2]}, "e": None}) == {"a.b.c": 1, "a.d": [1, 2], "e": None}
