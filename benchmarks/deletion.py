@@ -21,6 +21,7 @@ from scipy.stats import ttest_1samp
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 from torchvision.ops import box_iou
+from tqdm import tqdm
 
 from ssl_gradmix import GradMix
 from ssl_gradmix.attribution import METHODS
@@ -43,11 +44,8 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=2000, help="training images, at random (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of views, donors and random places (default: %(default)s)")
     options = parser.parse_args()
-    print(
-        f"{options.images:,} training images, {options.attribution} at {options.layer}, seed {options.seed}, "
-        f"{timing.origin()}\n"
-    )
-    header = ["run", "kept", "whole", *(f"{place}, against random" for place in PLACES[:-1]), "random", "IoU"]
+    print(f"{options.attribution} at {options.layer}, seed {options.seed}, {timing.origin()}\n")
+    header = ["run", "images", "kept", "whole", *(f"{place}, against random" for place in PLACES[:-1]), "random", "IoU"]
     rows = [line for run in options.runs for line in lines(load_encoder(run, feature="projector"), options)]
     print(timing.table(header, rows))
     print("\nwhole: similarity before anything is replaced; IoU: of the boxes of agreement and loss")
@@ -61,25 +59,26 @@ def lines(encoder: Encoder, options: argparse.Namespace) -> list[list[str]]:
     views = DeviceViews(Augmentation(**encoder.config["augmentation"]), encoder.size, encoder.mean, encoder.std)
     temperature = encoder.config["method"]["temperature"]
     encoder.model.requires_grad_(True)  # attribution needs a graph
-    found = []
-    for kept in KEPT:
-        torch.manual_seed(options.seed)
-        batches = [
-            delete(encoder.model, views(batch, 2), mixers(options, kept, options.seed + i), temperature)
-            for i, batch in enumerate(pixels.split(BATCH))
-        ]
-        columns = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
-        found.append(
-            [
-                encoder.run.name,
-                f"{kept:.0%}",
-                f"{columns['whole'].mean():.3f}",
-                *(difference(columns[place], columns["random"]) for place in PLACES[:-1]),
-                f"{columns['random'].mean():.3f}",
-                f"{columns['iou'].mean():.2f}",
-            ]
-        )
-    return found
+    found: dict[float, list[dict[str, np.ndarray]]] = {kept: [] for kept in KEPT}
+    torch.manual_seed(options.seed)
+    for i, batch in enumerate(tqdm(pixels.split(BATCH), desc=encoder.run.name, disable=None)):
+        by_share = {kept: mixers(options, kept, options.seed + i) for kept in KEPT}
+        for kept, similar in delete(encoder.model, views(batch, 2), by_share, temperature).items():
+            found[kept].append(similar)
+    return [line(encoder.run.name, kept, similar) for kept, similar in found.items()]
+
+
+def line(run: str, kept: float, batches: list[dict[str, np.ndarray]]) -> list[str]:
+    columns = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+    return [
+        run,
+        f"{len(columns['whole']):,}",
+        f"{kept:.0%}",
+        f"{columns['whole'].mean():.3f}",
+        *(difference(columns[place], columns["random"]) for place in PLACES[:-1]),
+        f"{columns['random'].mean():.3f}",
+        f"{columns['iou'].mean():.2f}",
+    ]
 
 
 def mixers(options: argparse.Namespace, kept: float, seed: int) -> dict[str, GradMix]:
@@ -94,23 +93,26 @@ def mixers(options: argparse.Namespace, kept: float, seed: int) -> dict[str, Gra
 
 
 def delete(
-    model: nn.Module, views: list[Tensor], mixers: dict[str, GradMix], temperature: float
-) -> dict[str, np.ndarray]:
-    """Similarities (N,) of the first view to the second, whole and mixed at each place, and the IoU of two boxes."""
+    model: nn.Module, views: list[Tensor], by_share: dict[float, dict[str, GradMix]], temperature: float
+) -> dict[float, dict[str, np.ndarray]]:
+    """By share kept, similarities (N,) of the first view to the second, whole and mixed, and the IoU of two boxes."""
     first, second = views
-    with mixers["agreement"].observe(model) as observed:
+    with by_share[KEPT[0]]["agreement"].observe(model) as observed:
         z0, z1 = model(torch.cat(views)).chunk(2)
     loss = nt_xent(z0, z1, temperature)
     state = torch.get_rng_state()
-    mixed = {}
-    for place, mixer in mixers.items():
-        torch.set_rng_state(state)  # the same donors at every place
-        mixed[place] = mixer(first, loss, observed, donors=second)
-    with torch.no_grad():
-        similar = {"whole": cosine_similarity(z0, z1)}
-        similar |= {place: cosine_similarity(model(each.images), z1) for place, each in mixed.items()}
-    similar["iou"] = box_iou(mixed["agreement"].boxes, mixed["loss"].boxes).diagonal()
-    return {name: values.detach().numpy() for name, values in similar.items()}
+    found = {}
+    for kept, places in by_share.items():
+        mixed = {}
+        for place, mixer in places.items():
+            torch.set_rng_state(state)  # the same donors at every place
+            mixed[place] = mixer(first, loss, observed, donors=second)
+        with torch.no_grad():
+            similar = {"whole": cosine_similarity(z0, z1)}
+            similar |= {place: cosine_similarity(model(each.images), z1) for place, each in mixed.items()}
+        similar["iou"] = box_iou(mixed["agreement"].boxes, mixed["loss"].boxes).diagonal()
+        found[kept] = {name: values.detach().numpy() for name, values in similar.items()}
+    return found
 
 
 class Anywhere:
