@@ -22,7 +22,7 @@ from ssl_gradmix.evaluation.encoders import Encoder
 from ssl_gradmix.evaluation.features import extract
 
 ROOT = Path(__file__).parents[1]
-MODULES = ("torch", "ssl_gradmix")
+IMPORTS = ("import torch", "from ssl_gradmix import GradMix")
 SCRIPTS = (
     *("recipes/simclr_gradmix.py", "recipes/byol_gradmix.py", "eval/linear_probe.py", "eval/osr.py"),
     *("eval/corruption.py", "eval/make_c.py", "eval/report.py"),
@@ -77,7 +77,7 @@ def start_up(rounds: int) -> str:
     def process(*arguments: str) -> None:
         subprocess.run([sys.executable, *arguments], stdout=subprocess.DEVNULL, check=True, cwd=ROOT)
 
-    runs = {f"python -c 'import {name}'": lambda name=name: process("-c", f"import {name}") for name in MODULES}
+    runs = {f"python -c '{statement}'": lambda statement=statement: process("-c", statement) for statement in IMPORTS}
     runs |= {f"{script} --help": lambda script=script: process(script, "--help") for script in SCRIPTS}
     taken = timing.take_turns(runs, rounds)
     rows = []

@@ -4,8 +4,22 @@
 imported when asked for.
 """
 
-from ssl_gradmix.attribution import attribute
-from ssl_gradmix.gradmix import GradMix, MixedViews
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from ssl_gradmix.version import __version__
 
+if TYPE_CHECKING:
+    from ssl_gradmix.attribution import attribute
+    from ssl_gradmix.gradmix import GradMix, MixedViews
+
 __all__ = ["GradMix", "MixedViews", "__version__", "attribute"]
+
+_MODULES = {"GradMix": "gradmix", "MixedViews": "gradmix", "attribute": "attribution"}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports what needs torch when it is asked for, so that command lines answer `--help` without it."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

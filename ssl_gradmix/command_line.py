@@ -13,7 +13,6 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace
 
 from ssl_gradmix.files import read_yaml
-from ssl_gradmix.gradmix import GradMix
 from ssl_gradmix.settings import Augmentation, Backbone, Data, Optimiser, Training
 
 
@@ -38,6 +37,8 @@ def recipe_parser(method_settings: type, description: str, recipe: str) -> Argum
         description: Shown by `--help`.
         recipe: Names the run folder where the user does not.
     """
+    from ssl_gradmix.gradmix import GradMix  # with torch, which no other command line needs for its help
+
     parser = ArgumentParser(
         description=description, usage="%(prog)s [options]", formatter_class=Formatter, exit_on_error=False
     )

@@ -20,7 +20,7 @@ from ssl_gradmix.settings import Data
 
 ROOT = Path(__file__).parents[1]
 SIZE = 16
-HEAVY = {"timm", "torchvision", "sklearn", "scipy", "matplotlib", "accelerate", "kornia", "lightly"}
+HEAVY = {"torch", "numpy", "timm", "torchvision", "sklearn", "scipy", "matplotlib", "accelerate", "kornia", "lightly"}
 
 
 def load_script(path: str) -> ModuleType:

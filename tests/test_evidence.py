@@ -303,6 +303,7 @@ class TestRows:
                 result("knn_distance", "auroc", 0.7),
                 result("knn_distance", "auroc", 0.9),
                 result("energy", "auroc", 0.1),
+                result("mahalanobis", "auroc", 0.95),
             ],
             "effective_rank.json": [result("rankme", "effective_rank", 33.0)],
         }
@@ -317,6 +318,7 @@ class TestRows:
             "linear_1": 0.21,
             "corruption_error": 0.61,
             "ood_auroc": pytest.approx(0.8),
+            "ood_auroc_mahalanobis": 0.95,
             "effective_rank": 33.0,
         }
         first = found[0]

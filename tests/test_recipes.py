@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from support import load_script
 
+import ssl_gradmix
 from ssl_gradmix import command_line
 from ssl_gradmix.settings import Augmentation, SimCLRSettings
 
@@ -191,11 +192,19 @@ def test_two_processes_train_one_run(script, folder: Path, tmp_path: Path) -> No
     assert "error: expect_processes: 2 expected, 1 running" in again.stderr
 
 
-def test_importing_the_package_needs_torch_alone() -> None:
-    heavy = "'torchvision', 'timm', 'lightly', 'sklearn', 'PIL'"
-    code = f"import ssl_gradmix, sys; print([name for name in ({heavy}) if name in sys.modules])"
+@pytest.mark.parametrize(
+    ("statement", "loaded"), [("import ssl_gradmix", []), ("from ssl_gradmix import *", ["torch"])]
+)
+def test_the_public_names_need_torch_alone(statement: str, loaded: list[str]) -> None:
+    heavy = "'torch', 'torchvision', 'timm', 'lightly', 'sklearn', 'PIL'"
+    code = f"{statement}; import sys; print([name for name in ({heavy}) if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
-    assert done.stdout.strip() == "[]"
+    assert done.stdout.strip() == str(loaded)
+
+
+def test_what_the_package_has_not_is_said_by_its_name() -> None:
+    with pytest.raises(AttributeError, match="module 'ssl_gradmix' has no attribute 'GradeMix'"):
+        ssl_gradmix.GradeMix  # noqa: B018
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,11 @@ MEASURES = (
         "corruption_error", "mean corruption error", "all",
         _value("corruption.json", "linear", "mean_corruption_error"), larger_is_better=False,
     ),
-    Measure("ood_auroc", "out-of-distribution AUROC", "all", _value("ood.json", "knn_distance", "auroc")),
+    Measure("ood_auroc", "out-of-distribution AUROC, kNN distance", "all", _value("ood.json", "knn_distance", "auroc")),
+    Measure(
+        "ood_auroc_mahalanobis", "out-of-distribution AUROC, Mahalanobis", "all",
+        _value("ood.json", "mahalanobis", "auroc"),
+    ),
     Measure(
         "effective_rank", "effective rank", "all",
         _value("effective_rank.json", "rankme", "effective_rank"), share=False,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -61,6 +61,8 @@ def main(evaluate: Callable[..., None], options: type, description: str, argv: S
     parser.add_argument("--config", action=command_line.ConfigFile, help="YAML file of these options.")
     parser.add_class_arguments(Subject, as_positional=True)
     parser.add_class_arguments(Data, "data")
+    # Annotations left as text would have jsonargparse import all that the script imports for type checkers, torch too.
+    options.__init__.__annotations__ = get_type_hints(options.__init__)
     parser.add_class_arguments(options)
 
     def parse_and_evaluate(argv: Sequence[str] | None) -> None:
