@@ -16,10 +16,12 @@ if TYPE_CHECKING:
 __all__ = ["GradMix", "MixedViews", "__version__", "attribute"]
 
 _MODULES = {"GradMix": "gradmix", "MixedViews": "gradmix", "attribute": "attribution"}
+_MODULES |= {module: module for module in ("attribution", "gradmix", "mixing")}
 
 
 def __getattr__(name: str) -> Any:
     """Imports what needs torch when it is asked for, so that command lines answer `--help` without it."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    module = import_module(f"{__name__}.{_MODULES[name]}")
+    return module if name == _MODULES[name] else getattr(module, name)

@@ -193,7 +193,12 @@ def test_two_processes_train_one_run(script, folder: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("statement", "loaded"), [("import ssl_gradmix", []), ("from ssl_gradmix import *", ["torch"])]
+    ("statement", "loaded"),
+    [
+        ("import ssl_gradmix", []),
+        ("from ssl_gradmix import *", ["torch"]),
+        ("import ssl_gradmix; ssl_gradmix.attribution.attribute, ssl_gradmix.mixing.paste", ["torch"]),
+    ],
 )
 def test_the_public_names_need_torch_alone(statement: str, loaded: list[str]) -> None:
     heavy = "'torch', 'torchvision', 'timm', 'lightly', 'sklearn', 'PIL'"
