@@ -2,8 +2,9 @@
 
 Two views of each training image are embedded, a box of one of them is replaced by another image as GradMix does it, and
 the embedding's cosine similarity to the other view is read again. A place that carries the agreement costs more of it
-than a random one of the same size: differences are paired, image by image, with 95% t intervals over images. The centre
-is the control that needs no gradient: objects tend to lie there.
+than a random one of the same size: differences are paired, image by image, with 95% t intervals over images. Places are
+GradMix's, where its region is the box around the map's maximum or the densest one, with either target; the centre is
+the control that needs no gradient, as objects tend to lie there.
 
     python benchmarks/deletion.py runs/simclr
     python benchmarks/deletion.py runs/a runs/b --layer layer2 --images 5000
@@ -31,7 +32,7 @@ from ssl_gradmix.evaluation.encoders import Encoder, load_encoder
 from ssl_gradmix.methods.nt_xent import nt_xent
 from ssl_gradmix.settings import Augmentation, Data
 
-PLACES = ("agreement", "loss", "centre", "random")
+PLACES = ("agreement", "agreement, densest", "loss", "centre", "random")
 KEPT = (0.9, 0.7, 0.5)
 BATCH = 256
 
@@ -86,8 +87,9 @@ def mixers(options: argparse.Namespace, kept: float, seed: int) -> dict[str, Gra
     settings = {"layers": [f"0.{options.layer}"], "lam_range": (kept, kept)}
     return {
         "agreement": GradMix(**settings, attribution=options.attribution, target="agreement"),
+        "agreement, densest": GradMix(**settings, attribution=options.attribution, region="densest"),
         "loss": GradMix(**settings, attribution=options.attribution, target="loss"),
-        "centre": GradMix(**settings, attribution=central),
+        "centre": GradMix(**settings, attribution=central, region="densest"),
         "random": GradMix(**settings, attribution=Anywhere(seed)),
     }
 
@@ -126,7 +128,7 @@ class Anywhere:
 
 
 def central(activation: Tensor, gradient: Tensor) -> Tensor:
-    """A map (N, h, w) that is highest in the middle."""
+    """A map (N, h, w) that falls off from the middle to all sides alike: its densest box is the central one."""
     height, width = activation.shape[2:]
     y, x = (torch.linspace(-1, 1, extent) for extent in (height, width))
     return (2 - y[:, None] ** 2 - x**2).expand(len(activation), height, width)

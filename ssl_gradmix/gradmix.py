@@ -78,8 +78,8 @@ class GradMix:
             same as `crop`.
         alpha: The share kept is drawn, once a batch, from Beta(alpha, alpha), rescaled to `lam_range`.
         lam_range: Smallest and largest share of the image that is kept, within (0, 1).
-        region: `box` around the map's maximum, shifted inside the image; `mask`, the `1 − lam` share of pixels with the
-            highest attribution.
+        region: `box` around the map's maximum, shifted inside the image; `densest`, the box in which the map's mean is
+            highest; `mask`, the `1 − lam` share of pixels with the highest attribution.
         generator: Source of all randomness, on the CPU; None is torch's global one.
     """
 
@@ -89,7 +89,7 @@ class GradMix:
     fill: mixing.Fill = "donor"
     alpha: float = 1.0
     lam_range: tuple[float, float] = (0.5, 0.9)
-    region: Literal["box", "mask"] = "box"
+    region: Literal["box", "densest", "mask"] = "box"
     generator: Generator | None = None
     _chosen: dict[tuple, str] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -102,7 +102,7 @@ class GradMix:
             _require_one_of("attribution", self.attribution, (*METHODS, "random"))
         _require_one_of("target", self.target, ("agreement", "loss"))
         _require_one_of("fill", self.fill, ("donor", "crop", "noise", "mean"))
-        _require_one_of("region", self.region, ("box", "mask"))
+        _require_one_of("region", self.region, ("box", "densest", "mask"))
         if not 0 < self.alpha < math.inf:
             raise ValueError(f"gradmix.alpha must be above 0 and finite, got {self.alpha!r}")
         if len(self.lam_range) != 2 or not 0 < self.lam_range[0] <= self.lam_range[1] < 1:
@@ -152,7 +152,7 @@ class GradMix:
         if self.fill in ("donor", "crop"):
             index = mixing.derangement(len(images), images.device, self.generator)
             donors = donors[index]
-        mix = self._mix_box if self.region == "box" else self._mix_mask
+        mix = self._mix_mask if self.region == "mask" else self._mix_box
         mixed, kept, boxes = mix(images, donors, attribution, lam)
         return MixedViews(mixed, torch.full((), kept, device=images.device), boxes, attribution, index)
 
@@ -180,7 +180,8 @@ class GradMix:
     def _mix_box(self, images: Tensor, donors: Tensor, attribution: Tensor, lam: float) -> tuple[Tensor, float, Tensor]:
         size = (images.shape[2], images.shape[3])
         extent = mixing.box_extent(lam, size)
-        boxes = mixing.peak_boxes(attribution, extent, self.generator)
+        place = mixing.densest_boxes if self.region == "densest" else mixing.peak_boxes
+        boxes = place(attribution, extent, self.generator)
         if self.fill == "donor":
             patches = mixing.shrink(donors, extent)
         elif self.fill == "crop":

@@ -51,13 +51,27 @@ def peak_boxes(attribution: Tensor, extent: tuple[int, int], generator: Generato
     Returns:
         (N, 4) int64: x0, y0, x1, y1, the latter two exclusive.
     """
-    count, height, width = attribution.shape
-    flat = attribution.flatten(1)
-    somewhere = (rand((count,), attribution.device, generator) * (height * width)).long()
-    peak = torch.where(flat.amax(1) > flat.amin(1), flat.argmax(1), somewhere)
-    y0 = (peak // width - extent[0] // 2).clamp(0, height - extent[0])
-    x0 = (peak % width - extent[1] // 2).clamp(0, width - extent[1])
+    height, width = attribution.shape[1:]
+    y, x = _highest(attribution, generator)
+    y0 = (y - extent[0] // 2).clamp(0, height - extent[0])
+    x0 = (x - extent[1] // 2).clamp(0, width - extent[1])
     return torch.stack([x0, y0, x0 + extent[1], y0 + extent[0]], 1)
+
+
+def densest_boxes(attribution: Tensor, extent: tuple[int, int], generator: Generator | None = None) -> Tensor:
+    """Boxes of one extent, each where the mean of its map inside the box is highest; otherwise as `peak_boxes`."""
+    rows = F.avg_pool2d(attribution[:, None], (extent[0], 1), stride=1)
+    y0, x0 = _highest(F.avg_pool2d(rows, (1, extent[1]), stride=1)[:, 0], generator)
+    return torch.stack([x0, y0, x0 + extent[1], y0 + extent[0]], 1)
+
+
+def _highest(maps: Tensor, generator: Generator | None) -> tuple[Tensor, Tensor]:
+    """Row (N,) and column (N,) of each map's maximum; at random where a map is flat."""
+    count, height, width = maps.shape
+    flat = maps.flatten(1)
+    somewhere = (rand((count,), maps.device, generator) * (height * width)).long()
+    place = torch.where(flat.amax(1) > flat.amin(1), flat.argmax(1), somewhere)
+    return place // width, place % width
 
 
 def top_mask(attribution: Tensor, pixels: int, generator: Generator | None = None) -> Tensor:

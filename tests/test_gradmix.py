@@ -46,7 +46,7 @@ def mix(gradmix: GradMix, images: Tensor, donors: Tensor | None = None, net: nn.
     height=st.integers(8, 40),
     width=st.integers(8, 40),
     fill=st.sampled_from(["donor", "crop", "noise", "mean"]),
-    region=st.sampled_from(["box", "mask"]),
+    region=st.sampled_from(["box", "densest", "mask"]),
     attribution=st.sampled_from(["layercam", "gradcam", "random"]),
     layers=st.sampled_from([["0"], ["1"], ["0", "1"]]),
     seed=st.integers(0, 1000),
@@ -73,7 +73,7 @@ def test_every_pixel_is_the_images_own_or_replaced_and_lam_counts_them(
             assert (mixed.donor_index != torch.arange(count)).all()
     if fill == "crop":
         assert torch.equal(torch.where(changed[:, None], donors[mixed.donor_index], images), mixed.images)
-    if region == "box":
+    if region != "mask":
         for each, (x0, y0, x1, y1) in zip(changed, mixed.boxes.tolist(), strict=True):
             assert each[y0:y1, x0:x1].all()
             assert each.sum() == (x1 - x0) * (y1 - y0)
@@ -181,7 +181,7 @@ def test_dtype_and_memory_format_are_kept(memory_format: torch.memory_format, dt
     images = torch.rand(4, 3, 32, 32).to(dtype).contiguous(memory_format=memory_format)
     net = encoder()
     for fill in ("donor", "crop", "noise", "mean"):
-        for region in ("box", "mask"):
+        for region in ("box", "densest", "mask"):
             gradmix = GradMix(layers=["1"], fill=fill, region=region)
             with gradmix.observe(net) as observed, torch.autocast("cpu", torch.bfloat16):
                 loss = agreement_loss(net(images.float()), net(images.float().flip(3)))
@@ -272,7 +272,7 @@ def test_the_readmes_code_runs() -> None:
         ({"attribution": "cam"}, "gradmix.attribution must be one of layercam, gradcam, random, got 'cam'"),
         ({"target": "up"}, "gradmix.target must be one of agreement, loss, got 'up'"),
         ({"fill": "black"}, "gradmix.fill must be one of donor, crop, noise, mean, got 'black'"),
-        ({"region": "disk"}, "gradmix.region must be one of box, mask, got 'disk'"),
+        ({"region": "disk"}, "gradmix.region must be one of box, densest, mask, got 'disk'"),
         ({"alpha": 0.0}, "gradmix.alpha must be above 0 and finite, got 0.0"),
         ({"alpha": float("nan")}, "gradmix.alpha must be above 0 and finite, got nan"),
         ({"lam_range": (0.9, 0.5)}, r"gradmix.lam_range must be two rising numbers within \(0, 1\), got \(0.9, 0.5\)"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -24,8 +26,31 @@ def test_boxes_are_centred_on_the_peak_and_shifted_inside() -> None:
     assert boxes.tolist() == [[16, 11, 24, 21], [0, 0, 8, 10], [32, 22, 40, 32], [32, 0, 40, 10]]
 
 
-def test_flat_maps_put_boxes_anywhere() -> None:
-    boxes = mixing.peak_boxes(torch.zeros(2000, 16, 16), (4, 4), torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("extent", [(1, 1), (4, 7), (12, 3), (12, 15)])
+def test_the_densest_box_holds_most_of_all_that_fit(extent: tuple[int, int]) -> None:
+    maps = torch.rand(6, 12, 15, generator=torch.Generator().manual_seed(0)) ** 4
+    boxes = mixing.densest_boxes(maps, extent).tolist()
+    for each, (x0, y0, x1, y1) in zip(maps, boxes, strict=True):
+        assert (y1 - y0, x1 - x0) == extent
+        most = max(
+            each[y : y + extent[0], x : x + extent[1]].sum().item()
+            for y in range(12 - extent[0] + 1)
+            for x in range(15 - extent[1] + 1)
+        )
+        assert each[y0:y1, x0:x1].sum().item() == pytest.approx(most, rel=1e-5)
+
+
+def test_the_densest_box_prefers_a_bright_field_to_a_brighter_speck() -> None:
+    maps = torch.zeros(1, 16, 16)
+    maps[0, 2, 13] = 1
+    maps[0, 9:13, 3:7] = 0.5
+    assert mixing.densest_boxes(maps, (4, 4)).tolist() == [[3, 9, 7, 13]]
+    assert mixing.peak_boxes(maps, (4, 4)).tolist() == [[11, 0, 15, 4]]
+
+
+@pytest.mark.parametrize("place", [mixing.peak_boxes, mixing.densest_boxes])
+def test_flat_maps_put_boxes_anywhere(place: Callable[..., torch.Tensor]) -> None:
+    boxes = place(torch.zeros(2000, 16, 16), (4, 4), torch.Generator().manual_seed(0))
     starts = boxes[:, :2]
     assert starts.min() == 0
     assert starts.max() == 12
@@ -38,14 +63,15 @@ def test_flat_maps_put_boxes_anywhere() -> None:
     lam=st.floats(0.05, 0.95),
     count=st.integers(1, 4),
     seed=st.integers(0, 99),
+    place=st.sampled_from([mixing.peak_boxes, mixing.densest_boxes]),
 )
 @settings(max_examples=60, deadline=None)
 def test_every_box_lies_inside_and_has_the_stated_share(
-    height: int, width: int, lam: float, count: int, seed: int
+    height: int, width: int, lam: float, count: int, seed: int, place: Callable[..., torch.Tensor]
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     extent = mixing.box_extent(lam, (height, width))
-    boxes = mixing.peak_boxes(torch.rand(count, height, width, generator=generator), extent, generator)
+    boxes = place(torch.rand(count, height, width, generator=generator), extent, generator)
     x0, y0, x1, y1 = boxes.T
     assert (x0 >= 0).all()
     assert (y0 >= 0).all()

@@ -91,7 +91,7 @@ def generators(draw: st.DrawFn) -> GradMix:
         attribution=draw(st.sampled_from(["layercam", "gradcam", "random"])),
         target=draw(st.sampled_from(["agreement", "loss"])),
         fill=draw(st.sampled_from(["donor", "crop", "noise", "mean"])),
-        region=draw(st.sampled_from(["box", "mask"])),
+        region=draw(st.sampled_from(["box", "densest", "mask"])),
         alpha=draw(st.floats(0.05, 20)),
         lam_range=(low, high),
     )

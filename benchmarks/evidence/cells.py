@@ -39,6 +39,7 @@ CHANGES: dict[str, dict[str, str]] = {
     "lam0.7-0.9": {"gradmix.lam_range": "[0.7, 0.9]"},
     **{f"weight{weight}": {"method.weight": weight} for weight in ("0.5", "0.7", "2.0")},
     "crop": {"gradmix.fill": "crop"},
+    "densest": {"gradmix.region": "densest"},
 }
 """What may differ from one of the variants: `e-layer2` is e with another layer.
 
