@@ -222,22 +222,5 @@ def test_digits_are_mirrored_only_where_asked_for(arguments: list[str], flip: fl
     assert settings.augmentation.flip == plain["augmentation"]["flip"] == flip
 
 
-@pytest.mark.parametrize(
-    ("arguments", "flip"),
-    [
-        ([], 0.0),
-        (["--data.name", "svhn"], 0.0),
-        (["--data.name", "folder"], 0.5),
-        (["--augmentation.flip", "0.3"], 0.3),
-        (["--data.name", "cifar10", "--augmentation.flip", "0"], 0.0),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
-)
-def test_digits_are_not_mirrored_unless_asked_for(arguments: list[str], flip: float) -> None:
-    parser = command_line.recipe_parser(SimCLRSettings, "", recipe="simclr")
-    settings, plain = command_line.read(parser, arguments)
-    assert settings.augmentation.flip == plain["augmentation"]["flip"] == flip
-
-
 def test_no_flip_given_in_python_is_one_in_two() -> None:
     assert Augmentation(flip=None).flip == 0.5
