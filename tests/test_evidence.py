@@ -464,7 +464,10 @@ class TestPage:
         assert line(text, "### Does e help?", "- e against a") == (
             "- e against a (plain two views, equal epochs): better on 1, worse on 1, open on 0 of 2 measures."
         )
-        assert line(text, "### Settings of e", "| linear probe |") == "| linear probe | +10.0 |"
+        assert line(text, "### Settings of e: every number", "| linear probe |") == (
+            "| linear probe | 62.3 ± 2.1 (3) | 70.0 (1) |"
+        )
+        assert line(text, "### Settings of e: differences", "| linear probe |") == "| linear probe | +10.0 |"
         assert "### Does f help?" not in text
         assert line(text, "### What it costs", "| e |") == "| e | 60 | 20 | 0 | 1 | 101 | 1.25 (1.24 to 1.25) |"
         assert line(text, "### What it costs", "| a |") == "| a | 40 | 0 | 0 | 1 | 61 | 0.75 (0.75 to 0.76) |"

@@ -34,6 +34,7 @@ QUESTIONS = {
     "a": "plain two views, equal epochs",
     "b": "plain two views, equal encoder passes",
     "c": "plain third view, equal both",
+    "c-weight0.7": "plain third view that counts as little as a mixed one, equal both",
     "d": "random place, equal both",
 }
 """What GradMix's e and f are compared with, and what is equal then."""
@@ -102,7 +103,7 @@ def _section(rows: Sequence[Row], pictures: dict[str, str]) -> list[str]:
     plain = [variant for variant in variants if "-" not in variant]
     lines = [f"## {_method(first.method)}, grid `{first.grid}`", "", *_described(rows), ""]
     lines += ["### Every number", "", "Mean ± standard deviation over seeds (number of seeds).", ""]
-    lines += _table(plain, lambda measure, variant: _spread(measure, found.get((variant, measure.name), {})))
+    lines += _numbers(found, plain)
     for variant in ("e", "f"):
         if variant in plain:
             lines += _help(found, variant)
@@ -110,7 +111,9 @@ def _section(rows: Sequence[Row], pictures: dict[str, str]) -> list[str]:
     lines += _differences(found, "The sign, and the controls", contrasts)
     for base in plain:
         changed = [variant for variant in variants if variant.startswith(f"{base}-")]
-        lines += _differences(found, f"Settings of {base}", [(variant, base) for variant in changed])
+        if changed:
+            lines += [f"### Settings of {base}: every number", "", *_numbers(found, [base, *changed])]
+            lines += _differences(found, f"Settings of {base}: differences", [(variant, base) for variant in changed])
     for reference, path in pictures.items():
         title = f"Differences to {reference}, {VARIANTS[reference][0]}"
         lines += [f"### {title}", "", f"![{title}, with 95% intervals]({path})", ""]
@@ -142,6 +145,11 @@ def _described(rows: Sequence[Row]) -> list[str]:
         "",
         f"    {shlex.join(command)}",
     ]
+
+
+def _numbers(found: Values, variants: Sequence[str]) -> list[str]:
+    """A table of means and spreads, a column a variant."""
+    return _table(variants, lambda measure, variant: _spread(measure, found.get((variant, measure.name), {})))
 
 
 def _help(found: Values, variant: str) -> list[str]:
