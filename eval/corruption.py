@@ -231,7 +231,7 @@ def _report(
     if origin.get("frost_source") == "synthetic" and any(row.params.get("corruption") == "frost" for row in rows):
         remarks.append(
             "frost has synthetic textures, so it and its means do not compare with published results: "
-            "pip install 'ssl_gradmix[corruptions]' brings the authors' photographs"
+            "pip install torch-uncertainty-assets brings the authors' photographs"
         )
     print(*remarks, f"Written: {', '.join(map(str, files))}", sep="\n")
 

@@ -471,7 +471,12 @@ class TestPage:
         assert "### Does f help?" not in text
         assert line(text, "### What it costs", "| e |") == "| e | 60 | 20 | 0 | 1 | 101 | 1.25 (1.24 to 1.25) |"
         assert line(text, "### What it costs", "| a |") == "| a | 40 | 0 | 0 | 1 | 61 | 0.75 (0.75 to 0.76) |"
-        assert "    python benchmarks/evidence.py --grid tiny --data cifar10 --images 100 --epochs 20" in text
+        command = (
+            "    python benchmarks/evidence.py --grid tiny --data cifar10 --images 100 --epochs 20 --batch 32 "
+            "--backbone resnet10_tiny --corrupted 10 --methods simclr"
+        )
+        assert f"{command} --variants a c e --kinds all --seeds 0 1 2\n" in text
+        assert f"{command} --variants e-layer2 --kinds all --seeds 0\n" in text
 
         (figure,) = written[1:]  # nothing can be compared with d
         assert f"](results/{figure.name})" in text

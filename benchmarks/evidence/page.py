@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from evidence import figures as drawing
-from evidence.cells import CHANGES, VARIANTS
+from evidence.cells import CHANGES, DATA, VARIANTS
 from evidence.differences import Difference, Values, compare, values
 from evidence.rows import MEASURES, Measure, Row
 from ssl_gradmix.files import write_whole
@@ -41,8 +41,9 @@ QUESTIONS = {
 
 PROTOCOL = """## How to read the tables
 
-Encoders are frozen, protocols those of the README's evaluation, and a cell's test images are read once. Sign, layers,
-range and weight are chosen by the rows of held-out training images. A difference is the mean over seeds of one variant
+Encoders are frozen, protocols those of the README's evaluation, and a cell's test images are read once. Settings are
+chosen by the rows of held-out training images alone: held out from classifiers and neighbours, not from pretraining,
+which reads no labels. Those rows are not counted in verdicts. A difference is the mean over seeds of one variant
 minus another at the same seed, with the 95% t interval of that mean: **bold** where it leaves 0 out for the better,
 ***bold italics*** where for the worse. Nothing is corrected for the number of comparisons: of twenty where nothing
 differs, about one stands out. Shares are in percent, their differences in percentage points. A cell is repeated by its
@@ -121,30 +122,37 @@ def _section(rows: Sequence[Row], pictures: dict[str, str]) -> list[str]:
 
 
 def _described(rows: Sequence[Row]) -> list[str]:
-    """The grid's settings, and the command that makes it."""
+    """The grid's settings, and the commands that make it."""
     first, settings = rows[0], rows[0].settings
-    options = {
-        "grid": [first.grid],
-        "data": [settings["data"]],
-        **{name: [str(settings[name])] for name in ("images", "epochs", "batch", "backbone", "corrupted")},
-        "ood": settings["ood"][1:],  # digits always are
-        "methods": [first.method],
-        "variants": _in_order({row.variant for row in rows}),
-        "seeds": [str(seed) for seed in sorted({row.seed for row in rows})],
-    }
-    command = ["python", "benchmarks/evidence.py"]
-    for name, given in options.items():
-        command += [f"--{name}", *given] if given else []
-    command += ["--", *settings["recipe"]] if settings["recipe"] else []
-    cells = len({row.cell for row in rows})
+    cells = {row.cell for row in rows}
     commits = ", ".join(f"`{commit}`" for commit in sorted({row.commit for row in rows}))
+    ways: dict[tuple[str, ...], list[str]] = {}
+    for variant in _in_order({cell.variant for cell in cells}):
+        kinds_of: dict[tuple[str, ...], list[str]] = {}
+        for kind in DATA:
+            seeds = sorted(cell.seed for cell in cells if (cell.variant, cell.data) == (variant, kind))
+            kinds_of.setdefault(tuple(map(str, seeds)), []).append(kind)
+        for seeds, kinds in kinds_of.items():
+            if seeds:
+                ways.setdefault(("--kinds", *kinds, "--seeds", *seeds), []).append(variant)
     return [
         f"{settings['images']:,} training images of {settings['data']}, {settings['backbone']}, "
         f"{settings['epochs']} epochs, batch {settings['batch']}; corruption on {settings['corrupted']:,} test images; "
-        f"out of distribution: {', '.join(settings['ood'])}. {cells} cells, commit {commits}.",
+        f"out of distribution: {', '.join(settings['ood'])}. {len(cells)} cells, commit {commits}.",
         "",
-        f"    {shlex.join(command)}",
+        *(f"    {_command(first, variants, way)}" for way, variants in ways.items()),
     ]
+
+
+def _command(row: Row, variants: Sequence[str], way: Sequence[str]) -> str:
+    """Makes cells of a row's grid and method, for `way`'s kinds of data and seeds."""
+    settings = row.settings
+    command = ["python", "benchmarks/evidence.py", "--grid", row.grid]
+    for name in ("data", "images", "epochs", "batch", "backbone", "corrupted"):
+        command += [f"--{name}", str(settings[name])]
+    command += ["--ood", *settings["ood"][1:]] if settings["ood"][1:] else []  # digits always are
+    command += ["--methods", row.method, "--variants", *variants, *way]
+    return shlex.join([*command, "--", *settings["recipe"]] if settings["recipe"] else command)
 
 
 def _numbers(found: Values, variants: Sequence[str]) -> list[str]:

@@ -683,7 +683,7 @@ def _water(liquid: np.ndarray) -> np.ndarray:
         import cv2
     except ImportError as error:
         raise ImportError(
-            "spatter at severities 1 to 3 needs OpenCV: pip install 'ssl_gradmix[corruptions]'"
+            "spatter at severities 1 to 3 needs OpenCV: pip install opencv-python-headless"
         ) from error
 
     drops = (liquid * 255).astype(np.uint8)
