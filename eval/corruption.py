@@ -94,7 +94,9 @@ def evaluate(evaluation: Evaluation, options: Options) -> None:
 
     accelerator, encoder = evaluation.accelerator, evaluation.encoder
     names = choose_corruptions(options.corruptions, options.extra)
-    train, test = evaluation.load_labelled("train"), load(evaluation.data, "test")
+    train = evaluation.load_labelled("train")
+    with evaluation.one_first():
+        test = load(evaluation.data, "test")
     known = known_classes(evaluation.data, test.classes)
     trial = _open_set(evaluation, test) if options.osr else {}
     selection = Selection(None if options.osr else known, options.images, options.seed)

@@ -49,7 +49,7 @@ class Options:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=command_line.Formatter, exit_on_error=False)
-    parser.add_argument("--config", action="config", help="YAML file of these options.")
+    parser.add_argument("--config", action=command_line.ConfigFile, help="YAML file of these options.")
     parser.add_class_arguments(Options)
     parser.add_class_arguments(Data, "data", skip={"classes", "open_set"})  # images keep their numbers, hence noise
     given = parser.instantiate(parser.parse_args(argv))

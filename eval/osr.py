@@ -109,9 +109,11 @@ def _groups(evaluation: Evaluation, options: Options, test: ImageSet) -> tuple[s
                 "unknown goes with protocol cifar+10 or cifar+50, or else without protocol, trials and n_known: "
                 "then the known test images are told from other data sets"
             )
-        return "ood", set_groups(data, test, config, others)
+        with evaluation.one_first():
+            return "ood", set_groups(data, test, config, others)
     protocol, trials = choose_trials(data, test.classes, options.protocol, options.trials, options.n_known)
-    images = load_cifar100(data, others) if protocol in ELSEWHERE else test
+    with evaluation.one_first():
+        images = load_cifar100(data, others) if protocol in ELSEWHERE else test
     return "osr", trial_groups(protocol, trials, data, test, images, config)
 
 

@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = RunFolder(settings.run)
     folder.check(plain, settings.overwrite)
     accelerator = create_accelerator(settings.training, settings.expect_processes, settings.run)
-    with accelerator.main_process_first():  # one process downloads
+    with accelerator.main_process_first(), accelerator.local_main_process_first():  # one process a machine downloads
         images = load(settings.data, "train")
     known = known_classes(settings.data, images.classes)
     images = images if known is None else images.only(known)
@@ -66,7 +66,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         optimiser=settings.optimiser,
         training=settings.training,
         n_views=3 if settings.extra_view == "augmented" else 2,
-        backbone_kwargs=settings.backbone.kwargs,
     )
     if accelerator.is_main_process:
         folder.start(plain, settings.overwrite)

@@ -19,12 +19,13 @@ Observed = dict[str, list[Tensor]]
 """What `observe` collects: for each layer its outputs, one a forward pass, in order."""
 
 AttributionFunction = Callable[[Tensor, Tensor], Tensor]
-"""`(activation (N, C, h, w), gradient (N, C, h, w)) -> map (N, h, w)`."""
+"""`(activation (N, C, h, w), gradient (N, C, h, w)) -> map (N, h, w)`; gradients are known up to a constant factor."""
 
 Target = Literal["agreement", "loss"]
 
-FP16_SCALE = 2.0**12
-"""Gradients of a mean over a batch underflow in half precision; maps are normalised, so a constant factor is free."""
+SCALE = 2.0**12
+"""Of gradients: those of a mean over a batch underflow where they pass through half precision on their way; maps are
+normalised, so that a constant factor is free."""
 
 
 @contextmanager
@@ -181,9 +182,7 @@ def attribute(
 
 
 def gradients(loss: Tensor, outputs: Mapping[str, Sequence[Tensor]], sign: float = 1.0) -> dict[str, list[Tensor]]:
-    """The gradient of `sign * loss` with respect to each output, zero where the loss does not depend on it.
-
-    In half precision it is scaled by `FP16_SCALE`.
+    """The gradient of `sign * loss`, times `SCALE`, with respect to each output; zero where the loss depends not on it.
 
     Raises:
         ValueError: A loss that is no scalar, or that depends on none of the outputs; a compiled stage that allows no
@@ -197,11 +196,12 @@ def gradients(loss: Tensor, outputs: Mapping[str, Sequence[Tensor]], sign: float
             f"loss does not depend on the observed layers {list(outputs)}; compute it inside `observe`, "
             "with gradients enabled"
         )
-    scale = FP16_SCALE if any(output.dtype == torch.float16 for output in flat) else 1.0
+    reached = [output for output in flat if output.requires_grad]  # those behind frozen layers alone are not
     try:
-        found = torch.autograd.grad(
-            loss, flat, torch.full_like(loss, sign * scale), retain_graph=True, allow_unused=True
-        )
+        with torch.autocast(loss.device.type, enabled=False):  # backward passes do not belong under it
+            found = torch.autograd.grad(
+                loss, reached, torch.full_like(loss, sign * SCALE), retain_graph=True, allow_unused=True
+            )
     except RuntimeError as error:
         if "donated buffer" not in str(error):
             raise
@@ -213,9 +213,9 @@ def gradients(loss: Tensor, outputs: Mapping[str, Sequence[Tensor]], sign: float
         raise ValueError(
             f"loss does not depend on the observed layers {list(outputs)}; is it computed from this encoder's output?"
         )
-    filled = iter(
-        torch.zeros_like(output) if gradient is None else gradient for output, gradient in zip(flat, found, strict=True)
-    )
+    rest = iter(found)
+    each = ((output, next(rest) if output.requires_grad else None) for output in flat)
+    filled = iter([torch.zeros_like(output) if gradient is None else gradient for output, gradient in each])
     return {name: [next(filled) for _ in passes] for name, passes in outputs.items()}
 
 

@@ -15,6 +15,8 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import nn
 
+from ssl_gradmix.files import read_json
+
 SMALL = ("resnet10_tiny", "resnet18_small", "resnet34_small", "resnet50_small")
 
 _CONFIG = {
@@ -104,7 +106,9 @@ def create(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
         near = difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0.4) or SMALL
         raise ValueError(f"backbone.name: timm knows no model {name!r}; near names are {', '.join(near)}")
     try:
-        return timm.create_model(name, pretrained=pretrained, num_classes=0, **kwargs)
+        model = timm.create_model(name, pretrained=pretrained, num_classes=0, **kwargs)
+        model.model_args = (_model_args(Path(rest)) if kind == "local-dir" else {}) | kwargs  # for `save`
+        return model
     except TypeError as error:
         raise ValueError(f"backbone.kwargs: {name} does not take {kwargs} ({error})") from error
     except (RuntimeError, OSError, SafetensorError) as error:
@@ -115,21 +119,26 @@ def create(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
         ) from error
 
 
+def _model_args(folder: Path) -> dict[str, Any]:
+    """The arguments that a saved model was created with, which timm merges with those given."""
+    described = read_json(folder / "config.json").get("model_args") or {}
+    return {name: value for name, value in described.items() if name != "num_classes"}
+
+
 def num_features(backbone: nn.Module) -> int:
     """D of the features that a timm model without classifier gives; some have a wider layer behind `num_features`."""
     return getattr(backbone, "head_hidden_size", None) or backbone.num_features
 
 
-def save(backbone: nn.Module, folder: Path, image_size: int, kwargs: dict[str, Any] | None = None) -> None:
+def save(backbone: nn.Module, folder: Path, image_size: int) -> None:
     """Writes config.json and model.safetensors in timm's own layout, for `timm.create_model("local-dir:FOLDER")`.
 
     Each file is written under a temporary name and renamed, so that a reader never sees half of one.
 
     Args:
-        backbone: A timm model.
+        backbone: A timm model, from `create` where it was made with arguments of its own.
         folder: Created where it is not there.
         image_size: Side of the images it was trained on, in pixels.
-        kwargs: Arguments that the model was created with.
     """
     folder.mkdir(parents=True, exist_ok=True)
     known = backbone.pretrained_cfg
@@ -145,7 +154,7 @@ def save(backbone: nn.Module, folder: Path, image_size: int, kwargs: dict[str, A
             "crop_pct": 1.0,
             "num_classes": 0,
         },
-        "model_args": kwargs or {},
+        "model_args": getattr(backbone, "model_args", {}),
     }
     weights = {name: tensor.detach().contiguous().cpu().clone() for name, tensor in backbone.state_dict().items()}
     save_file(weights, folder / ".model.safetensors.tmp", metadata={"format": "pt"})

@@ -91,6 +91,7 @@ def read(parser: ArgumentParser, argv: Sequence[str] | None) -> tuple[Namespace,
         parsed.augmentation.flip = 0.0 if parsed.data.name in ("digits", "mnist", "svhn") else 0.5
     plain = yaml.safe_load(parser.dump(parsed))
     plain.pop("environment", None)
+    plain.pop("overwrite")  # a run that goes by another's settings must not take its place by them
     return parser.instantiate(parsed), plain
 
 

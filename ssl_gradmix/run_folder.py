@@ -20,7 +20,7 @@ PARTS = ("config.yaml", "log.jsonl", "checkpoint", "backbone", "projector.safete
 """All that a run writes; nothing else is ever removed."""
 
 FREE = (
-    *("run", "overwrite", "expect_processes", "environment", "data.root", "data.download"),
+    *("run", "expect_processes", "environment", "data.root", "data.download"),
     *("training.workers", "training.threads", "training.knn_every", "training.samples_every"),
     *("training.checkpoint_every", "training.trackers", "training.nonfinite"),
 )

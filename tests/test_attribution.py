@@ -227,6 +227,36 @@ def test_half_precision_does_not_underflow() -> None:
     torch.testing.assert_close(tiny, attribute((full * weight).mean(), {"layer": [full]}, (6, 6)), atol=0.05, rtol=0)
 
 
+def test_float32_outputs_behind_which_half_precision_lies_do_not_underflow() -> None:
+    activation = torch.rand(2, 4, 6, 6, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    weight = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(1))
+    through_half = ((activation.half() * weight.half()).float() * 1e-5).mean()
+    expected = attribute((activation * weight).mean(), {"layer": [activation]}, (6, 6))
+    torch.testing.assert_close(attribute(through_half, {"layer": [activation]}, (6, 6)), expected, atol=0.05, rtol=0)
+
+
+def test_a_map_is_the_same_inside_autocast_and_outside() -> None:
+    torch.manual_seed(0)
+    net, images = Net(), torch.randn(4, 3, 8, 8)
+    with observe(net, ["stem"]) as observed, torch.autocast("cpu", torch.bfloat16):
+        embeddings = net(images).float()
+        with torch.autocast("cpu", enabled=False):
+            loss = (embeddings @ embeddings.T).logsumexp(1).mean()
+        inside = attribute(loss, observed, (8, 8))
+    assert torch.equal(inside, attribute(loss, observed, (8, 8)))
+
+
+def test_a_frozen_layer_adds_nothing() -> None:
+    torch.manual_seed(0)
+    net, images = Net(), torch.randn(2, 3, 8, 8)
+    net.stem.requires_grad_(False)
+    with observe(net, ["stem", "stage"]) as observed:
+        loss = net(images).square().mean()
+    expected = attribute(loss, {"stage": observed["stage"]}, (8, 8))
+    assert expected.amax() == 1
+    torch.testing.assert_close(attribute(loss, observed, (8, 8)), expected)
+
+
 def test_a_flat_map_is_zero() -> None:
     activation = torch.ones(2, 3, 4, 4, requires_grad=True)
     assert not attribute(activation.mean(), {"layer": [activation]}, (8, 8), target="loss").any()

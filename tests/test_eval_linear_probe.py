@@ -179,6 +179,7 @@ def test_options_may_come_from_a_file(run, tmp_path):
         (["{run}", "--data.classes", "[4]"], r"digits/train must have .* at least two classes, got \['4'\]"),
         (["{run}", "--data.name", "mnist", "--data.root", "{run}"], "mnist is not in data.root"),
         (["{run}", "--data.name", "folder", "--data.root", "{run}/x"], "data.root '.*x' is not a folder"),
+        (["{run}", "--batch_size", "0"], "batch_size must be at least 1, got 0"),
         (["{run}", "--k", "0"], "k must be at least 1, got 0"),
         (["{run}", "--temperature", "-1"], "temperature must be above 0"),
         (["{run}", "--label_fractions", "[0.1, 2]"], r"fraction must be above 0 and at most 1, got 2"),

@@ -84,7 +84,7 @@ BAD = {
         ["--backbone.kwargs", "{depth: 3}"],
         "backbone.kwargs: resnet10_tiny does not take {'depth': 3}",
     ),
-    "backbone for another size": (["--backbone.name", "vit_tiny_patch16_224"], "does not take images of 32x32"),
+    "backbone for another size": (["--backbone.name", "vit_tiny_patch16_224"], "does not run on images of 32x32"),
     "unknown layer": (["--gradmix.layers", "[layr3]"], "no layer 'layr3'; near names are .*layer3"),
     "layer without extent": (["--gradmix.layers", "[global_pool]"], r"'global_pool' has no spatial extent"),
     "no such folder": (["--data.name", "folder", "--data.root", "nowhere"], "data.root 'nowhere' is not a folder"),
@@ -92,6 +92,10 @@ BAD = {
     "batch above the data": (
         ["--training.batch_size", "5000"],
         "batch_size 5000 exceeds the 1438 images of digits/train",
+    ),
+    "one image a micro-batch": (
+        ["--training.batch_size", "2", "--training.accumulate", "2", "--method.allow_fewer_negatives", "true"],
+        "batch_size 2 leaves 1 processes x 2 micro-batches less than two images each",
     ),
     "negative rate": (["--optimiser.lr=-0.1"], "optimiser.lr must be above 0, got -0.1"),
     "NaN": (["--method.temperature", ".nan"], "(method.temperature must be above 0|Got value: .nan|nan)"),
@@ -154,6 +158,7 @@ def test_trains_on_a_folder_and_answers_the_same_command_again(
     assert command_line.run(main, arguments) == 2
     assert "no readable checkpoint" in capsys.readouterr().err
     assert command_line.run(main, [*arguments, "--overwrite", "true"]) == 0
+    assert "overwrite" not in yaml.safe_load((run / "config.yaml").read_text())  # whoever runs it again may lose a run
 
 
 def test_a_runs_config_runs_it_again(folder: Path, tmp_path: Path) -> None:

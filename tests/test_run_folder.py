@@ -13,7 +13,6 @@ from ssl_gradmix.run_folder import RunFolder, flat
 
 SETTINGS = {
     "run": "x",
-    "overwrite": False,
     "extra_view": "gradmix",
     "optimiser": {"lr": 0.1},
     "training": {"epochs": 3, "workers": 2},

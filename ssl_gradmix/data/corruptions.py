@@ -682,9 +682,7 @@ def _water(liquid: np.ndarray) -> np.ndarray:
     try:
         import cv2
     except ImportError as error:
-        raise ImportError(
-            "spatter at severities 1 to 3 needs OpenCV: pip install opencv-python-headless"
-        ) from error
+        raise ImportError("spatter at severities 1 to 3 needs OpenCV: pip install opencv-python-headless") from error
 
     drops = (liquid * 255).astype(np.uint8)
     distance = cv2.distanceTransform(255 - cv2.Canny(drops, 50, 150), cv2.DIST_L2, 5)

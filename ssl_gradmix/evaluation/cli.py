@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
@@ -38,6 +39,10 @@ class Subject:
     out: str | None = None
     batch_size: int = 256
     cache: bool = True
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
 
 
 def main(evaluate: Callable[..., None], options: type, description: str, argv: Sequence[str] | None = None) -> int:
@@ -76,6 +81,7 @@ def main(evaluate: Callable[..., None], options: type, description: str, argv: S
 def _resolve(parser: ArgumentParser, given: Namespace) -> tuple[Any, Namespace]:
     """Fills in what was not given: the data from the run's config, the rest from the defaults."""
     from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
 
     from ssl_gradmix.evaluation.encoders import load_encoder
     from ssl_gradmix.evaluation.results import results_folder
@@ -93,7 +99,9 @@ def _resolve(parser: ArgumentParser, given: Namespace) -> tuple[Any, Namespace]:
     cache = out / "features" if subject.cache else None
     data = Data(**settings.data.as_dict())
     results = results_folder(out, feature)
-    return Evaluation(encoder, data, results, subject.batch_size, cache, Accelerator()), settings
+    # Others wait while one process fits classifiers, which NCCL would take for a failure after ten minutes.
+    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))])
+    return Evaluation(encoder, data, results, subject.batch_size, cache, accelerator), settings
 
 
 def _pick(options: type, settings: Namespace) -> Any:

@@ -41,7 +41,8 @@ class Encoder:
         run: The run folder it comes from, if it does.
         config: What is in the run's config.yaml, if there is one.
         feature: What of the encoder `model` gives: `backbone`, or `projector` where the projection head is part of it.
-        fingerprint: SHA-256 of the weights, buffers included, and of the modules that hold them; computed here.
+        fingerprint: SHA-256 of the weights, buffers included, and of the modules that hold them with their plain
+            attributes; computed here. Features are kept under it, so what a forward pass does must follow from these.
     """
 
     model: nn.Module
@@ -265,10 +266,19 @@ def _preparation(cfg: dict) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
 
 def _fingerprint(model: nn.Module) -> str:
     digest = hashlib.sha256(re.sub(r" at 0x\w+", "", repr(model)).encode())
-    for key, value in sorted(model.state_dict().items()):
+    for name, module in model.named_modules():
+        plain = {key: value for key, value in vars(module).items() if key[0] != "_" and _is_plain(value)}
+        digest.update(f"{name} {sorted(plain.items())}".encode())
+    for key, value in sorted((model.state_dict() | dict(model.named_buffers())).items()):
         digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, tuple | list):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, str | int | float)
 
 
 def _some(keys: list[str], shown: int = 3) -> str:

@@ -156,7 +156,7 @@ def augmented_probe(
     model = encoder.model.to(features.device).eval()
     pixels = images.pixels(encoder.size)
 
-    @torch.no_grad()  # inference mode would not do: the classifier's backward pass reads these features
+    @torch.no_grad()
     def look(batch: Tensor) -> Tensor:
         (view,) = views(pixels[batch.cpu()].to(features.device), 1)
         return scaling(model(view).float())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,9 +46,16 @@ class Evaluation:
     def load(self, split: str, data: Data | None = None) -> ImageSet:
         """Loads the train or test images of the classes that the data settings ask for."""
         data = data or self.data
-        images = load(data, split)
+        with self.one_first():
+            images = load(data, split)
         known = known_classes(data, images.classes)
         return images if known is None else images.only(known)
+
+    @contextmanager
+    def one_first(self) -> Iterator[None]:
+        """Lets one process a machine go before the others, as loading a data set may download it."""
+        with self.accelerator.main_process_first(), self.accelerator.local_main_process_first():
+            yield
 
     def load_labelled(self, split: str, data: Data | None = None) -> ImageSet:
         """As `load`, without unlabelled images.

@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -60,7 +61,9 @@ def check_images(method: nn.Module, size: int, device: torch.device) -> None:
         with torch.enable_grad():
             method(views)
     except (AssertionError, RuntimeError) as error:
-        raise ValueError(f"data.size: the backbone does not take images of {size}x{size} ({error})") from error
+        raise ValueError(
+            f"data.size, backbone.name: the method does not run on images of {size}x{size} ({error})"
+        ) from error
     finally:
         method.train()
 
@@ -79,7 +82,6 @@ class Trainer:
         optimiser: How weights are updated.
         training: How long, and what is noted on the way.
         n_views: Views a batch, 3 for a plain third one.
-        backbone_kwargs: Arguments that the backbone was created with, for its exported config.
 
     Raises:
         ValueError: Fewer images than a batch.
@@ -96,10 +98,9 @@ class Trainer:
         optimiser: Optimiser,
         training: Training,
         n_views: int = 2,
-        backbone_kwargs: dict[str, Any] | None = None,
     ) -> None:
         self.folder, self.accelerator, self.training = folder, accelerator, training
-        self.size, self.backbone_kwargs = size, backbone_kwargs
+        self.size = size
         config = method.backbone.pretrained_cfg
         self.mean, self.std = config["mean"], config["std"]
         if len(images) < training.batch_size:
@@ -130,7 +131,9 @@ class Trainer:
         if method.gradmix is not None:
             method.gradmix = tolerant(method.gradmix)
         if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
-            method = nn.SyncBatchNorm.convert_sync_batchnorm(method)
+            method = convert_sync_batchnorm(
+                method
+            )  # timm's: torch's drops the activations inside timm's BatchNormAct2d
         method.to(memory_format=torch.channels_last)
         self.method, self.optimiser = accelerator.prepare(method, optimisers.create(method, optimiser))
         self.bare = accelerator.unwrap_model(self.method)
@@ -381,7 +384,7 @@ class Trainer:
             )
             # The checkpoint comes last: a run whose last one is there is finished, and all else has to be there too.
             with self._writing():
-                backbones.save(self.bare.backbone, self.folder.backbone, self.size, self.backbone_kwargs)
+                backbones.save(self.bare.backbone, self.folder.backbone, self.size)
                 _save_projector(self.bare.projector, self.folder)
                 for written in (*self.folder.backbone.iterdir(), self.folder.projector, self.folder.path):
                     checkpoint.flush(written)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-import os
 
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
+from joblib import cpu_count
 
 from ssl_gradmix.settings import Training
 
@@ -46,11 +46,16 @@ def create_accelerator(
     )
     if accelerator.device.type == "cpu":
         # `accelerate launch` and torchrun leave one thread a process, however many cores there are.
-        torch.set_num_threads(training.threads or max(1, len(os.sched_getaffinity(0)) // found))
+        torch.set_num_threads(training.threads or max(1, cpu_count() // found))
     if expect_processes not in (None, found):
         raise ValueError(
             f"expect_processes: {expect_processes} expected, {found} running; several processes on a CPU need "
             "`ACCELERATE_USE_CPU=true torchrun --nproc_per_node N`, as `accelerate launch --cpu` starts one only"
+        )
+    if training.batch_size < 2 * found * training.accumulate:
+        raise ValueError(
+            f"training.batch_size {training.batch_size} leaves {found} processes x {training.accumulate} micro-batches "
+            "less than two images each: BatchNorm has no statistics of one, and an image no other to mix with"
         )
     if training.batch_size % (found * training.accumulate):
         raise ValueError(

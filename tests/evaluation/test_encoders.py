@@ -325,3 +325,17 @@ class TestFingerprint:
 
         plain, relu, gelu = torch.nn.Flatten(), torch.nn.ReLU(), torch.nn.GELU()
         assert len({fingerprint(plain), fingerprint(plain, relu), fingerprint(plain, gelu)}) == 3
+
+    def test_tells_modules_with_other_attributes_apart(self):
+        def fingerprint(**arguments):
+            model = timm.create_model("vit_tiny_patch16_224", num_classes=0, depth=1, embed_dim=24, **arguments)
+            return Encoder(model, 224, (0, 0, 0), (1, 1, 1), "mine").fingerprint
+
+        torch.manual_seed(0)
+        state = torch.get_rng_state()
+        found = []
+        for arguments in ({"num_heads": 3}, {"num_heads": 3}, {"num_heads": 6}, {"num_heads": 3, "global_pool": "max"}):
+            torch.set_rng_state(state)
+            found.append(fingerprint(**arguments))
+        assert found[0] == found[1]
+        assert len(set(found)) == 3

@@ -32,6 +32,15 @@ def test_equals_the_formula_and_lightly(temperature: float, count: int) -> None:
         torch.testing.assert_close(mine, other)
 
 
+def test_autocast_takes_nothing_from_its_precision() -> None:
+    z = torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    expected = nt_xent(*z, 0.05)
+    with torch.autocast("cpu", torch.bfloat16):
+        under = nt_xent(*z, 0.05)
+    assert torch.equal(under, expected)
+    assert torch.equal(torch.autograd.grad(under, z)[0], torch.autograd.grad(expected, z)[0])
+
+
 def test_a_single_pair_has_no_negatives() -> None:
     z = torch.randn(1, 4)
     assert nt_xent(z, -z, 0.5).item() == 0

@@ -123,7 +123,7 @@ def test_refuses_what_cannot_be_trained(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="training.trackers: nosuch not known to Accelerate or not installed"):
         create_accelerator(replace(TRAINING, trackers=["nosuch"]))
     vit = backbones.create("vit_tiny_patch16_224")
-    with pytest.raises(ValueError, match=r"data.size: the backbone does not take images of 32x32 \(Input height"):
+    with pytest.raises(ValueError, match=r"data.size, backbone.name: .* run on images of 32x32 \(Input height"):
         check_images(SimCLR(vit, 192), 32, torch.device("cpu"))
 
 
