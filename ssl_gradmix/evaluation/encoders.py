@@ -20,6 +20,9 @@ _PICKLED = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".tar")
 _LARGEST = 4096
 """Side of an image, in pixels, above which a description is not believed."""
 
+_OF_ANY_MODULE = frozenset(vars(nn.Module()))
+"""Attributes that say nothing of what a module does: whether it is training, and its hooks."""
+
 _CONVERT = """\
 {path} is a pickled checkpoint, which can run code when it is read, so it is refused. Where you trust it, convert it:
     import torch, safetensors.torch
@@ -267,7 +270,7 @@ def _preparation(cfg: dict) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
 def _fingerprint(model: nn.Module) -> str:
     digest = hashlib.sha256(re.sub(r" at 0x\w+", "", repr(model)).encode())
     for name, module in model.named_modules():
-        plain = {key: value for key, value in vars(module).items() if key[0] != "_" and _is_plain(value)}
+        plain = {key: value for key, value in vars(module).items() if key not in _OF_ANY_MODULE and _is_plain(value)}
         digest.update(f"{name} {sorted(plain.items())}".encode())
     for key, value in sorted((model.state_dict() | dict(model.named_buffers())).items()):
         digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
