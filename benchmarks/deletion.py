@@ -2,9 +2,9 @@
 
 Two views of each training image are embedded, a box of one of them is replaced by another image as GradMix does it, and
 the embedding's cosine similarity to the other view is read again. A place that carries the agreement costs more of it
-than a random one of the same size: differences are paired, image by image, with 95% t intervals over images. Places are
-GradMix's, where its region is the box around the map's maximum or the densest one, with either target; the centre is
-the control that needs no gradient, as objects tend to lie there.
+than a box of the same size anywhere inside the image, all places alike: differences are paired, image by image, with
+95% t intervals over images. Places are GradMix's, where its region is the box around the map's maximum or the densest
+one, with either target; the centre is the control that needs no gradient, as objects tend to lie there.
 
     python benchmarks/deletion.py runs/simclr
     python benchmarks/deletion.py runs/a runs/b --layer layer2 --images 5000
@@ -24,11 +24,12 @@ from torch.nn.functional import cosine_similarity
 from torchvision.ops import box_iou
 from tqdm import tqdm
 
-from ssl_gradmix import GradMix
+from ssl_gradmix import GradMix, mixing
 from ssl_gradmix.attribution import METHODS
 from ssl_gradmix.data.augmentation import DeviceViews
-from ssl_gradmix.data.datasets import load
+from ssl_gradmix.data.datasets import known_classes, load
 from ssl_gradmix.evaluation.encoders import Encoder, load_encoder
+from ssl_gradmix.gradmix import MixedViews
 from ssl_gradmix.methods.nt_xent import nt_xent
 from ssl_gradmix.settings import Augmentation, Data
 
@@ -54,7 +55,10 @@ def main() -> None:
 
 def lines(encoder: Encoder, options: argparse.Namespace) -> list[list[str]]:
     """The table's lines of one run, one for each share that is kept."""
-    images = load(Data(**encoder.config["data"]), "train")
+    data = Data(**encoder.config["data"])
+    images = load(data, "train")
+    known = known_classes(data, images.classes)
+    images = images if known is None else images.only(known)
     drawn = np.random.default_rng(options.seed).permutation(len(images))[: options.images]
     pixels = images.subset(drawn).pixels(encoder.size)
     views = DeviceViews(Augmentation(**encoder.config["augmentation"]), encoder.size, encoder.mean, encoder.std)
@@ -63,8 +67,9 @@ def lines(encoder: Encoder, options: argparse.Namespace) -> list[list[str]]:
     found: dict[float, list[dict[str, np.ndarray]]] = {kept: [] for kept in KEPT}
     torch.manual_seed(options.seed)
     for i, batch in enumerate(tqdm(pixels.split(BATCH), desc=encoder.run.name, disable=None)):
-        by_share = {kept: mixers(options, kept, options.seed + i) for kept in KEPT}
-        for kept, similar in delete(encoder.model, views(batch, 2), by_share, temperature).items():
+        by_share = {kept: mixers(options, kept) for kept in KEPT}
+        anywhere = torch.Generator().manual_seed(options.seed + i)  # donors and views keep the global one
+        for kept, similar in delete(encoder.model, views(batch, 2), by_share, temperature, anywhere).items():
             found[kept].append(similar)
     return [line(encoder.run.name, kept, similar) for kept, similar in found.items()]
 
@@ -82,7 +87,7 @@ def line(run: str, kept: float, batches: list[dict[str, np.ndarray]]) -> list[st
     ]
 
 
-def mixers(options: argparse.Namespace, kept: float, seed: int) -> dict[str, GradMix]:
+def mixers(options: argparse.Namespace, kept: float) -> dict[str, GradMix]:
     """GradMix at each place, with boxes of one size."""
     settings = {"layers": [f"0.{options.layer}"], "lam_range": (kept, kept)}
     return {
@@ -90,12 +95,15 @@ def mixers(options: argparse.Namespace, kept: float, seed: int) -> dict[str, Gra
         "agreement, densest": GradMix(**settings, attribution=options.attribution, region="densest"),
         "loss": GradMix(**settings, attribution=options.attribution, target="loss"),
         "centre": GradMix(**settings, attribution=central, region="densest"),
-        "random": GradMix(**settings, attribution=Anywhere(seed)),
     }
 
 
 def delete(
-    model: nn.Module, views: list[Tensor], by_share: dict[float, dict[str, GradMix]], temperature: float
+    model: nn.Module,
+    views: list[Tensor],
+    by_share: dict[float, dict[str, GradMix]],
+    temperature: float,
+    anywhere: torch.Generator,
 ) -> dict[float, dict[str, np.ndarray]]:
     """By share kept, similarities (N,) of the first view to the second, whole and mixed, and the IoU of two boxes."""
     first, second = views
@@ -109,22 +117,22 @@ def delete(
         for place, mixer in places.items():
             torch.set_rng_state(state)  # the same donors at every place
             mixed[place] = mixer(first, loss, observed, donors=second)
+        images = {place: each.images for place, each in mixed.items()}
+        images["random"] = elsewhere(first, second, mixed["agreement"], anywhere)
         with torch.no_grad():
             similar = {"whole": cosine_similarity(z0, z1)}
-            similar |= {place: cosine_similarity(model(each.images), z1) for place, each in mixed.items()}
+            similar |= {place: cosine_similarity(model(each), z1) for place, each in images.items()}
         similar["iou"] = box_iou(mixed["agreement"].boxes, mixed["loss"].boxes).diagonal()
         found[kept] = {name: values.detach().numpy() for name, values in similar.items()}
     return found
 
 
-class Anywhere:
-    """Maps of noise from a generator of its own, so that donors are the same as for the other places."""
-
-    def __init__(self, seed: int) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def __call__(self, activation: Tensor, gradient: Tensor) -> Tensor:
-        return torch.rand(len(activation), *activation.shape[2:], generator=self.generator)
+def elsewhere(first: Tensor, second: Tensor, mixed: MixedViews, generator: torch.Generator) -> Tensor:
+    """The first views with the same donors in boxes of the same size, anywhere inside the image."""
+    x0, y0, x1, y1 = mixed.boxes[0].tolist()
+    extent, size = (y1 - y0, x1 - x0), (first.shape[2], first.shape[3])
+    boxes = mixing.random_boxes(len(first), extent, size, first.device, generator)
+    return mixing.paste(first, mixing.shrink(second[mixed.donor_index], extent), boxes)
 
 
 def central(activation: Tensor, gradient: Tensor) -> Tensor:

@@ -69,8 +69,9 @@ class GradMix:
     Args:
         layers: Layers whose maps are summed, by their names in `encoder.named_modules()`, for instance `[layer3]`. Null
             takes the deepest stage whose map is at least 4x4 for the images at hand and whose gradient is not all zero.
-        attribution: `layercam`, `gradcam`, or `random`, the control: the same mixing at a random place. In Python also
-            a function `(activation, gradient) -> (N, h, w)`.
+        attribution: `layercam`, `gradcam`, or `random`, the control: the same mixing with the box anywhere inside the
+            image, all places alike (a mask: where a map of noise is highest). In Python also a function
+            `(activation, gradient) -> (N, h, w)`.
         target: `agreement` attributes −loss: what already makes the views agree. `loss` attributes +loss (the authors'
             sign).
         fill: `donor` (another image, resized whole into the box), `crop` (the same place of the other image), `noise`
@@ -180,8 +181,11 @@ class GradMix:
     def _mix_box(self, images: Tensor, donors: Tensor, attribution: Tensor, lam: float) -> tuple[Tensor, float, Tensor]:
         size = (images.shape[2], images.shape[3])
         extent = mixing.box_extent(lam, size)
-        place = mixing.densest_boxes if self.region == "densest" else mixing.peak_boxes
-        boxes = place(attribution, extent, self.generator)
+        if self.attribution == "random":  # the peaks of a map of noise, once resized, lie at the border more often
+            boxes = mixing.random_boxes(len(images), extent, size, images.device, self.generator)
+        else:
+            place = mixing.densest_boxes if self.region == "densest" else mixing.peak_boxes
+            boxes = place(attribution, extent, self.generator)
         if self.fill == "donor":
             patches = mixing.shrink(donors, extent)
         elif self.fill == "crop":

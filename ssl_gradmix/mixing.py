@@ -65,6 +65,17 @@ def densest_boxes(attribution: Tensor, extent: tuple[int, int], generator: Gener
     return torch.stack([x0, y0, x0 + extent[1], y0 + extent[0]], 1)
 
 
+def random_boxes(
+    count: int, extent: tuple[int, int], size: tuple[int, int], device: torch.device, generator: Generator | None = None
+) -> Tensor:
+    """Boxes of one extent anywhere inside the image, all places alike: (N, 4) as `peak_boxes`."""
+    x0, y0 = (
+        (rand((count,), device, generator) * (size[i] - extent[i] + 1)).long().clamp_max(size[i] - extent[i])
+        for i in (1, 0)
+    )
+    return torch.stack([x0, y0, x0 + extent[1], y0 + extent[0]], 1)
+
+
 def _highest(maps: Tensor, generator: Generator | None) -> tuple[Tensor, Tensor]:
     """Row (N,) and column (N,) of each map's maximum; at random where a map is flat."""
     count, height, width = maps.shape

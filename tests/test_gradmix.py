@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightly.loss import BarlowTwinsLoss, VICRegLoss
 from lightly.models.modules import SimCLRProjectionHead
+from scipy.stats import chisquare
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as tv
 
@@ -146,6 +147,16 @@ def test_random_attribution_ignores_the_loss() -> None:
             loss = scale * net(images).sum()
         places.append(gradmix(images, loss, observed).boxes)
     assert torch.equal(*places)
+
+
+@pytest.mark.parametrize("region", ["box", "densest"])
+def test_random_attribution_takes_all_places_alike(region: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    gradmix = GradMix(layers=["1"], attribution="random", region=region, lam_range=(0.75, 0.75), generator=generator)
+    boxes = mix(gradmix, torch.rand(5000, 3, 16, 16)).boxes
+    assert (boxes[:, 2:] - boxes[:, :2] == 8).all()
+    places = boxes[:, 1] * 9 + boxes[:, 0]  # 9 x 9 of them
+    assert chisquare(places.bincount(minlength=81).numpy()).pvalue > 0.001
 
 
 def test_a_generator_decides_everything() -> None:
