@@ -45,6 +45,8 @@ def main() -> None:
         done = options.out / f"{name}.md"
         if done.exists():
             print(f"{name}: done, see {done}")
+        elif time.monotonic() >= deadline:
+            print(f"{name}: no time left, run it again")
         elif run(name, commands[name], done, deadline):
             print(f"{name}: written to {done}", flush=True)
         else:
@@ -97,11 +99,13 @@ def run(name: str, command: list[str], done: Path, deadline: float) -> bool:
     with partial.open("a") as output:
         output.write(f"`python {shlex.join(command)}`, {timing.origin('cuda')}\n\n")
         output.flush()
-        process = subprocess.Popen([sys.executable, *command], stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            [sys.executable, *command], stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
         try:
-            process.wait(max(1.0, deadline - time.monotonic()))
+            process.wait(deadline - time.monotonic())
         except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGTERM)
+            os.killpg(process.pid, signal.SIGTERM)  # what a part started would go on and disturb the next
             process.wait()
             return False
     if process.returncode == 0:

@@ -131,7 +131,8 @@ def augmented_probe(
 ) -> LinearProbe:
     """Trains a linear classifier as `linear_probe`, on features of images that are cropped and flipped anew each epoch.
 
-    The encoder stays in eval mode, without gradients. The scaling of features and the choice of the rate use the
+    Images are held in memory as the encoder sees them, N x 3 x size x size bytes, and crops are taken from those. The
+    encoder stays in eval mode, without gradients. The scaling of features and the choice of the rate use the
     features of the images as they are. The encoder runs over the images 2 x `epochs` times.
 
     Args:

@@ -381,7 +381,7 @@ def read_baseline(
         where: A run's folder, its `corruption.json`, or `alexnet`, which is for ImageNet's 1000 classes alone.
         names: The corruptions that it must have; extra ones are passed over.
         images: What is evaluated: the file must say the same under `images`, for its errors to be comparable. For
-            AlexNet `n_classes` and `preset` count.
+            AlexNet `n_classes`, `known_classes` and `preset` count.
         feature: What of the encoder is evaluated; the other run's results must be of the same.
 
     Raises:
@@ -389,10 +389,12 @@ def read_baseline(
         ValueError: If these are no results of corruptions, lack a corruption, or are of other images or features.
     """
     if where == "alexnet":
-        if images["n_classes"] != 1000 or images["preset"] not in ("imagenet", None):
+        some = images.get("known_classes") is not None
+        if some or images["n_classes"] != 1000 or images["preset"] not in ("imagenet", None):
             raise ValueError(
                 "baseline alexnet is for ImageNet's 1000 classes and the preset imagenet, "
-                f"got {images['n_classes']} classes and {images['preset']}: give another run as baseline"
+                f"got {'some of ' if some else ''}{images['n_classes']} classes and {images['preset']}: "
+                "give another run as baseline"
             )
         return ALEXNET
     folder = Path(where).expanduser()

@@ -120,7 +120,7 @@ def top_k_cosine(train: Matrix, labels: Matrix, test: Matrix, k: int = 3, divide
 
     `divided=True` is what its authors publish, `max_c S_c / sum_c S_c` on the projector's output. It is unstable: where
     features of different classes are opposite, as in a collapsed simplex, the denominator comes near 0 and may be
-    negative. Hence the undivided sum is the default. A denominator of 0 gives 0 where S_c is 0 too.
+    negative. Hence the undivided sum is the default. A denominator of 0 gives 0.
 
     Args:
         train: (N, D) features.
@@ -306,7 +306,7 @@ def _neighbours(train: Tensor, classes: Tensor, test: Tensor, k: int, top_k: int
 
 def _divided(similarity: Tensor) -> Tensor:
     total = similarity.sum(1, keepdim=True)
-    return torch.where((similarity == 0) & (total == 0), 0, similarity / total)
+    return torch.where(total == 0, 0, similarity / total)  # opposite classes: a share of nothing, not infinite
 
 
 def _mahalanobis_distances(train: Tensor, classes: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:

@@ -459,6 +459,8 @@ def test_alexnet_is_for_imagenet():
     for n_classes, preset in ((10, "imagenet"), (1000, "cifar")):
         with pytest.raises(ValueError, match=f"baseline alexnet is for .*, got {n_classes} classes and {preset}"):
             read_baseline("alexnet", COMMON, {"n_classes": n_classes, "preset": preset})
+    with pytest.raises(ValueError, match="baseline alexnet is for .*, got some of 1000 classes and imagenet"):
+        read_baseline("alexnet", COMMON, {"n_classes": 1000, "preset": "imagenet", "known_classes": [3, 5]})
 
 
 # For a terminal

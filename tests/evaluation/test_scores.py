@@ -194,6 +194,11 @@ def test_feature_norm(cloud):
     np.testing.assert_allclose(feature_norm(test), np.linalg.norm(test, axis=1), rtol=1e-6)
 
 
+def test_opposite_classes_divided_are_finite():
+    train, labels = np.array([[1.0, 0.0], [-1.0, 0.0]]), np.array([0, 1])
+    assert top_k_cosine(train, labels, np.array([[1.0, 0.0], [0.0, 1.0]]), k=1, divided=True).tolist() == [0, 0]
+
+
 def test_all_scores_are_the_single_ones(cloud):
     data, logits = cloud["data"], cloud["logits"]
     scores = all_scores(*data, *logits, k=9, top_k=4)
