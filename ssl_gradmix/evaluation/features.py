@@ -38,8 +38,8 @@ def extract(
 
     Images are resized and cropped to the encoder's square as `ImageSet.pixels` does, scaled to [0, 1] and normalised by
     the encoder's mean and standard deviation. (timm's own evaluation resizes larger and crops more where a model asks
-    for it; here the whole centre square is seen.) Everything runs in
-    float32 (which torch lets a GPU's convolutions round to TF32, unless `torch.backends.cudnn.allow_tf32` is false).
+    for it; here the whole centre square is seen.) Everything runs in float32
+    (which torch lets a GPU's convolutions round to TF32, unless `torch.backends.cudnn.allow_tf32` is false).
 
     Args:
         encoder: Moved to the device, on a CPU its kernels to channels_last, and put in eval mode.

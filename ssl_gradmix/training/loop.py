@@ -131,9 +131,7 @@ class Trainer:
         if method.gradmix is not None:
             method.gradmix = tolerant(method.gradmix)
         if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
-            method = convert_sync_batchnorm(
-                method
-            )  # timm's: torch's drops the activations inside timm's BatchNormAct2d
+            method = convert_sync_batchnorm(method)  # timm's: torch's drops what timm's norms hold, activations
         method.to(memory_format=torch.channels_last)
         self.method, self.optimiser = accelerator.prepare(method, optimisers.create(method, optimiser))
         self.bare = accelerator.unwrap_model(self.method)
