@@ -12,7 +12,7 @@ from ssl_gradmix.methods.nt_xent import nt_xent
 
 
 def naive(z0: torch.Tensor, z1: torch.Tensor, temperature: float) -> float:
-    z = [row / row.norm() for row in torch.cat([z0, z1]).double()]
+    z = [row / row.norm() for row in torch.cat([z0, z1]).detach().double()]
     count, total = len(z), 0.0
     for i in range(count):
         partner = (i + count // 2) % count
