@@ -27,7 +27,7 @@ from tqdm import tqdm
 from ssl_gradmix import GradMix, mixing
 from ssl_gradmix.attribution import METHODS
 from ssl_gradmix.data.augmentation import DeviceViews
-from ssl_gradmix.data.datasets import known_classes, load
+from ssl_gradmix.data.datasets import load_known
 from ssl_gradmix.evaluation.encoders import Encoder, load_encoder
 from ssl_gradmix.gradmix import MixedViews
 from ssl_gradmix.methods.nt_xent import nt_xent
@@ -55,10 +55,7 @@ def main() -> None:
 
 def lines(encoder: Encoder, options: argparse.Namespace) -> list[list[str]]:
     """The table's lines of one run, one for each share that is kept."""
-    data = Data(**encoder.config["data"])
-    images = load(data, "train")
-    known = known_classes(data, images.classes)
-    images = images if known is None else images.only(known)
+    images = load_known(Data(**encoder.config["data"]), "train")
     drawn = np.random.default_rng(options.seed).permutation(len(images))[: options.images]
     pixels = images.subset(drawn).pixels(encoder.size)
     views = DeviceViews(Augmentation(**encoder.config["augmentation"]), encoder.size, encoder.mean, encoder.std)

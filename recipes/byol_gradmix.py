@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     import torch
 
     from ssl_gradmix import backbones
-    from ssl_gradmix.data.datasets import known_classes, load
+    from ssl_gradmix.data.datasets import load_known
     from ssl_gradmix.methods.byol import BYOL
     from ssl_gradmix.run_folder import RunFolder
     from ssl_gradmix.training.loop import Trainer, check_images
@@ -44,9 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder.check(plain, settings.overwrite)
     accelerator = create_accelerator(settings.training, settings.expect_processes, settings.run)
     with accelerator.main_process_first(), accelerator.local_main_process_first():  # one process a machine downloads
-        images = load(settings.data, "train")
-    known = known_classes(settings.data, images.classes)
-    images = images if known is None else images.only(known)
+        images = load_known(settings.data, "train")
 
     torch.manual_seed(settings.training.seed)
     backbone = backbones.create(

@@ -103,7 +103,7 @@ def load(data: Data, split: Literal["train", "test"]) -> ImageSet:
     """Loads one split of the data set that the settings name, with all its classes.
 
     `data.classes` and `data.open_set` are not applied here, because an open-set evaluation needs the unknown classes
-    too: `images.only(known)` with `known_classes(data, images.classes)` is the known part.
+    too; `load_known` applies them.
 
     The splits are the data set's own, with these exceptions. `digits` has none: a fifth of each class, drawn with a
     fixed seed, is its test split. The train split of `stl10` is its 5,000 labelled and 100,000 unlabelled images. A
@@ -135,6 +135,17 @@ def load(data: Data, split: Literal["train", "test"]) -> ImageSet:
     return images
 
 
+def load_known(data: Data, split: Literal["train", "test"]) -> ImageSet:
+    """As `load`, with the images of `data.classes` or `data.open_set` alone, where one of the two is set.
+
+    Raises:
+        ValueError: As `known_classes`, or if no image is of these classes.
+    """
+    images = load(data, split)
+    known = known_classes(data, images.classes)
+    return images if known is None else images.only(known)
+
+
 def known_classes(data: Data, classes: Sequence[str]) -> list[int] | None:
     """Resolves `data.classes` or `data.open_set` to label numbers.
 
@@ -148,20 +159,19 @@ def known_classes(data: Data, classes: Sequence[str]) -> list[int] | None:
         Label numbers in the order given, or None where the settings ask for all classes.
 
     Raises:
-        ValueError: A class that does not exist or is named twice, an empty list, or an open-set split not understood.
+        ValueError: A class that does not exist or is named twice, an empty list, or an open-set split that is not
+            understood or does not fit the data.
     """
     if data.classes is not None:
         known = [_label(wanted, classes) for wanted in data.classes]
         setting = f"data.classes {data.classes!r}"
     elif data.open_set is not None:
-        known = _open_set(data.open_set, len(classes))
+        known = _open_set(data.open_set, data.name, len(classes))
         setting = f"data.open_set {data.open_set!r}"
     else:
         return None
     if not known or len(set(known)) < len(known):
         raise ValueError(f"{setting} must name at least one class, and none twice")
-    if max(known) >= len(classes):
-        raise ValueError(f"{setting} has label {max(known)}, but the data set has {len(classes)} classes")
     return known
 
 
@@ -174,13 +184,14 @@ def _label(wanted: int | str, classes: Sequence[str]) -> int:
     raise ValueError(f"data.classes has {wanted!r}, neither a class nor its number; the classes are {names or 'none'}")
 
 
-def _open_set(setting: str, n_classes: int) -> list[int]:
+def _open_set(setting: str, name: str, n_classes: int) -> list[int]:
     from ssl_gradmix.data import open_set
 
     match setting.split(":"):
         case ["random", n_known, seed] if n_known.isdecimal() and seed.isdecimal():
             known, _ = open_set.random_split(n_classes, int(n_known), int(seed))
         case [dataset, trial] if trial.isdecimal():
+            open_set.check_fits(dataset, name, n_classes)
             known, _ = open_set.split(dataset, int(trial))
         case _:
             raise ValueError(f"data.open_set must be like 'cifar10:2' or 'random:6:0', got {setting!r}")

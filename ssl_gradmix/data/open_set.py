@@ -93,7 +93,12 @@ _CIFAR100_UNKNOWN: dict[str, tuple[tuple[int, ...], ...]] = {
     ),
 }
 # fmt: on
-_N_CLASSES = {"mnist": 10, "svhn": 10, "cifar10": 10, "tinyimagenet": 200}
+_N_CLASSES = {"mnist": 10, "svhn": 10, "cifar10": 10, "cifar+10": 10, "cifar+50": 10, "tinyimagenet": 200}
+"""Of the data set that the known classes are of."""
+
+_DIGITS = ("digits", "mnist", "svhn")
+_NUMBERED_ALIKE = {"mnist": _DIGITS, "svhn": _DIGITS} | dict.fromkeys(("cifar10", "cifar+10", "cifar+50"), ("cifar10",))
+"""The named data sets, beside folders, whose labels mean what those of the trials mean."""
 
 DATASETS = tuple(_KNOWN)
 """The data sets that have trials."""
@@ -169,6 +174,29 @@ def random_split(n_classes: int, n_known: int, seed: int) -> tuple[list[int], li
         raise ValueError(f"n_known must be at least 1 and below n_classes={n_classes}, got {n_known}")
     order = np.random.default_rng(seed).permutation(n_classes)
     return sorted(order[:n_known].tolist()), sorted(order[n_known:].tolist())
+
+
+def check_fits(dataset: str, name: str, n_classes: int) -> None:
+    """Refuses trials whose label numbers do not hold for the data.
+
+    Args:
+        dataset: One of `DATASETS`.
+        name: Of the data, as `data.name`. A `folder` is taken at its word, where it has as many classes.
+        n_classes: Number of classes of the data.
+
+    Raises:
+        KeyError: If the data set has no trials.
+        ValueError: If they do not hold.
+    """
+    _check(dataset)
+    if name not in ("folder", *_NUMBERED_ALIKE.get(dataset, ())):
+        raise ValueError(
+            f"the split does not fit: {name} does not number its classes as {dataset} does; random ones fit all data "
+            "(data.open_set random:6:0, or protocol random in an evaluation)"
+        )
+    wanted = _N_CLASSES[dataset]
+    if n_classes != wanted:
+        raise ValueError(f"the split does not fit: {dataset} is for {wanted} classes, the data set has {n_classes}")
 
 
 def _check(dataset: str) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssl_gradmix.data.datasets import ImageSet, known_classes, load
+from ssl_gradmix.data.datasets import ImageSet, load_known
 from ssl_gradmix.evaluation.encoders import Encoder
 from ssl_gradmix.evaluation.features import extract
 from ssl_gradmix.evaluation.results import Row
@@ -45,11 +45,8 @@ class Evaluation:
 
     def load(self, split: str, data: Data | None = None) -> ImageSet:
         """Loads the train or test images of the classes that the data settings ask for."""
-        data = data or self.data
         with self.one_first():
-            images = load(data, split)
-        known = known_classes(data, images.classes)
-        return images if known is None else images.only(known)
+            return load_known(data or self.data, split)
 
     @contextmanager
     def one_first(self) -> Iterator[None]:

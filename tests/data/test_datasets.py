@@ -19,7 +19,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from ssl_gradmix.data import open_set
-from ssl_gradmix.data.datasets import ImageSet, known_classes, load
+from ssl_gradmix.data.datasets import ImageSet, known_classes, load, load_known
 from ssl_gradmix.settings import Data
 
 
@@ -454,7 +454,9 @@ def test_classes_by_name_and_number(wanted: list | None, classes: tuple[str, ...
         ({"open_set": "cifar10"}, r"must be like 'cifar10:2' or 'random:6:0', got 'cifar10'"),
         ({"open_set": "random:six:0"}, r"must be like 'cifar10:2' or 'random:6:0', got 'random:six:0'"),
         ({"open_set": "cifar10:-1"}, r"must be like"),
-        ({"open_set": "cifar10:0"}, r"data\.open_set 'cifar10:0' has label 9, but the data set has 4 classes"),
+        ({"open_set": "cifar10:0", "name": "folder"}, r"does not fit: cifar10 is for 10 classes, the data set has 4"),
+        ({"open_set": "cifar10:2", "name": "digits"}, r"digits does not number its classes as cifar10 does; random"),
+        ({"open_set": "tinyimagenet:0", "name": "cifar100"}, r"cifar100 does not number its classes as tinyimagenet"),
     ],
 )
 def test_classes_that_cannot_be_resolved(settings: dict, message: str) -> None:
@@ -471,7 +473,8 @@ def test_long_lists_of_classes_are_cut_short_and_unlabelled_data_have_none() -> 
 
 def test_open_set_trials_of_the_literature_and_random_ones() -> None:
     # Trial 2 of CIFAR-10's five, as in https://github.com/sgvaze/osr_closed_set_all_you_need
-    assert known_classes(Data(open_set="cifar10:2"), tuple("abcdefghij")) == [1, 5, 7, 3, 9, 4]
+    for name in ("cifar10", "folder"):
+        assert known_classes(Data(name, open_set="cifar10:2"), tuple("abcdefghij")) == [1, 5, 7, 3, 9, 4]
     known, unknown = open_set.random_split(10, 6, 3)
     drawn = known_classes(Data(open_set="random:6:3"), tuple("abcdefghij"))
     assert drawn == list(known)
@@ -479,11 +482,11 @@ def test_open_set_trials_of_the_literature_and_random_ones() -> None:
 
 
 def test_known_part_of_a_set_keeps_its_label_numbers() -> None:
-    digits = load(Data(open_set="mnist:0"), "test")
-    known = digits.only(known_classes(Data(open_set="mnist:0"), digits.classes))
+    digits, known = (function(Data(open_set="mnist:0"), "test") for function in (load, load_known))
     assert set(digits.labels) == set(range(10))
     assert set(known.labels) == {2, 4, 5, 9, 8, 3}
     assert known.classes == digits.classes
+    assert len(load_known(Data(), "test")) == len(digits)
 
 
 def test_a_folder_around_the_data_set_is_not_taken_for_a_class(tmp_path: Path) -> None:

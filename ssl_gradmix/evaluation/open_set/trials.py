@@ -32,14 +32,6 @@ NOT_OUR_RUN = "unknown (not our run)"
 Labelled = tuple[Tensor, Tensor]
 """Features (N, D) and labels (N,)."""
 
-_DIGITS = (10, ("digits", "mnist", "svhn"))
-_CIFAR = (10, ("cifar10",))
-_FITS = {
-    **{"mnist": _DIGITS, "svhn": _DIGITS, "cifar10": _CIFAR, "cifar+10": _CIFAR, "cifar+50": _CIFAR},
-    "tinyimagenet": (200, ()),
-}
-"""How many classes a protocol is for, and the named data sets, beside folders, that number them in its way."""
-
 
 @dataclass(frozen=True)
 class Trial:
@@ -162,7 +154,9 @@ def choose_trials(
             n_known = round(0.6 * len(classes)) if n_known is None else n_known
             splits = [open_set.random_split(len(classes), n_known, number) for number in numbers]
         else:
-            _check_fits(protocol, n_known, data, len(classes))
+            if n_known is not None:
+                raise ValueError(f"n_known is for the protocol random, got {n_known} with {protocol}")
+            open_set.check_fits(protocol, data.name, len(classes))
             splits = [open_set.split(protocol, number) for number in numbers]
     return protocol, [_trial(number, *split) for number, split in zip(numbers, splits, strict=True)]
 
@@ -347,16 +341,6 @@ def data_name(data: Data) -> str:
 def _same(data: Data, other: Data) -> bool:
     roots = [Path(each.root).expanduser().resolve() for each in (data, other)]
     return data.name == other.name and (data.name != "folder" or roots[0] == roots[1])
-
-
-def _check_fits(protocol: str, n_known: int | None, data: Data, n_classes: int) -> None:
-    wanted, names = _FITS[protocol]
-    if n_known is not None:
-        raise ValueError(f"n_known is for the protocol random, got {n_known} with {protocol}")
-    if data.name not in ("folder", *names):
-        raise ValueError(f"the split does not fit: {data.name} does not number its classes as {protocol} does")
-    if n_classes != wanted:
-        raise ValueError(f"the split does not fit: {protocol} is for {wanted} classes, the data set has {n_classes}")
 
 
 def _trial(number: int, known: Sequence[int], unknown: Sequence[int]) -> Trial:

@@ -94,7 +94,7 @@ def test_unknown_classes_of_cifar_plus_n_are_of_cifar100():
         (Data("folder", classes=["a", "z"]), TEN, {}, "data.classes has 'z'"),
         (Data("folder", classes=["a", "b"]), TEN, {"numbers": [1]}, "trials and n_known need a protocol"),
         (Data(open_set="random:6"), TEN, {}, "dataset 'random' has no open-set trials"),
-        (Data(open_set="tinyimagenet:0"), TEN, {}, "has label 197, but the data set has 10 classes"),
+        (Data(open_set="tinyimagenet:0"), TEN, {}, "digits does not number its classes as tinyimagenet"),
     ],
 )
 def test_a_split_that_does_not_fit_is_refused(data, classes, asked, message):
