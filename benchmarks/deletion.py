@@ -91,7 +91,7 @@ def mixers(options: argparse.Namespace, kept: float) -> dict[str, GradMix]:
         "agreement": GradMix(**settings, attribution=options.attribution, target="agreement"),
         "agreement, densest": GradMix(**settings, attribution=options.attribution, region="densest"),
         "loss": GradMix(**settings, attribution=options.attribution, target="loss"),
-        "centre": GradMix(**settings, attribution=central, region="densest"),
+        "centre": GradMix(**settings, attribution="centre"),
     }
 
 
@@ -130,13 +130,6 @@ def elsewhere(first: Tensor, second: Tensor, mixed: MixedViews, generator: torch
     extent, size = (y1 - y0, x1 - x0), (first.shape[2], first.shape[3])
     boxes = mixing.random_boxes(len(first), extent, size, first.device, generator)
     return mixing.paste(first, mixing.shrink(second[mixed.donor_index], extent), boxes)
-
-
-def central(activation: Tensor, gradient: Tensor) -> Tensor:
-    """A map (N, h, w) that falls off from the middle to all sides alike: its densest box is the central one."""
-    height, width = activation.shape[2:]
-    y, x = (torch.linspace(-1, 1, extent) for extent in (height, width))
-    return (2 - y[:, None] ** 2 - x**2).expand(len(activation), height, width)
 
 
 def difference(values: np.ndarray, reference: np.ndarray) -> str:

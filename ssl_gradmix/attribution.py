@@ -199,7 +199,7 @@ def gradients(loss: Tensor, outputs: Mapping[str, Sequence[Tensor]], sign: float
     reached = [output for output in flat if output.requires_grad]  # those behind frozen layers alone are not
     try:
         with torch.autocast(loss.device.type, enabled=False):  # backward passes do not belong under it
-            found = torch.autograd.grad(
+            taken = torch.autograd.grad(
                 loss, reached, torch.full_like(loss, sign * SCALE), retain_graph=True, allow_unused=True
             )
     except RuntimeError as error:
@@ -209,14 +209,16 @@ def gradients(loss: Tensor, outputs: Mapping[str, Sequence[Tensor]], sign: float
             "encoder: a stage behind an observed layer was compiled in a way that allows a single backward pass; set "
             "torch._functorch.config.donated_buffer = False before its first forward pass"
         ) from error
-    if all(gradient is None for gradient in found):
+    found = {id(output): gradient for output, gradient in zip(reached, taken, strict=True) if gradient is not None}
+    if not found:
         raise ValueError(
             f"loss does not depend on the observed layers {list(outputs)}; is it computed from this encoder's output?"
         )
-    rest = iter(found)
-    each = ((output, next(rest) if output.requires_grad else None) for output in flat)
-    filled = iter([torch.zeros_like(output) if gradient is None else gradient for output, gradient in each])
-    return {name: [next(filled) for _ in passes] for name, passes in outputs.items()}
+
+    def of(output: Tensor) -> Tensor:
+        return found[id(output)] if id(output) in found else torch.zeros_like(output)
+
+    return {name: [of(output) for output in passes] for name, passes in outputs.items()}
 
 
 def normalise(maps: Tensor) -> Tensor:

@@ -73,9 +73,9 @@ def recipe_parser(method_settings: type, description: str, recipe: str) -> Argum
     # A function is for Python alone: here its name would have any module imported that a file of settings names.
     parser.groups["gradmix"].add_argument(
         "--gradmix.attribution",
-        type=Literal["layercam", "gradcam", "random"],
+        type=Literal["layercam", "gradcam", "random", "centre"],
         default="layercam",
-        help="`layercam`, `gradcam`, or `random`, the control: the same mixing at a random place.",
+        help="`layercam`, `gradcam`, or a control, the same mixing at another place: `random` or `centre`.",
     )
     return parser
 

@@ -27,6 +27,9 @@ from ssl_gradmix.attribution import (
 
 logger = logging.getLogger("ssl_gradmix")
 
+CONTROLS = ("random", "centre")
+"""Places that neither the loss nor the encoder has a say in."""
+
 SMALLEST_MAP = 4
 """`layers=None` wants a map of at least this many places a side: a coarser one cannot place a box."""
 
@@ -69,9 +72,9 @@ class GradMix:
     Args:
         layers: Layers whose maps are summed, by their names in `encoder.named_modules()`, for instance `[layer3]`. Null
             takes the deepest stage whose map is at least 4x4 for the images at hand and whose gradient is not all zero.
-        attribution: `layercam`, `gradcam`, or `random`, the control: the same mixing with the box anywhere inside the
-            image, all places alike (a mask: where a map of noise is highest). In Python also a function
-            `(activation, gradient) -> (N, h, w)`.
+        attribution: `layercam`, `gradcam`, or a control, the same mixing at another place: `random`, with the box
+            anywhere inside the image, all places alike (a mask: where a map of noise is highest), and `centre`, where
+            objects tend to lie. In Python also a function `(activation, gradient) -> (N, h, w)`.
         target: `agreement` attributes −loss: what already makes the views agree. `loss` attributes +loss (the authors'
             sign).
         fill: `donor` (another image, resized whole into the box), `crop` (the same place of the other image), `noise`
@@ -85,7 +88,7 @@ class GradMix:
     """
 
     layers: list[str] | None = None
-    attribution: Literal["layercam", "gradcam", "random"] | AttributionFunction = "layercam"
+    attribution: Literal["layercam", "gradcam", "random", "centre"] | AttributionFunction = "layercam"
     target: Target = "agreement"
     fill: mixing.Fill = "donor"
     alpha: float = 1.0
@@ -100,7 +103,7 @@ class GradMix:
                 f"gradmix.layers must be a list of layer names such as ['layer3'], or None; got {self.layers!r}"
             )
         if not callable(self.attribution):
-            _require_one_of("attribution", self.attribution, (*METHODS, "random"))
+            _require_one_of("attribution", self.attribution, (*METHODS, *CONTROLS))
         _require_one_of("target", self.target, ("agreement", "loss"))
         _require_one_of("fill", self.fill, ("donor", "crop", "noise", "mean"))
         _require_one_of("region", self.region, ("box", "densest", "mask"))
@@ -159,6 +162,8 @@ class GradMix:
 
     def _attribute(self, loss: Tensor, observed: Observed, images: Tensor) -> Tensor:
         count, size = len(images), (images.shape[2], images.shape[3])
+        if self.attribution == "centre":
+            return normalise(mixing.central_map(size, images.device)).expand(count, *size)
         chosen = observed if self.layers else {name: observed[name] for name in [self._choose(loss, observed, size)]}
         if self.attribution != "random":
             return attribute(loss, chosen, size, count, self.attribution, self.target)
@@ -183,6 +188,8 @@ class GradMix:
         extent = mixing.box_extent(lam, size)
         if self.attribution == "random":  # the peaks of a map of noise, once resized, lie at the border more often
             boxes = mixing.random_boxes(len(images), extent, size, images.device, self.generator)
+        elif self.attribution == "centre":
+            boxes = mixing.central_boxes(len(images), extent, size, images.device)
         else:
             place = mixing.densest_boxes if self.region == "densest" else mixing.peak_boxes
             boxes = place(attribution, extent, self.generator)

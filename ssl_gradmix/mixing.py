@@ -76,6 +76,19 @@ def random_boxes(
     return torch.stack([x0, y0, x0 + extent[1], y0 + extent[0]], 1)
 
 
+def central_boxes(count: int, extent: tuple[int, int], size: tuple[int, int], device: torch.device) -> Tensor:
+    """Boxes of one extent in the middle of the image, up to half a pixel: (N, 4) as `peak_boxes`."""
+    y0, x0 = ((size[i] - extent[i]) // 2 for i in (0, 1))
+    corners = (x0, y0, x0 + extent[1], y0 + extent[0])  # filled in on the device: a copy would wait for it
+    return torch.stack([torch.full((count,), corner, device=device) for corner in corners], 1)
+
+
+def central_map(size: tuple[int, int], device: torch.device) -> Tensor:
+    """A map (1, H, W) that falls off from the middle of the image to all sides alike."""
+    y, x = (torch.linspace(-1, 1, extent, device=device) for extent in size)
+    return -(y[None, :, None] ** 2 + x**2)
+
+
 def _highest(maps: Tensor, generator: Generator | None) -> tuple[Tensor, Tensor]:
     """Row (N,) and column (N,) of each map's maximum; at random where a map is flat."""
     count, height, width = maps.shape

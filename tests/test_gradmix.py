@@ -48,7 +48,7 @@ def mix(gradmix: GradMix, images: Tensor, donors: Tensor | None = None, net: nn.
     width=st.integers(8, 40),
     fill=st.sampled_from(["donor", "crop", "noise", "mean"]),
     region=st.sampled_from(["box", "densest", "mask"]),
-    attribution=st.sampled_from(["layercam", "gradcam", "random"]),
+    attribution=st.sampled_from(["layercam", "gradcam", "random", "centre"]),
     layers=st.sampled_from([["0"], ["1"], ["0", "1"]]),
     seed=st.integers(0, 1000),
 )
@@ -138,11 +138,12 @@ def test_targets_are_opposite_signs() -> None:
     assert min(peaks["agreement"]) >= 13
 
 
-def test_random_attribution_ignores_the_loss() -> None:
+@pytest.mark.parametrize("attribution", ["random", "centre"])
+def test_controls_ignore_the_loss(attribution: str) -> None:
     places = []
     for scale in (1.0, 0.0):
         net, images = encoder(), torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-        gradmix = GradMix(layers=["1"], attribution="random", generator=torch.Generator().manual_seed(0))
+        gradmix = GradMix(layers=["1"], attribution=attribution, generator=torch.Generator().manual_seed(0))
         with gradmix.observe(net) as observed:
             loss = scale * net(images).sum()
         places.append(gradmix(images, loss, observed).boxes)
@@ -157,6 +158,24 @@ def test_random_attribution_takes_all_places_alike(region: str) -> None:
     assert (boxes[:, 2:] - boxes[:, :2] == 8).all()
     places = boxes[:, 1] * 9 + boxes[:, 0]  # 9 x 9 of them
     assert chisquare(places.bincount(minlength=81).numpy()).pvalue > 0.001
+
+
+@pytest.mark.parametrize("region", ["box", "densest"])
+def test_the_central_box_is_replaced(region: str) -> None:
+    gradmix = GradMix(attribution="centre", fill="mean", region=region, lam_range=(0.75, 0.75))
+    images = torch.rand(4, 3, 16, 24)
+    changed = (mix(gradmix, images).images != images).any(1)
+    assert changed[:, 4:12, 6:18].all()
+    assert changed.sum() == 4 * 8 * 12
+
+
+def test_a_central_mask_takes_the_pixels_nearest_to_the_middle() -> None:
+    images = torch.rand(2, 3, 16, 16)
+    mixed = mix(GradMix(attribution="centre", fill="mean", region="mask"), images)
+    changed = (mixed.images != images).any(1)
+    y, x = torch.meshgrid(torch.arange(16) - 7.5, torch.arange(16) - 7.5, indexing="ij")
+    distance = torch.hypot(y, x).expand(2, 16, 16)
+    assert distance[changed].max() <= distance[~changed].min() + 1e-6
 
 
 def test_a_generator_decides_everything() -> None:
@@ -280,7 +299,7 @@ def test_the_readmes_code_runs() -> None:
             r"gradmix.layers must be a list of layer names such as \['layer3'\], or None; got 'layer3'",
         ),
         ({"layers": []}, r"gradmix.layers must be a list .* got \[\]"),
-        ({"attribution": "cam"}, "gradmix.attribution must be one of layercam, gradcam, random, got 'cam'"),
+        ({"attribution": "cam"}, "gradmix.attribution must be one of layercam, gradcam, random, centre, got 'cam'"),
         ({"target": "up"}, "gradmix.target must be one of agreement, loss, got 'up'"),
         ({"fill": "black"}, "gradmix.fill must be one of donor, crop, noise, mean, got 'black'"),
         ({"region": "disk"}, "gradmix.region must be one of box, densest, mask, got 'disk'"),

@@ -48,6 +48,17 @@ def test_the_densest_box_prefers_a_bright_field_to_a_brighter_speck() -> None:
     assert mixing.peak_boxes(maps, (4, 4)).tolist() == [[11, 0, 15, 4]]
 
 
+@pytest.mark.parametrize("size", [(16, 16), (15, 20), (9, 7)])
+@pytest.mark.parametrize("extent", [(1, 1), (4, 7), (7, 4), (9, 7)])
+def test_central_boxes_leave_as_much_on_either_side(extent: tuple[int, int], size: tuple[int, int]) -> None:
+    boxes = mixing.central_boxes(3, extent, size, torch.device("cpu"))
+    assert boxes.dtype == torch.int64
+    for x0, y0, x1, y1 in boxes.tolist():
+        assert (y1 - y0, x1 - x0) == extent
+        assert size[0] - y1 - y0 in (0, 1)
+        assert size[1] - x1 - x0 in (0, 1)
+
+
 @pytest.mark.parametrize("place", [mixing.peak_boxes, mixing.densest_boxes])
 def test_flat_maps_put_boxes_anywhere(place: Callable[..., torch.Tensor]) -> None:
     boxes = place(torch.zeros(2000, 16, 16), (4, 4), torch.Generator().manual_seed(0))

@@ -40,6 +40,7 @@ CHANGES: dict[str, dict[str, str]] = {
     **{f"weight{weight}": {"method.weight": weight} for weight in ("0.5", "0.7", "2.0")},
     "crop": {"gradmix.fill": "crop"},
     "densest": {"gradmix.region": "densest"},
+    "centre": {"gradmix.attribution": "centre"},
 }
 """What may differ from one of the variants: `e-layer2` is e with another layer.
 
@@ -200,7 +201,7 @@ def passes(cell: Cell, grid: Grid) -> Passes:
     """Counts the passes of a cell's training: views times epochs."""
     settings, n = cell.variant_settings(), epochs(cell, grid)
     views = 2 if settings["extra_view"] == "none" else 3
-    attributed = settings["extra_view"] == "gradmix" and settings.get("gradmix.attribution") != "random"
+    attributed = settings["extra_view"] == "gradmix" and settings.get("gradmix.attribution") not in ("random", "centre")
     return Passes(views * n, n if attributed else 0, 2 * n if cell.method == "byol" else 0)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ssl_gradmix.attribution import METHODS
-from ssl_gradmix.gradmix import GradMix
+from ssl_gradmix.gradmix import CONTROLS, GradMix
 
 
 def all_finite(tensors: Iterable[Tensor]) -> Tensor:
@@ -63,7 +63,7 @@ def tolerant(gradmix: GradMix) -> GradMix:
     Alone, it raises on the CPU and says so. In a training, the loop finds a loss that is not finite, and knows the step
     and the checkpoint; and a process that raised would leave the others waiting for it.
     """
-    if gradmix.attribution == "random":
+    if gradmix.attribution in CONTROLS:
         return gradmix
     function = gradmix.attribution if callable(gradmix.attribution) else METHODS[gradmix.attribution]
 
