@@ -456,10 +456,10 @@ class TestPage:
         )
         # e − a is 10, 11, 10; e − c is 5, 7, 6: the mean, and 4.3027 standard errors to either side
         assert line(text, "### Does e help?", "| linear probe |") == (
-            "| linear probe | **+10.3 [+8.9, +11.8]** | **+6.0 [+3.5, +8.5]** |"
+            "| linear probe | **+10.3 [+8.9, +11.8]** (3) | **+6.0 [+3.5, +8.5]** (3) |"
         )
         assert line(text, "### Does e help?", "| mean corruption") == (
-            "| mean corruption error (less is better) | ***+5.0 [+2.5, +7.5]*** |  |"
+            "| mean corruption error (less is better) | ***+5.0 [+2.5, +7.5]*** (3) |  |"
         )
         assert line(text, "### Does e help?", "- e against a") == (
             "- e against a (plain two views, equal epochs): better on 1, worse on 1, open on 0 of 2 measures."

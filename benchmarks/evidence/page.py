@@ -36,6 +36,7 @@ QUESTIONS = {
     "c": "plain third view, equal both",
     "c-weight0.7": "plain third view that counts as little as a mixed one, equal both",
     "d": "random place, equal both",
+    "d-centre": "the centre, equal both",
 }
 """What GradMix's e and f are compared with, and what is equal then."""
 
@@ -44,10 +45,11 @@ PROTOCOL = """## How to read the tables
 Encoders are frozen, protocols those of the README's evaluation, and a cell's test images are read once. Settings are
 chosen by the rows of held-out training images alone: held out from classifiers and neighbours, not from pretraining,
 which reads no labels. Those rows are not counted in verdicts. A difference is the mean over seeds of one variant
-minus another at the same seed, with the 95% t interval of that mean: **bold** where it leaves 0 out for the better,
-***bold italics*** where for the worse. Nothing is corrected for the number of comparisons: of twenty where nothing
-differs, about one stands out. Shares are in percent, their differences in percentage points. A cell is repeated by its
-grid's command with `--cells simclr/e/all/0` behind it; `--print simclr/e/all/0` lists its single commands.
+minus another at the same seed, with the 95% t interval of that mean (and the number of seeds): **bold** where it
+leaves 0 out for the better, ***bold italics*** where for the worse. Nothing is corrected for the number of comparisons:
+of twenty where nothing differs, about one stands out. Shares are in percent, their differences in percentage points. A
+cell is repeated by its grid's command with `--cells simclr/e/all/0` behind it; `--print simclr/e/all/0` lists its
+single commands.
 
 Open set: seed s pretrains on the known classes of the s-th distinct trial of CIFAR-10 (0, 2, 3, 4), and meets the
 unknown ones in the evaluation. Two cues: a bright digit on the left and a faint one on the right, which show the same
@@ -246,7 +248,7 @@ def _difference(measure: Measure, difference: Difference | None) -> str:
     if not math.isnan(difference.low):
         text += f" [{_number(measure, difference.low, '+')}, {_number(measure, difference.high, '+')}]"
     mark = {"better": "**", "worse": "***", "open": ""}[difference.verdict(measure)]
-    return f"{mark}{text}{mark}"
+    return f"{mark}{text}{mark} ({difference.seeds})"
 
 
 def _number(measure: Measure, value: float, sign: str = "") -> str:
