@@ -467,7 +467,7 @@ class TestPage:
         assert line(text, "### Settings of e: every number", "| linear probe |") == (
             "| linear probe | 62.3 ± 2.1 (3) | 70.0 (1) |"
         )
-        assert line(text, "### Settings of e: differences", "| linear probe |") == "| linear probe | +10.0 |"
+        assert line(text, "### Settings of e: differences", "| linear probe |") == "| linear probe | +10.0 (1) |"
         assert "### Does f help?" not in text
         assert line(text, "### What it costs", "| e |") == "| e | 60 | 20 | 0 | 1 | 101 | 1.25 (1.24 to 1.25) |"
         assert line(text, "### What it costs", "| a |") == "| a | 40 | 0 | 0 | 1 | 61 | 0.75 (0.75 to 0.76) |"
