@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -86,10 +87,18 @@ class ImageSet(torch.utils.data.Dataset):
             uint8 (N, 3, size, size).
 
         Raises:
-            ValueError: A file cannot be read; the message names its path.
+            ValueError: A file cannot be read, the message names its path; or the images take more memory than the
+                machine has.
         """
         if isinstance(self.images, np.ndarray) and self.images.shape[1:3] == (size, size):
             return torch.from_numpy(self.images).permute(0, 3, 1, 2).contiguous()
+        needed, has = len(self) * 3 * size * size, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if needed > has:
+            raise ValueError(
+                f"{self.name}: {len(self):,} images of {size}x{size} take {needed / 2**30:,.0f} GiB decoded, and this "
+                f"machine has {has / 2**30:,.0f}: choose a smaller data.size, or in a training "
+                "--augmentation.where workers, which decodes as it goes"
+            )
         pixels = np.empty((len(self), 3, size, size), np.uint8)
 
         def fill(i: int) -> None:

@@ -106,6 +106,11 @@ def test_pixels_of_that_size_are_the_images_themselves() -> None:
     assert square.any()
 
 
+def test_pixels_that_no_memory_holds_are_refused_with_the_way_out(in_memory: ImageSet) -> None:
+    with pytest.raises(ValueError, match=r"1000000x1000000 take 16,764 GiB .* --augmentation.where workers"):
+        in_memory.pixels(1_000_000)
+
+
 def test_pixels_of_many_files_come_in_order(tmp_path: Path) -> None:
     whole = in_folder(folder_of(tmp_path, train__a=70, train__b=80))
     expected = [int(path.stem) for path in whole.images]
