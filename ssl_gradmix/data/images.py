@@ -86,7 +86,7 @@ def decode(path: Path) -> Image.Image:
             if limit and image.width * image.height > limit:
                 raise ValueError(f"{image.width}x{image.height} pixels, more than PIL.Image.MAX_IMAGE_PIXELS = {limit}")
             ImageOps.exif_transpose(image, in_place=True)
-            return to_rgb(image)
+            return _to_rgb(image)
     except UnidentifiedImageError as error:
         raise ValueError(
             f"cannot read the image {str(path)!r}: damaged, or none of {', '.join(_FORMATS)}; convert or remove it"
@@ -95,21 +95,17 @@ def decode(path: Path) -> Image.Image:
         raise ValueError(f"cannot read the image {str(path)!r}: {error or type(error).__name__}") from error
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Converts an image of any mode to 8-bit RGB, transparency laid on white.
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Converts a file's image of any mode to 8-bit RGB, transparency laid on white.
 
     Raises:
-        ValueError: The mode has no fixed range (`F`, or `I` with values outside 16 bits) or no conversion.
+        ValueError: The values have no fixed range (floating point, 32-bit or signed integers) or no conversion.
     """
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() > 65535:
-            raise ValueError(
-                f"grey values from {values.min()} to {values.max()} do not fit 16 bits, save it with 8 or 16"
-            )
-        image = Image.fromarray(np.round(values / 257).astype(np.uint8))
-    elif image.mode == "F":
-        raise ValueError("floating-point pixels have no fixed range, save it with 8 or 16 bits")
+    if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
+        kind = "floating-point" if image.mode == "F" else "32-bit or signed"
+        raise ValueError(f"{kind} pixels have no fixed range, save it with 8 or 16 bits")
+    if image.mode == "I" or image.mode.startswith("I;16"):  # PNG and PGM have 16 bits in mode I too
+        image = Image.fromarray(np.round(np.asarray(image).astype(np.int64) / 257).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -156,7 +156,7 @@ KINDS: dict[str, Kind] = {
     "cmyk.jpg": Kind(lambda path: plain("CMYK", (0, 255, 255, 0)).save(path, "JPEG"), (255, 0, 0), (255, 0, 0)),
     "ycbcr.tif": saved(plain("YCbCr", (128, 128, 128)), "TIFF", GREY),
     "float.tif": Kind(lambda path: plain("F", 0.5).save(path, "TIFF"), message="floating-point pixels have no fixed"),
-    "32-bit.tif": Kind(lambda path: plain("I", 1 << 20).save(path, "TIFF"), message="do not fit 16 bits"),
+    "32-bit.tif": Kind(lambda path: plain("I", 1 << 20).save(path, "TIFF"), message="32-bit or signed pixels have"),
     # Several pictures in one, and pictures lying on their side
     "animated.gif": several("GIF"),
     "animated.png": several("PNG"),

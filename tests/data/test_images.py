@@ -117,9 +117,9 @@ def test_big_endian_16_bit_grey_is_read_alike(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (np.float32([[0.5]]), "no fixed range"),
-        (np.int32([[70000]]), "do not fit 16 bits"),
-        (np.int32([[-1]]), "from -1"),
+        (np.float32([[0.5]]), "floating-point pixels have no fixed range"),
+        (np.int32([[70000]]), "32-bit or signed pixels have no fixed range"),
+        (np.int32([[200]]), "32-bit or signed pixels have no fixed range"),  # of 255, of 65535, of 2**31?
     ],
 )
 def test_values_without_a_known_range_are_refused(tmp_path: Path, values: np.ndarray, message: str) -> None:
