@@ -251,7 +251,8 @@ def first_images(name: str, passes: list[Tensor], count: int | None) -> list[Ten
 def spatial(name: str, tensor: Tensor, size: tuple[int, int]) -> Tensor:
     """A layer's output as (N, C, h, w): of convolutional maps, channels-last maps (Swin) or tokens.
 
-    Class and register tokens, which come first, are dropped.
+    Class and register tokens, which come first, are dropped. The others are taken to lie row by row, as in timm's
+    ViTs; the early blocks of its Hiera order them otherwise.
 
     Raises:
         ValueError: No spatial extent: a vector or a single place an image.
