@@ -8,16 +8,23 @@ one, with either target; the centre is the control that needs no gradient, as ob
 
     python benchmarks/deletion.py runs/simclr
     python benchmarks/deletion.py runs/a runs/b --layer layer2 --images 5000
+    python benchmarks/deletion.py runs/plain-{0,1,2} runs/mixed-{0,1,2}
+
+The last compares two kinds of training over their seeds, by the names of the run folders: what encoders lose where a
+box anywhere is replaced, and beyond that at the centre and at the attributed place, which each encoder's own map marks.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Mapping
+from statistics import fmean
 
 import numpy as np
 import timing
 import torch
+from evidence.differences import Difference, paired
 from scipy.stats import ttest_1samp
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
@@ -37,6 +44,12 @@ PLACES = ("agreement", "agreement, densest", "loss", "centre", "random")
 KEPT = (0.9, 0.7, 0.5)
 BATCH = 256
 
+COSTS = {"anywhere": ("random", "whole"), "centre": ("centre", "random"), "attributed": ("agreement", "random")}
+"""What is compared over seeds: the similarity where the first is replaced, less that of the second."""
+
+Similar = dict[str, np.ndarray]
+"""Cosine similarities (images,) to the other view, of whole images and with a box replaced at each place."""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -48,31 +61,43 @@ def main() -> None:
     options = parser.parse_args()
     print(f"{options.attribution} at {options.layer}, seed {options.seed}, {timing.origin()}\n")
     header = ["run", "images", "kept", "whole", *(f"{place}, against random" for place in PLACES[:-1]), "random", "IoU"]
-    rows = [line for run in options.runs for line in lines(load_encoder(run, feature="projector"), options)]
+    encoders = (load_encoder(run, feature="projector") for run in options.runs)
+    found = {encoder.run.name: measure(encoder, options) for encoder in encoders}
+    rows = [line(run, kept, similar) for run, by_share in found.items() for kept, similar in by_share.items()]
     print(timing.table(header, rows))
     print("\nwhole: similarity before anything is replaced; IoU: of the boxes of agreement and loss")
+    kinds: dict[str, dict[int, dict[float, Similar]]] = {}
+    for run, by_share in found.items():
+        kind, _, seed = run.rpartition("-")
+        if seed.isdecimal():
+            kinds.setdefault(kind, {})[int(seed)] = by_share
+    if len(kinds) > 1:
+        print(f"\nMeans over seeds, and differences paired by seed, with 95% t intervals\n\n{over_seeds(kinds)}")
 
 
-def lines(encoder: Encoder, options: argparse.Namespace) -> list[list[str]]:
-    """The table's lines of one run, one for each share that is kept."""
+def measure(encoder: Encoder, options: argparse.Namespace) -> dict[float, Similar]:
+    """Similarities of one run, by the share that is kept."""
     images = load_known(Data(**encoder.config["data"]), "train")
     drawn = np.random.default_rng(options.seed).permutation(len(images))[: options.images]
     pixels = images.subset(drawn).pixels(encoder.size)
     views = DeviceViews(Augmentation(**encoder.config["augmentation"]), encoder.size, encoder.mean, encoder.std)
     temperature = encoder.config["method"]["temperature"]
     encoder.model.requires_grad_(True)  # attribution needs a graph
-    found: dict[float, list[dict[str, np.ndarray]]] = {kept: [] for kept in KEPT}
+    found: dict[float, list[Similar]] = {kept: [] for kept in KEPT}
     torch.manual_seed(options.seed)
     for i, batch in enumerate(tqdm(pixels.split(BATCH), desc=encoder.run.name, disable=None)):
         by_share = {kept: mixers(options, kept) for kept in KEPT}
         anywhere = torch.Generator().manual_seed(options.seed + i)  # donors and views keep the global one
         for kept, similar in delete(encoder.model, views(batch, 2), by_share, temperature, anywhere).items():
             found[kept].append(similar)
-    return [line(encoder.run.name, kept, similar) for kept, similar in found.items()]
+    return {
+        kept: {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+        for kept, batches in found.items()
+    }
 
 
-def line(run: str, kept: float, batches: list[dict[str, np.ndarray]]) -> list[str]:
-    columns = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+def line(run: str, kept: float, columns: Similar) -> list[str]:
+    """The table's line of one run and share."""
     return [
         run,
         f"{len(columns['whole']):,}",
@@ -101,7 +126,7 @@ def delete(
     by_share: dict[float, dict[str, GradMix]],
     temperature: float,
     anywhere: torch.Generator,
-) -> dict[float, dict[str, np.ndarray]]:
+) -> dict[float, Similar]:
     """By share kept, similarities (N,) of the first view to the second, whole and mixed, and the IoU of two boxes."""
     first, second = views
     with by_share[KEPT[0]]["agreement"].observe(model) as observed:
@@ -130,6 +155,33 @@ def elsewhere(first: Tensor, second: Tensor, mixed: MixedViews, generator: torch
     extent, size = (y1 - y0, x1 - x0), (first.shape[2], first.shape[3])
     boxes = mixing.random_boxes(len(first), extent, size, first.device, generator)
     return mixing.paste(first, mixing.shrink(second[mixed.donor_index], extent), boxes)
+
+
+def over_seeds(kinds: Mapping[str, Mapping[int, Mapping[float, Similar]]]) -> str:
+    """A table of what each kind of training loses at each place, and of the differences of the others to the first."""
+    first, *others = kinds
+    rows = []
+    for place, (replaced, otherwise) in COSTS.items():
+        for kept in KEPT:
+            costs = {
+                kind: {
+                    seed: float((by_share[kept][replaced] - by_share[kept][otherwise]).mean())
+                    for seed, by_share in seeds.items()
+                }
+                for kind, seeds in kinds.items()
+            }
+            means = [f"{fmean(by_seed.values()):+.3f}" for by_seed in costs.values()]
+            rows.append(
+                [place, f"{kept:.0%}", *means, *(interval(paired(costs[kind], costs[first])) for kind in others)]
+            )
+    return timing.table(["place", "kept", *kinds, *(f"{kind} - {first}" for kind in others)], rows)
+
+
+def interval(difference: Difference | None) -> str:
+    if difference is None:
+        return ""
+    text = f"{difference.mean:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]"
+    return f"**{text}**" if difference.low > 0 or difference.high < 0 else text
 
 
 def difference(values: np.ndarray, reference: np.ndarray) -> str:
