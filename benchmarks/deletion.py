@@ -11,7 +11,7 @@ one, with either target; the centre is the control that needs no gradient, as ob
     python benchmarks/deletion.py runs/plain-{0,1,2} runs/mixed-{0,1,2}
 
 The last compares two kinds of training over their seeds, by the names of the run folders: what encoders lose where a
-box anywhere is replaced, and beyond that at the centre and at the attributed place, which each encoder's own map marks.
+box anywhere or at the attributed place is replaced, which each encoder's own map marks.
 """
 
 from __future__ import annotations
@@ -44,7 +44,12 @@ PLACES = ("agreement", "agreement, densest", "loss", "centre", "random")
 KEPT = (0.9, 0.7, 0.5)
 BATCH = 256
 
-COSTS = {"anywhere": ("random", "whole"), "centre": ("centre", "random"), "attributed": ("agreement", "random")}
+COSTS = {
+    "anywhere": ("random", "whole"),
+    "attributed": ("agreement", "whole"),
+    "attributed, beyond anywhere": ("agreement", "random"),
+    "centre, beyond anywhere": ("centre", "random"),
+}
 """What is compared over seeds: the similarity where the first is replaced, less that of the second."""
 
 Similar = dict[str, np.ndarray]
