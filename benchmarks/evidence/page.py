@@ -110,7 +110,7 @@ def _section(rows: Sequence[Row], pictures: dict[str, str]) -> list[str]:
     for variant in ("e", "f"):
         if variant in plain:
             lines += _help(found, variant)
-    contrasts = [("f", "e"), *((x, y) for y in ("a", "d") for x in "bcdgh" if x != y)]
+    contrasts = [*((x, "e") for x in "fgh"), *((x, y) for y in ("a", "d") for x in "bcdgh" if x != y)]
     lines += _differences(found, "The sign, and the controls", contrasts)
     for base in plain:
         changed = [variant for variant in variants if variant.startswith(f"{base}-")]
