@@ -10,7 +10,7 @@ from typing import Any
 
 import timm
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import nn
@@ -157,7 +157,8 @@ def save(backbone: nn.Module, folder: Path, image_size: int) -> None:
         "model_args": getattr(backbone, "model_args", {}),
     }
     weights = {name: tensor.detach().contiguous().cpu().clone() for name, tensor in backbone.state_dict().items()}
-    save_file(weights, folder / ".model.safetensors.tmp", metadata={"format": "pt"})
+    # safetensors' own save_file writes beside it, under a random name that a kill would leave behind for ever.
+    (folder / ".model.safetensors.tmp").write_bytes(to_bytes(weights, {"format": "pt"}))
     (folder / ".config.json.tmp").write_text(json.dumps(config, indent=2) + "\n")
     for name in ("model.safetensors", "config.json"):
         os.replace(folder / f".{name}.tmp", folder / name)

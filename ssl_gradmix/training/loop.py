@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -393,9 +392,9 @@ class Trainer:
     def _writing(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             raise OSError(
-                f"run: {self.folder.path} cannot be written to ({getattr(error, 'strerror', None) or error}); "
+                f"run: {self.folder.path} cannot be written to ({error.strerror or error}); "
                 f"{self._last_good()}; with room to write, the same command goes on from there"
             ) from error
 
@@ -419,7 +418,7 @@ class Trainer:
 
 def _save_projector(projector: nn.Module, run: RunFolder) -> None:
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in projector.state_dict().items()}
-    write_whole(run.projector, lambda temporary: save_file(weights, temporary))
+    write_whole(run.projector, lambda temporary: temporary.write_bytes(to_bytes(weights)))
 
 
 def _line(entry: dict[str, Any], epochs: int) -> str:
