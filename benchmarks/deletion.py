@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from statistics import fmean
 
 import numpy as np
@@ -67,13 +68,13 @@ def main() -> None:
     print(f"{options.attribution} at {options.layer}, seed {options.seed}, {timing.origin()}\n")
     header = ["run", "images", "kept", "whole", *(f"{place}, against random" for place in PLACES[:-1]), "random", "IoU"]
     encoders = (load_encoder(run, feature="projector") for run in options.runs)
-    found = {encoder.run.name: measure(encoder, options) for encoder in encoders}
-    rows = [line(run, kept, similar) for run, by_share in found.items() for kept, similar in by_share.items()]
+    found = [(encoder.run, measure(encoder, options)) for encoder in encoders]  # of two grids, names may be the same
+    rows = [line(run.name, kept, similar) for run, by_share in found for kept, similar in by_share.items()]
     print(timing.table(header, rows))
     print("\nwhole: similarity before anything is replaced; IoU: of the boxes of agreement and loss")
     kinds: dict[str, dict[int, dict[float, Similar]]] = {}
-    for run, by_share in found.items():
-        kind, _, seed = run.rpartition("-")
+    for run, by_share in found:
+        kind, _, seed = str(run).rpartition("-")
         if seed.isdecimal():
             kinds.setdefault(kind, {})[int(seed)] = by_share
     if len(kinds) > 1:
@@ -179,12 +180,15 @@ def over_seeds(kinds: Mapping[str, Mapping[int, Mapping[float, Similar]]]) -> st
             rows.append(
                 [place, f"{kept:.0%}", *means, *(interval(paired(costs[kind], costs[first])) for kind in others)]
             )
-    return timing.table(["place", "kept", *kinds, *(f"{kind} - {first}" for kind in others)], rows)
+    names = [Path(kind).name for kind in kinds]
+    return timing.table(["place", "kept", *names, *(f"{name} - {names[0]}" for name in names[1:])], rows)
 
 
 def interval(difference: Difference | None) -> str:
     if difference is None:
         return ""
+    if math.isnan(difference.low):  # of one seed
+        return f"{difference.mean:+.3f}"
     text = f"{difference.mean:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]"
     return f"**{text}**" if difference.low > 0 or difference.high < 0 else text
 
