@@ -13,7 +13,7 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace
 
 from ssl_gradmix.files import read_yaml
-from ssl_gradmix.settings import Augmentation, Backbone, Data, Optimiser, Training
+from ssl_gradmix.settings import Augmentation, Backbone, Data, Optimizer, Training
 
 
 class Formatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
@@ -49,7 +49,7 @@ def recipe_parser(method_settings: type, description: str, recipe: str) -> Argum
     )
     parser.add_argument("--run", type=str, default=f"runs/{recipe}", help="Run folder, where everything is written.")
     parser.add_argument("--overwrite", type=bool, default=False, help="Start anew in a folder that holds a run.")
-    parser.add_argument("--expect-processes", type=int | None, default=None, help="Stop unless so many processes run.")
+    parser.add_argument("--expect_processes", type=int | None, default=None, help="Stop unless so many processes run.")
     parser.add_argument(
         "--extra_view",
         type=Literal["gradmix", "augmented", "none"],
@@ -64,7 +64,7 @@ def recipe_parser(method_settings: type, description: str, recipe: str) -> Argum
         ("augmentation", Augmentation),
         ("backbone", Backbone),
         ("method", method_settings),
-        ("optimiser", Optimiser),
+        ("optimizer", Optimizer),
         ("training", Training),
     ):
         parser.add_class_arguments(settings, name)
@@ -73,9 +73,9 @@ def recipe_parser(method_settings: type, description: str, recipe: str) -> Argum
     # A function is for Python alone: here its name would have any module imported that a file of settings names.
     parser.groups["gradmix"].add_argument(
         "--gradmix.attribution",
-        type=Literal["layercam", "gradcam", "random", "centre"],
+        type=Literal["layercam", "gradcam", "random", "center"],
         default="layercam",
-        help="`layercam`, `gradcam`, or a control, the same mixing at another place: `random` or `centre`.",
+        help="`layercam`, `gradcam`, or a control, the same mixing at another place: `random` or `center`.",
     )
     return parser
 
