@@ -512,23 +512,57 @@ def test_arguments_that_would_read_from_elsewhere(run: Path, tmp_path: Path, pla
         {"architecture": "local-dir:../elsewhere"},
         {"architecture": "../../elsewhere"},
         {"architecture": ["resnet10t"]},
+        {"architecture": 5},
         {"model_args": {"channels": "many"}},
         {"model_args": {"block": "os.system"}},
         {"model_args": {"act_layer": "os.system"}},
+        {"model_args": {"output_stride": 3}},
+        {"model_args": {"features_only": True}},
+        {"model_args": {"device": "meta"}},
         {"model_args": [1]},
+        {"pretrained_cfg": []},
+        {"pretrained_cfg": {"input_size": "x", "mean": [0.5] * 3, "std": [0.5] * 3}},
         {"pretrained_cfg": {"input_size": [3, 10**9, 10**9], "mean": [0.5] * 3, "std": [0.5] * 3}},
         {"pretrained_cfg": {"input_size": [3, 32.5, 32.5], "mean": [0.5] * 3, "std": [0.5] * 3}},
         {"pretrained_cfg": {"input_size": [3, 0, 0], "mean": [0.5] * 3, "std": [0.5] * 3}},
         {"pretrained_cfg": {"input_size": [3, 32, 32], "mean": [1e999] * 3, "std": [0.5] * 3}},
         {"pretrained_cfg": {"input_size": [3, 32, 32], "mean": [float("nan")] * 3, "std": [0.5] * 3}},
         {"pretrained_cfg": {"input_size": [3, 32, 32], "mean": ["nan"] * 3, "std": ["inf"] * 3}},
+        {"pretrained_cfg": {"input_size": [3, 32, 32], "mean": [0.5] * 2, "std": [0.5] * 3}},
     ],
     ids=str,
 )
+@pytest.mark.filterwarnings("ignore:for .*. copying from a non-meta parameter")
 def test_strange_descriptions(run: Path, changes: dict) -> None:
     described(run, **changes)
     with pytest.raises(ValueError, match=r"config\.json (is damaged|describes no model): [^\n]+$"):
         load_encoder(run)
+    with pytest.raises(ValueError, match=r"^(.*config\.json is damaged|backbone\.(name|pretrained|kwargs))[^\n]+$"):
+        backbones.create(f"local-dir:{run / 'backbone'}", pretrained=True)
+
+
+@pytest.mark.filterwarnings("ignore:Casting complex values")
+@pytest.mark.parametrize("kind", [torch.complex64, torch.int64, torch.float8_e4m3fn])
+def test_weights_are_not_converted_from_other_kinds_of_numbers(run: Path, kind: torch.dtype) -> None:
+    path = run / "backbone" / "model.safetensors"
+    weights = load_file(path)
+    save_file(weights | {"conv1.weight": weights["conv1.weight"].to(kind)}, path)
+    with pytest.raises(ValueError, match=r"1 \(conv1.weight\) of another kind of number$"):
+        load_encoder(run)
+    with pytest.raises(ValueError, match=r"model\.safetensors has numbers of another kind .*: conv1.weight$"):
+        backbones.create(f"local-dir:{run / 'backbone'}", pretrained=True)
+
+
+def test_links_in_a_run_that_is_resumed_are_not_followed(tmp_path: Path) -> None:
+    mine = tmp_path / "bashrc"
+    mine.write_text("mine")
+    (tmp_path / "backbone").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        for left in (f".{name}.tmp", f".{name}.{os.getpid()}.tmp"):
+            (tmp_path / "backbone" / left).symlink_to(mine)
+    backbones.save(backbones.create("resnet10_tiny"), tmp_path / "backbone", image_size=32)
+    assert mine.read_text() == "mine"
+    assert load_encoder(f"local-dir:{tmp_path / 'backbone'}").size == 32
 
 
 # Files that lie about their size
@@ -685,6 +719,8 @@ def test_strange_json_is_named_wherever_it_is_read(
     (run / "backbone" / "config.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"config\.json is damaged: [^\n]+$"):
         load_encoder(run)
+    with pytest.raises(ValueError, match=r"config\.json is damaged: [^\n]+$"):
+        backbones.create(f"local-dir:{run / 'backbone'}", pretrained=True)
 
     (tmp_path / "meta.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"meta\.json is damaged"):

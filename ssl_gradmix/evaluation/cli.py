@@ -109,6 +109,8 @@ def _data(given: Namespace, of_run: dict) -> dict:
     if given.get("name", of_run.get("name")) != of_run.get("name"):
         return given
     left_out = {"download"}  # a run, which may be somebody else's, starts none
+    if of_run.get("name") == "digits":
+        left_out |= {"root"}  # which earlier versions wrote, though digits have none
     if {"classes", "open_set"} & given.keys():
         left_out |= {"classes", "open_set"}
     return {name: value for name, value in of_run.items() if name not in left_out} | given
