@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def photographs(count: int, size: int) -> np.ndarray:
-    """Smooth random colours in place of photographs, uint8 (count, size, size, 3)."""
+    """Smooth random colors in place of photographs, uint8 (count, size, size, 3)."""
     coarse = torch.rand(count, 3, 5, 5, generator=torch.Generator().manual_seed(0))
     smooth = nn.functional.interpolate(coarse, (size, size), mode="bicubic").clamp(0, 1)
     return (255 * smooth).byte().permute(0, 2, 3, 1).contiguous().numpy()
@@ -108,14 +108,14 @@ STATISTICS = {
     "mean": lambda views: views.mean((1, 2, 3)),
     "standard deviation over pixels": lambda views: views.std((2, 3)).mean(1),
     "saturation, range of the channels": lambda views: (views.amax(1) - views.amin(1)).mean((1, 2)),
-    "step between neighbouring columns": lambda views: views.diff(dim=3).abs().mean((1, 2, 3)),
-    "step between neighbouring rows": lambda views: views.diff(dim=2).abs().mean((1, 2, 3)),
-    "share of grey views": lambda views: (grey(views) < 0.02).float(),
+    "step between neighboring columns": lambda views: views.diff(dim=3).abs().mean((1, 2, 3)),
+    "step between neighboring rows": lambda views: views.diff(dim=2).abs().mean((1, 2, 3)),
+    "share of gray views": lambda views: (gray(views) < 0.02).float(),
 }
 
 
-def grey(views: Tensor) -> Tensor:
-    """How far the channels lie apart at most, after undoing the normalisation: 0 in a grey view."""
+def gray(views: Tensor) -> Tensor:
+    """How far the channels lie apart at most, after undoing the normalization: 0 in a gray view."""
     pixels = views * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
     return (pixels.amax(1) - pixels.amin(1)).amax((1, 2))
 

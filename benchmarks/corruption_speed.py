@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def photographs(count: int, size: int) -> np.ndarray:
-    """Smooth random colours with some detail in place of photographs, uint8 (count, size, size, 3)."""
+    """Smooth random colors with some detail in place of photographs, uint8 (count, size, size, 3)."""
     random = np.random.default_rng(0)
     noise = random.normal(size=(count, size, size, 3)).astype(np.float32)
     smooth = ndimage.gaussian_filter(noise, size / 16, axes=(1, 2))

@@ -4,7 +4,7 @@ Two views of each training image are embedded, a box of one of them is replaced 
 the embedding's cosine similarity to the other view is read again. A place that carries the agreement costs more of it
 than a box of the same size anywhere inside the image, all places alike: differences are paired, image by image, with
 95% t intervals over images. Places are GradMix's, where its region is the box around the map's maximum or the densest
-one, with either target; the centre is the control that needs no gradient, as objects tend to lie there.
+one, with either target; the center is the control that needs no gradient, as objects tend to lie there.
 
     python benchmarks/deletion.py runs/simclr
     python benchmarks/deletion.py runs/a runs/b --layer layer2 --images 5000
@@ -41,7 +41,7 @@ from ssl_gradmix.gradmix import MixedViews
 from ssl_gradmix.methods.nt_xent import nt_xent
 from ssl_gradmix.settings import Augmentation, Data
 
-PLACES = ("agreement", "agreement, densest", "loss", "centre", "random")
+PLACES = ("agreement", "agreement, densest", "loss", "center", "random")
 KEPT = (0.9, 0.7, 0.5)
 BATCH = 256
 
@@ -49,7 +49,7 @@ COSTS = {
     "anywhere": ("random", "whole"),
     "attributed": ("agreement", "whole"),
     "attributed, beyond anywhere": ("agreement", "random"),
-    "centre, beyond anywhere": ("centre", "random"),
+    "center, beyond anywhere": ("center", "random"),
 }
 """What is compared over seeds: the similarity where the first is replaced, less that of the second."""
 
@@ -122,7 +122,7 @@ def mixers(options: argparse.Namespace, kept: float) -> dict[str, GradMix]:
         "agreement": GradMix(**settings, attribution=options.attribution, target="agreement"),
         "agreement, densest": GradMix(**settings, attribution=options.attribution, region="densest"),
         "loss": GradMix(**settings, attribution=options.attribution, target="loss"),
-        "centre": GradMix(**settings, attribution="centre"),
+        "center": GradMix(**settings, attribution="center"),
     }
 
 

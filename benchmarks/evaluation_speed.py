@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def features(name: str, options) -> list[str]:
-    """`extract` from images in memory, against the bare encoder on images that lie ready, normalised."""
+    """`extract` from images in memory, against the bare encoder on images that lie ready, normalized."""
     encoder = Encoder(backbones.create(name).to(options.device), options.size, (0.5,) * 3, (0.25,) * 3, name)
     shape = (options.images, options.size, options.size, 3)
     images = np.random.default_rng(0).integers(256, size=shape, dtype=np.uint8)

@@ -25,7 +25,7 @@ HERE = Path(__file__).parent
 STEP = [str(HERE / "step_cost.py"), "--precision", "bfloat16", "--rounds", "30"]
 CIFAR = [
     *("--backbone.name", "resnet18_small", "--training.batch_size", "512", "--training.precision", "bf16"),
-    *("--training.epochs", "200", "--training.knn_every", "20", "--optimiser.warmup_epochs", "10"),
+    *("--training.epochs", "200", "--training.knn_every", "20", "--optimizer.warmup_epochs", "10"),
 ]
 
 
@@ -72,7 +72,7 @@ def parts(options: argparse.Namespace) -> dict[str, list[str]]:
             *("--precision", "bf16", "--rounds", "3", "--rows", "step", "step NCHW", "step compiled", "step fused"),
             *("loop", "plain loop"),
         ],
-        "simclr-200": train("simclr", "simclr-200", "--optimiser.lr", "0.12"),
+        "simclr-200": train("simclr", "simclr-200", "--optimizer.lr", "0.12"),
         "augmentation": [str(HERE / "augmentation.py"), "--batch", "512"],
         "throughput-workers": [
             *(str(HERE / "throughput.py"), "--backbone", "resnet18_small", "--batch", "512", "--images", "25600"),
@@ -87,8 +87,8 @@ def parts(options: argparse.Namespace) -> dict[str, list[str]]:
             *("--batch", "128", "--processes", "1", "--global-batch", "512", "--precision", "bfloat16"),
         ],
         "evaluation": [str(HERE / "evaluation_speed.py"), "--images", "50000", "--rounds", "3"],
-        "simclr-200-plain": train("simclr", "simclr-200-plain", "--optimiser.lr", "0.12", "--extra_view", "none"),
-        "byol-200": train("byol", "byol-200", "--optimiser.lr", "0.12", "--augmentation.min_scale", "0.2"),
+        "simclr-200-plain": train("simclr", "simclr-200-plain", "--optimizer.lr", "0.12", "--extra_view", "none"),
+        "byol-200": train("byol", "byol-200", "--optimizer.lr", "0.12", "--augmentation.min_scale", "0.2"),
     }
 
 

@@ -25,8 +25,8 @@ from ssl_gradmix.evaluation.metrics import all_metrics
 KNOWN_CLASSES = 6
 
 
-def clouds(centres: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
-    return centres[labels] + torch.randn(len(labels), centres.shape[1], generator=generator)
+def clouds(centers: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+    return centers[labels] + torch.randn(len(labels), centers.shape[1], generator=generator)
 
 
 def timed(name: str, function: Callable):
@@ -49,9 +49,9 @@ def pytorch_ood_scores(
     return {
         "knn_distance": lambda: fitted(detector.KNN(None, k=50)),
         "mahalanobis": lambda: fitted(detector.Mahalanobis(None)),
-        "relative_mahalanobis": lambda: fitted(detector.RMD(None)),
+        "rmd": lambda: fitted(detector.RMD(None)),
         "vim": lambda: fitted(detector.ViM(None, dim, weight, torch.zeros(KNOWN_CLASSES))),
-        "max_softmax": lambda: detector.MaxSoftmax(None).predict_logits(test_logits),
+        "msp": lambda: detector.MaxSoftmax(None).predict_logits(test_logits),
         "max_logit": lambda: detector.MaxLogit(None).predict_logits(test_logits),
         "energy": lambda: detector.EnergyBased(None).predict_logits(test_logits),
     }
@@ -66,11 +66,11 @@ def main() -> None:
     args = parser.parse_args()
 
     generator = torch.Generator().manual_seed(0)
-    centres = 0.1 * torch.randn(10, args.dim, generator=generator)
+    centers = 0.1 * torch.randn(10, args.dim, generator=generator)
     labels = torch.randint(KNOWN_CLASSES, (args.train,), generator=generator)
-    test_labels = torch.randint(len(centres), (args.test,), generator=generator)
-    train, test = clouds(centres, labels, generator), clouds(centres, test_labels, generator)
-    weight = centres[:KNOWN_CLASSES]
+    test_labels = torch.randint(len(centers), (args.test,), generator=generator)
+    train, test = clouds(centers, labels, generator), clouds(centers, test_labels, generator)
+    weight = centers[:KNOWN_CLASSES]
     train_logits, test_logits = train @ weight.T, test @ weight.T
     is_known = (test_labels < KNOWN_CLASSES).numpy()
     correct = (test_logits.argmax(1) == test_labels).numpy()
@@ -96,9 +96,9 @@ def main() -> None:
     ours = {
         "knn_distance": lambda: scores.knn_distance(train, labels, test),
         "mahalanobis": lambda: scores.mahalanobis(train, labels, test),
-        "relative_mahalanobis": lambda: scores.relative_mahalanobis(train, labels, test),
+        "rmd": lambda: scores.rmd(train, labels, test),
         "vim": lambda: scores.vim(train, labels, test, train_logits, test_logits),
-        "max_softmax": lambda: scores.max_softmax(test_logits),
+        "msp": lambda: scores.msp(test_logits),
         "max_logit": lambda: scores.max_logit(test_logits),
         "energy": lambda: scores.energy(test_logits),
     }

@@ -1,6 +1,6 @@
 """What GradMix costs: a training step against the same step with a plain third view, with as many encoder passes.
 
-Steps are timed in turn, on views that stay the same. Making views is left out, in the plain third view's favour: it
+Steps are timed in turn, on views that stay the same. Making views is left out, in the plain third view's favor: it
 would have to be augmented, while the mixed view is not. On a GPU the step runs once under
 `torch.cuda.set_sync_debug_mode("error")`, which raises wherever the host waits for the device.
 
@@ -33,7 +33,7 @@ from ssl_gradmix.methods.simclr import SimCLR
 from ssl_gradmix.settings import Augmentation
 
 METHODS = {"simclr": SimCLR, "byol": BYOL}
-PARTS = ("views", "forward", "attribution", "mixing", "backward", "optimiser")
+PARTS = ("views", "forward", "attribution", "mixing", "backward", "optimizer")
 
 
 def main() -> None:
@@ -99,13 +99,13 @@ def profile(kind: type[nn.Module], options: argparse.Namespace) -> str:
     def once() -> None:
         with parts.measured("views"):
             step.views = [v.contiguous(memory_format=torch.channels_last) for v in make_views(images, 2)]
-        step.optimiser.zero_grad()
+        step.optimizer.zero_grad()
         with parts.measured("forward"):
             losses = step.forward()
         with parts.measured("backward"):
             losses.total.backward()
-        with parts.measured("optimiser"):
-            step.optimiser.step()
+        with parts.measured("optimizer"):
+            step.optimizer.step()
 
     once()
     step.method.gradmix._mix_box = parts.watch("mixing", step.method.gradmix._mix_box)
@@ -122,14 +122,14 @@ def profile(kind: type[nn.Module], options: argparse.Namespace) -> str:
 
 
 class Step:
-    """One optimiser step of a method, on random views that stay the same."""
+    """One optimizer step of a method, on random views that stay the same."""
 
     def __init__(self, kind: type[nn.Module], gradmix: GradMix | None, n_views: int, options: argparse.Namespace):
         torch.manual_seed(0)
         backbone = backbones.create(options.backbone, **options.kwargs)
         self.method = kind(backbone, backbones.num_features(backbone), gradmix=gradmix)
         self.method.to(options.device, memory_format=torch.channels_last)
-        self.optimiser = torch.optim.SGD([p for p in self.method.parameters() if p.requires_grad], 0.01, momentum=0.9)
+        self.optimizer = torch.optim.SGD([p for p in self.method.parameters() if p.requires_grad], 0.01, momentum=0.9)
         images = torch.randn(n_views, options.batch, 3, options.size, options.size, device=options.device)
         self.views = [view.contiguous(memory_format=torch.channels_last) for view in images]
         self.autocast = {
@@ -143,9 +143,9 @@ class Step:
             return self.method(self.views)
 
     def __call__(self) -> None:
-        self.optimiser.zero_grad()
+        self.optimizer.zero_grad()
         self.forward().total.backward()
-        self.optimiser.step()
+        self.optimizer.step()
 
     def without_waiting(self) -> None:
         """Raises where the host waits for the GPU."""
@@ -166,11 +166,11 @@ class Parts:
 
     @contextmanager
     def measured(self, part: str) -> Iterator[None]:
-        timing.synchronise(self.device)
+        timing.synchronize(self.device)
         began = time.perf_counter()
         self._inside.append(part)
         yield
-        timing.synchronise(self.device)
+        timing.synchronize(self.device)
         self._inside.pop()
         seconds = time.perf_counter() - began
         self.spent[part] += seconds

@@ -6,7 +6,7 @@ row's peak memory is its own. Images are synthetic, uint8 in memory. Rows:
     step            the bare step on views that stay the same: views, log and loop cost nothing
     step NCHW       the same without channels_last
     step compiled   the same with the backbone's stages compiled one by one
-    step fused      the same with torch's fused optimiser
+    step fused      the same with torch's fused optimizer
     loop            `Trainer`, as the recipes run it: views on the device
     loop workers    `Trainer` with views made by lightly's transforms in workers; on a GPU, copied from pinned memory
     loop pageable   the same from pageable memory, where the host waits for each copy; on a GPU only
@@ -122,7 +122,7 @@ def bare_step(variant: str, options: argparse.Namespace) -> float:
     method = SimCLR(backbone, backbones.num_features(backbone), gradmix=GradMix())
     method.to(options.device, memory_format=memory_format)
     fused = True if variant == "fused" else None
-    optimiser = torch.optim.SGD(method.parameters(), 0.1, momentum=0.9, weight_decay=5e-4, fused=fused)
+    optimizer = torch.optim.SGD(method.parameters(), 0.1, momentum=0.9, weight_decay=5e-4, fused=fused)
     shape = (options.batch, 3, options.size, options.size)
     views = [torch.randn(shape, device=options.device).contiguous(memory_format=memory_format) for _ in range(2)]
     kind, half = options.device.split(":")[0], options.precision == "bf16"
@@ -132,8 +132,8 @@ def bare_step(variant: str, options: argparse.Namespace) -> float:
             with torch.autocast(kind, torch.bfloat16, enabled=half):
                 losses = method(views)
             losses.total.backward()
-            optimiser.step()
-            optimiser.zero_grad()
+            optimizer.step()
+            optimizer.zero_grad()
 
     steps()
     return options.images // options.batch * options.batch / timing.seconds(steps, options.device)[0]
@@ -147,7 +147,7 @@ def our_loop(row: str, options: argparse.Namespace) -> float:
     from ssl_gradmix.data.datasets import ImageSet
     from ssl_gradmix.methods.simclr import SimCLR
     from ssl_gradmix.run_folder import RunFolder
-    from ssl_gradmix.settings import Augmentation, Optimiser, Training
+    from ssl_gradmix.settings import Augmentation, Optimizer, Training
     from ssl_gradmix.training.loop import Trainer
     from ssl_gradmix.training.processes import create_accelerator
 
@@ -173,7 +173,7 @@ def our_loop(row: str, options: argparse.Namespace) -> float:
             accelerator,
             options.size,
             Augmentation(where="workers" if row in ("loop workers", "loop pageable") else "device"),
-            Optimiser(),
+            Optimizer(),
             training,
         )
         if row == "loop pageable":
@@ -207,7 +207,7 @@ def lightly_style(options: argparse.Namespace) -> float:
     backbone = backbones.create(options.backbone)
     width = backbones.num_features(backbone)
     model = torch.nn.Sequential(backbone, SimCLRProjectionHead(width, width, 128)).to(options.device)
-    optimiser = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     criterion = NTXentLoss(temperature=0.2)
     loader = torch.utils.data.DataLoader(
         Views(),
@@ -225,13 +225,13 @@ def lightly_style(options: argparse.Namespace) -> float:
                 z0, z1 = model(x0.to(options.device)), model(x1.to(options.device))
             loss = criterion(z0.float(), z1.float())
             loss.backward()
-            optimiser.step()
-            optimiser.zero_grad()
+            optimizer.step()
+            optimizer.zero_grad()
 
     epoch()
     began = time.perf_counter()
     epoch()
-    timing.synchronise(options.device)
+    timing.synchronize(options.device)
     return options.images // options.batch * options.batch / (time.perf_counter() - began)
 
 

@@ -36,14 +36,14 @@ def take_turns(runs: Mapping[str, Callable[[], object]], rounds: int, device: st
 
 def seconds(run: Callable[[], object], device: str = "cpu") -> tuple[float, float]:
     """Wall and processor time of one call; a GPU is waited for."""
-    synchronise(device)
+    synchronize(device)
     wall, processor = time.perf_counter(), time.process_time()
     run()
-    synchronise(device)
+    synchronize(device)
     return time.perf_counter() - wall, time.process_time() - processor
 
 
-def synchronise(device: str) -> None:
+def synchronize(device: str) -> None:
     if device.startswith("cuda"):
         torch.cuda.synchronize()
 

@@ -40,7 +40,7 @@ class Options:
             --data.classes, a run's own by default.
         baseline: What mCE divides by: another run evaluated so, or `alexnet` (ImageNet only).
         epochs: Passes over the training features, of the linear classifier.
-        k: Neighbours that vote in weighted kNN.
+        k: Neighbors that vote in weighted kNN.
         temperature: Of their weights exp(cosine / temperature).
         seed: Of the corruptions, the linear classifier's training, and the choice of images.
         workers: Processes that corrupt, for each one that encodes; null shares the cores out.
@@ -89,12 +89,12 @@ def evaluate(evaluation: Evaluation, options: Options) -> None:
         check_can_make,
         choose_corruptions,
         read_baseline,
-        summarise,
+        summarize,
     )
 
     accelerator, encoder = evaluation.accelerator, evaluation.encoder
     names = choose_corruptions(options.corruptions, options.extra)
-    train = evaluation.load_labelled("train")
+    train = evaluation.load_labeled("train")
     with evaluation.one_first():
         test = load(evaluation.data, "test")
     known = known_classes(evaluation.data, test.classes)
@@ -172,7 +172,7 @@ def evaluate(evaluation: Evaluation, options: Options) -> None:
     if accelerator.is_main_process:
         rows = [row(number, f"clean_{number.metric}") for number in clean_numbers]
         rows += [row for name in names for row in measured[name]]
-        summary, remarks = summarise(rows, baseline)
+        summary, remarks = summarize(rows, baseline)
         _report(evaluation, described, rows, summary, remarks)
         partial.unlink(missing_ok=True)
 

@@ -1,4 +1,4 @@
-"""How well a linear classifier, and nearest neighbours, tell the classes apart on frozen features.
+"""How well a linear classifier, and nearest neighbors, tell the classes apart on frozen features.
 
 The encoder sees images as they are, BatchNorm frozen. The learning rate of the linear classifier is chosen on a tenth
 of the training images; its test accuracy is read once, after its last epoch.
@@ -31,7 +31,7 @@ class Options:
 
     Args:
         epochs: Passes over the training features.
-        k: Neighbours that vote in weighted kNN.
+        k: Neighbors that vote in weighted kNN.
         temperature: Of their weights exp(cosine / temperature).
         label_fractions: Shares of the training labels to train further linear classifiers on, for instance [0.01, 0.1].
         logistic: Train scikit-learn's LogisticRegression too, as a cross-check.
@@ -56,7 +56,7 @@ def evaluate(evaluation: Evaluation, options: Options) -> None:
     from ssl_gradmix.evaluation.probes import augmented_probe, label_subset, linear_probe, logistic_regression
     from ssl_gradmix.evaluation.results import console_table, write_figure, write_rows
 
-    train, test = evaluation.load_labelled("train"), evaluation.load_labelled("test")
+    train, test = evaluation.load_labeled("train"), evaluation.load_labeled("test")
     features, labels = evaluation.features(train)
     test_features, test_labels = evaluation.features(test)
     if not evaluation.accelerator.is_main_process:
@@ -99,7 +99,7 @@ def evaluate(evaluation: Evaluation, options: Options) -> None:
     written = evaluation.out / "linear_probe.json"
     write_rows(written, rows + by_class, {**evaluation.describe(), "validation": validation})
     write_figure(written.with_suffix(".png"), class_accuracies(by_class, rows[0], title))
-    print(f"{evaluation.encoder.title} on {test.name}, trained on {len(train)} labelled images")
+    print(f"{evaluation.encoder.title} on {test.name}, trained on {len(train)} labeled images")
     print(console_table(rows))
     print(f"Rows, also by class: {written}")
 

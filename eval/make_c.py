@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     names = choose_corruptions(options.corruptions, options.extra)
     check_can_make(names)
     images = load(given.data, options.split)
-    if not images.labelled:
+    if not images.labeled:
         raise ValueError(f"{images.name} has images without label: the layout has a label for each")
     make_c(
         images.pixels(given.data.size).permute(0, 2, 3, 1).contiguous().numpy(),

@@ -26,7 +26,7 @@ from ssl_gradmix.settings import Data
 if TYPE_CHECKING:
     from ssl_gradmix.data.datasets import ImageSet
     from ssl_gradmix.evaluation.open_set.samples import Samples
-    from ssl_gradmix.evaluation.open_set.trials import Group, Labelled
+    from ssl_gradmix.evaluation.open_set.trials import Group, Labeled
     from ssl_gradmix.evaluation.probes import LinearProbe
     from ssl_gradmix.evaluation.results import Row
     from ssl_gradmix.evaluation.setup import Evaluation
@@ -49,8 +49,8 @@ class Options:
             test images, or all images of a folder without train/ and test/, are the unknown ones. With protocol
             cifar+10 or cifar+50: where CIFAR-100 is.
         compare: Another run evaluated so, to test whether the two differ on the same images.
-        k: Whose neighbour's distance is the score knn_distance; null takes 50, or as many as there are.
-        top_k: Neighbours in each class of the score top_k_cosine; null takes 3, or as many as there are.
+        k: Whose neighbor's distance is the score knn_distance; null takes 50, or as many as there are.
+        top_k: Neighbors in each class of the score top_k_cosine; null takes 3, or as many as there are.
         epochs: Passes over the training features, of the linear classifier.
         seed: Of the linear classifier's training.
     """
@@ -72,7 +72,7 @@ def evaluate(evaluation: Evaluation, options: Options) -> None:
 
     # All that may be wrong with what is asked for is found before the encoder starts.
     every_class = replace(evaluation.data, classes=None, open_set=None)
-    train, test = (evaluation.load_labelled(split, every_class) for split in ("train", "test"))
+    train, test = (evaluation.load_labeled(split, every_class) for split in ("train", "test"))
     task, groups = _groups(evaluation, options, test)
     settings = Settings(options.k, options.top_k, options.epochs, options.seed)
     for group in groups:
@@ -134,7 +134,7 @@ def _measure(
     task: str,
     groups: Sequence[Group],
     images: tuple[ImageSet, ImageSet],
-    features: Mapping[ImageSet, Labelled],
+    features: Mapping[ImageSet, Labeled],
     samples: Samples,
     other: Samples | None,
 ) -> list[Row]:

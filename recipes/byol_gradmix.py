@@ -2,7 +2,7 @@
 
 accelerate launch recipes/byol_gradmix.py trains on digits, a few minutes on a laptop.
 accelerate launch recipes/byol_gradmix.py --data.name folder --data.root IMAGES --backbone.name resnet18_small
---training.batch_size 256 --training.epochs 200 --optimiser.lr 0.12 --method.momentum 0.99 trains on your images: the
+--training.batch_size 256 --training.epochs 200 --optimizer.lr 0.12 --method.momentum 0.99 trains on your images: the
 defaults are for digits. --extra_view augmented is the control, a plain third view; --extra_view none is plain BYOL.
 
 The same command again resumes an unfinished run. What ran is written to config.yaml in the run folder; --config reads
@@ -16,8 +16,8 @@ from ssl_gradmix import command_line
 from ssl_gradmix.settings import BYOLSettings
 
 DEFAULTS = {
-    "optimiser.lr": 1.2,
-    "optimiser.warmup_epochs": 1.0,
+    "optimizer.lr": 1.2,
+    "optimizer.warmup_epochs": 1.0,
     "augmentation.min_scale": 0.5,
     "training.batch_size": 16,
     "training.epochs": 18,
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         accelerator,
         size=settings.data.size,
         augmentation=settings.augmentation,
-        optimiser=settings.optimiser,
+        optimizer=settings.optimizer,
         training=settings.training,
         n_views=3 if settings.extra_view == "augmented" else 2,
     )

@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         accelerator,
         size=settings.data.size,
         augmentation=settings.augmentation,
-        optimiser=settings.optimiser,
+        optimizer=settings.optimizer,
         training=settings.training,
         n_views=3 if settings.extra_view == "augmented" else 2,
     )

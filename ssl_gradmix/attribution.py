@@ -25,7 +25,7 @@ Target = Literal["agreement", "loss"]
 
 SCALE = 2.0**12
 """Of gradients: those of a mean over a batch underflow where they pass through half precision on their way; maps are
-normalised, so that a constant factor is free."""
+normalized, so that a constant factor is free."""
 
 
 @contextmanager
@@ -100,20 +100,20 @@ def layercam(activation: Tensor, gradient: Tensor) -> Tensor:
     Without smoothing, the maximum of a map ahead of a strided stage tells the stride's grid rather than the image, see
     `smooth`; where gradients are the same at every place, as ahead of global pooling, it changes nothing. And without
     LayerCAM's outer relu: after a ReLU layer it changes nothing, and tokens of a transformer may be negative, where
-    normalisation still ranks the places.
+    normalization still ranks the places.
 
     Args:
         activation: (N, C, h, w).
         gradient: (N, C, h, w), of the target with respect to the activation.
 
     Returns:
-        Map (N, h, w), not normalised.
+        Map (N, h, w), not normalized.
     """
     return (activation * smooth(gradient).relu()).sum(1)
 
 
 def smooth(gradient: Tensor) -> Tensor:
-    """Averages every place with its neighbours, by weights 1, 2, 1 in both directions; (N, C, h, w) stays so.
+    """Averages every place with its neighbors, by weights 1, 2, 1 in both directions; (N, C, h, w) stays so.
 
     Places of a layer reach a stage of stride 2 through unequal numbers of weights, so that their gradients alternate
     whatever the image shows (Odena, Olah, Shlens 2016, "Deconvolution and checkerboard artifacts"). This filter lets
@@ -144,8 +144,8 @@ def attribute(
     """Attributes a loss to the places of the images that led to it.
 
     One backward pass from the loss to the observed layers and no further: no parameter's `.grad` is touched and the
-    graph is kept. Each layer's map is min-max normalised per image, resized to the image (bilinear), and the layers are
-    summed and normalised again. GradMix's authors normalise over the whole batch, which with several layers weighs
+    graph is kept. Each layer's map is min-max normalized per image, resized to the image (bilinear), and the layers are
+    summed and normalized again. GradMix's authors normalize over the whole batch, which with several layers weighs
     images unequally.
 
     Args:
@@ -178,7 +178,7 @@ def attribute(
             for parts in (tensors, gradients_of[name])
         )
         total = total + upscale(_checked(function(activation, gradient), activation, attribution), size)
-    return normalise(total)
+    return normalize(total)
 
 
 def gradients(loss: Tensor, outputs: Mapping[str, Sequence[Tensor]], sign: float = 1.0) -> dict[str, list[Tensor]]:
@@ -221,15 +221,15 @@ def gradients(loss: Tensor, outputs: Mapping[str, Sequence[Tensor]], sign: float
     return {name: [of(output) for output in passes] for name, passes in outputs.items()}
 
 
-def normalise(maps: Tensor) -> Tensor:
+def normalize(maps: Tensor) -> Tensor:
     """Min-max per image to [0, 1]; a flat or NaN map becomes zero."""
     low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
     return ((maps - low) / (high - low).clamp_min(torch.finfo(maps.dtype).tiny)).nan_to_num(0, 0, 0)
 
 
 def upscale(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """Normalised maps (N, h, w) resized to (N, H, W), bilinear."""
-    return F.interpolate(normalise(maps)[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
+    """Normalized maps (N, h, w) resized to (N, H, W), bilinear."""
+    return F.interpolate(normalize(maps)[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
 
 
 def first_images(name: str, passes: list[Tensor], count: int | None) -> list[Tensor]:

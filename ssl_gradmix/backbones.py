@@ -185,7 +185,7 @@ def preparation(cfg: dict[str, Any]) -> tuple[int, tuple[float, ...], tuple[floa
     """Image size, mean and standard deviation from timm's pretrained_cfg.
 
     Raises:
-        ValueError: They are not those of square colour images. What is of another type, or missing, raises TypeError or
+        ValueError: They are not those of square color images. What is of another type, or missing, raises TypeError or
             KeyError.
     """
     channels, height, width = cfg["input_size"]

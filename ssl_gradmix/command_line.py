@@ -23,7 +23,7 @@ from jsonargparse import (
 )
 
 from ssl_gradmix.files import parse_yaml, read_yaml
-from ssl_gradmix.settings import Augmentation, Backbone, Data, Optimiser, Training
+from ssl_gradmix.settings import Augmentation, Backbone, Data, Optimizer, Training
 
 # Where a value stands for a dataclass, jsonargparse would import any module that it names, before it is refused.
 set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=[Data.__module__])
@@ -97,7 +97,7 @@ def recipe_parser(method_settings: type, description: str, recipe: str) -> Argum
     parser.add_argument(
         "--overwrite", type=bool, nargs="?", const=True, default=False, help="Start anew in a folder that holds a run."
     )
-    parser.add_argument("--expect-processes", type=int | None, default=None, help="Stop unless so many processes run.")
+    parser.add_argument("--expect_processes", type=int | None, default=None, help="Stop unless so many processes run.")
     parser.add_argument(
         "--extra_view",
         type=Literal["gradmix", "augmented", "none"],
@@ -112,7 +112,7 @@ def recipe_parser(method_settings: type, description: str, recipe: str) -> Argum
         ("augmentation", Augmentation),
         ("backbone", Backbone),
         ("method", method_settings),
-        ("optimiser", Optimiser),
+        ("optimizer", Optimizer),
         ("training", Training),
     ):
         parser.add_class_arguments(settings, name)
@@ -121,9 +121,9 @@ def recipe_parser(method_settings: type, description: str, recipe: str) -> Argum
     # A function is for Python alone: naming one would have a module imported.
     parser.groups["gradmix"].add_argument(
         "--gradmix.attribution",
-        type=Literal["layercam", "gradcam", "random", "centre"],
+        type=Literal["layercam", "gradcam", "random", "center"],
         default="layercam",
-        help="`layercam`, `gradcam`, or a control, the same mixing at another place: `random` or `centre`.",
+        help="`layercam`, `gradcam`, or a control, the same mixing at another place: `random` or `center`.",
     )
     return parser
 

@@ -19,7 +19,7 @@ from ssl_gradmix.attribution import (
     Target,
     attribute,
     gradients,
-    normalise,
+    normalize,
     observe,
     spatial,
     upscale,
@@ -27,7 +27,7 @@ from ssl_gradmix.attribution import (
 
 logger = logging.getLogger("ssl_gradmix")
 
-CONTROLS = ("random", "centre")
+CONTROLS = ("random", "center")
 """Places that neither the loss nor the encoder has a say in."""
 
 SMALLEST_MAP = 4
@@ -73,7 +73,7 @@ class GradMix:
         layers: Layers whose maps are summed, by their names in `encoder.named_modules()`, for instance `[layer3]`. Null
             takes the deepest stage whose map is at least 4x4 for the images at hand and whose gradient is not all zero.
         attribution: `layercam`, `gradcam`, or a control, the same mixing at another place: `random`, with the box
-            anywhere inside the image, all places alike (a mask: where a map of noise is highest), and `centre`, where
+            anywhere inside the image, all places alike (a mask: where a map of noise is highest), and `center`, where
             objects tend to lie. In Python also a function `(activation, gradient) -> (N, h, w)`.
         target: `agreement` attributes −loss: what already makes the views agree. `loss` attributes +loss (the authors'
             sign).
@@ -88,7 +88,7 @@ class GradMix:
     """
 
     layers: list[str] | None = None
-    attribution: Literal["layercam", "gradcam", "random", "centre"] | AttributionFunction = "layercam"
+    attribution: Literal["layercam", "gradcam", "random", "center"] | AttributionFunction = "layercam"
     target: Target = "agreement"
     fill: mixing.Fill = "donor"
     alpha: float = 1.0
@@ -162,14 +162,14 @@ class GradMix:
 
     def _attribute(self, loss: Tensor, observed: Observed, images: Tensor) -> Tensor:
         count, size = len(images), (images.shape[2], images.shape[3])
-        if self.attribution == "centre":
-            return normalise(mixing.central_map(size, images.device)).expand(count, *size)
+        if self.attribution == "center":
+            return normalize(mixing.central_map(size, images.device)).expand(count, *size)
         chosen = observed if self.layers else {name: observed[name] for name in [self._choose(loss, observed, size)]}
         if self.attribution != "random":
             return attribute(loss, chosen, size, count, self.attribution, self.target)
         extents = [spatial(name, passes[0], size).shape[2:] for name, passes in chosen.items()]
         maps = [mixing.rand((count, *extent), images.device, self.generator) for extent in extents]
-        return normalise(sum(upscale(each, size) for each in maps))
+        return normalize(sum(upscale(each, size) for each in maps))
 
     def _choose(self, loss: Tensor, observed: Observed, size: tuple[int, int]) -> str:
         """The deepest layer with room that the loss's gradient reaches; looked for once an encoder and image size.
@@ -188,7 +188,7 @@ class GradMix:
         extent = mixing.box_extent(lam, size)
         if self.attribution == "random":  # the peaks of a map of noise, once resized, lie at the border more often
             boxes = mixing.random_boxes(len(images), extent, size, images.device, self.generator)
-        elif self.attribution == "centre":
+        elif self.attribution == "center":
             boxes = mixing.central_boxes(len(images), extent, size, images.device)
         else:
             place = mixing.densest_boxes if self.region == "densest" else mixing.peak_boxes

@@ -38,7 +38,7 @@ def box_kept(extent: tuple[int, int], size: tuple[int, int]) -> float:
 
 
 def peak_boxes(attribution: Tensor, extent: tuple[int, int], generator: Generator | None = None) -> Tensor:
-    """Boxes of one extent, each centred on its map's maximum and shifted inside the image.
+    """Boxes of one extent, each centered on its map's maximum and shifted inside the image.
 
     GradMix's authors clip a box at the border instead, which makes its area differ from `1 - lam`. A flat map says
     nothing: its box lies at a random place.
@@ -144,7 +144,7 @@ def shrink(images: Tensor, extent: tuple[int, int]) -> Tensor:
 
 
 def noise_like(images: Tensor, shape: tuple[int, ...], generator: Generator | None = None) -> Tensor:
-    """Uniform noise (n, C, h, w) with each channel's mean and standard deviation, in the images' normalisation."""
+    """Uniform noise (n, C, h, w) with each channel's mean and standard deviation, in the images' normalization."""
     deviation, mean = torch.std_mean(images.float(), (0, 2, 3), correction=0, keepdim=True)
     uniform = rand(shape, images.device, generator) * 2 - 1
     return (mean + math.sqrt(3) * deviation * uniform).to(images.dtype)

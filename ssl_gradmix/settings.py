@@ -39,7 +39,7 @@ class Data:
         name: `digits` (in scikit-learn, nothing to download), `cifar10`, `cifar100`, `svhn`, `mnist`, `stl10` (by
             torchvision), or `folder`.
         root: Folder of the images. For `folder`: `root/train/<class>/*` and `root/test/<class>/*`, or `root/<class>/*`
-            (split by `test_fraction`), or images without class folders (unlabelled). For the named sets: where
+            (split by `test_fraction`), or images without class folders (unlabeled). For the named sets: where
             torchvision keeps its files.
         size: Side of the square images that the encoder sees, in pixels.
         download: Let torchvision download a named set that is not in `root`.
@@ -85,14 +85,14 @@ class Augmentation:
         min_scale: Smallest share of the image's area that a random resized crop keeps, in (0, 1].
         flip: Probability of a horizontal flip. Null is 0.5; on the command line, where it is the default, it is 0 for
             `digits`, `mnist` and `svhn`: mirror images of digits are none.
-        jitter: Probability of a colour jitter.
+        jitter: Probability of a color jitter.
         brightness: Brightness factor is drawn from [1 - b, 1 + b].
         contrast: Contrast factor is drawn from [1 - c, 1 + c].
         saturation: Saturation factor is drawn from [1 - s, 1 + s].
-        hue: Hue shift as a share of the colour circle is drawn from [-h, h].
-        gray: Probability of turning the image grey.
+        hue: Hue shift as a share of the color circle is drawn from [-h, h].
+        gray: Probability of turning the image gray.
         blur: Probability of a Gaussian blur, sigma in [0.1, 2] pixels at 224 px and in proportion at other sizes.
-        solarize: Probability of solarising, second view only (BYOL).
+        solarize: Probability of solarizing, second view only (BYOL).
     """
 
     where: Literal["auto", "device", "workers"] = "auto"
@@ -190,7 +190,7 @@ class BYOLSettings:
 
 
 @dataclass
-class Optimiser:
+class Optimizer:
     """How weights are updated.
 
     Args:
@@ -208,11 +208,11 @@ class Optimiser:
     clip: float | None = None
 
     def __post_init__(self) -> None:
-        _require_between("optimiser.lr", self.lr, 0, open_low=True)
-        _require_between("optimiser.weight_decay", self.weight_decay, 0)
-        _require_between("optimiser.warmup_epochs", self.warmup_epochs, 0)
+        _require_between("optimizer.lr", self.lr, 0, open_low=True)
+        _require_between("optimizer.weight_decay", self.weight_decay, 0)
+        _require_between("optimizer.warmup_epochs", self.warmup_epochs, 0)
         if self.clip is not None:
-            _require_between("optimiser.clip", self.clip, 0, open_low=True)
+            _require_between("optimizer.clip", self.clip, 0, open_low=True)
 
 
 @dataclass
@@ -222,15 +222,15 @@ class Training:
     Args:
         epochs: Passes over the training images.
         batch_size: Images in a global batch, over all processes together.
-        accumulate: Micro-batches to an optimiser step; the batch is split into so many.
-        seed: Seeds initialisation, shuffling, augmentation and mixing.
+        accumulate: Micro-batches to an optimizer step; the batch is split into so many.
+        seed: Seeds initialization, shuffling, augmentation and mixing.
         precision: `no` is float32; `bf16` and `fp16` are mixed precision.
         nonfinite: What to do where a loss or a weight is not finite: `stop` with the step and the last good checkpoint,
-            or `skip` that step, counted in the log (which takes memory for a copy of weights and optimiser state).
+            or `skip` that step, counted in the log (which takes memory for a copy of weights and optimizer state).
         workers: Loader processes, where augmentation runs in workers.
         threads: CPU threads of each process, where it trains on the CPU; null shares the cores out.
         knn_every: Epochs between two readings of features of training images: their effective rank and, where images
-            are labelled, kNN accuracy on held-out ones; 0 for never.
+            are labeled, kNN accuracy on held-out ones; 0 for never.
         samples_every: Epochs between two pictures of mixed views in `samples/`; 0 for never.
         checkpoint_every: Epochs between two checkpoints.
         trackers: Accelerate trackers to log to as well, for instance `[tensorboard]`.

@@ -86,7 +86,7 @@ def add_detection(run: Path, task: str, groups: dict[str, dict], seed: int = 0, 
     rows, arrays = [], {}
     for group, said in groups.items():
         known = random.permutation(n) < n * 0.6
-        fields = {"n": n, "pretraining": "all classes, unlabelled", **said}
+        fields = {"n": n, "pretraining": "all classes, unlabeled", **said}
         samples = {
             "is_known": known.astype(np.uint8),
             "correct": (known & (random.uniform(size=n) < 0.9)).astype(np.uint8),
@@ -102,7 +102,7 @@ def add_detection(run: Path, task: str, groups: dict[str, dict], seed: int = 0, 
     if task == "osr" and len(groups) > 1:
         for score, metric in dict.fromkeys((each.score, each.metric) for each in rows):
             values = [each.value for each in rows if (each.score, each.metric) == (score, metric)]
-            fields = {"split": "random:6", "n": n * len(groups), "pretraining": "all classes, unlabelled"}
+            fields = {"split": "random:6", "n": n * len(groups), "pretraining": "all classes, unlabeled"}
             rows.append(row(task, score, metric, np.mean(values).item(), **fields, std=np.std(values, ddof=1).item()))
     write_rows(run / "eval" / f"{task}.json", rows)
     save_file(arrays, run / "eval" / f"{task}_samples.safetensors")
@@ -181,9 +181,9 @@ def report(*runs: Path, map_method: str = "none") -> tuple[Page, str]:
     return Page(page.read_text()), tables.read_text()
 
 
-def paths(svg: str, colour: str) -> list[np.ndarray]:
-    """Points of the lines of this colour."""
-    drawn = re.findall(rf'<path d="([^"]*)"[^>]*stroke: {re.escape(colour)}', svg)
+def paths(svg: str, color: str) -> list[np.ndarray]:
+    """Points of the lines of this color."""
+    drawn = re.findall(rf'<path d="([^"]*)"[^>]*stroke: {re.escape(color)}', svg)
     return [np.array(re.findall(r"[ML] ([\d.]+) ([\d.]+)", each), float) for each in drawn]
 
 

@@ -347,7 +347,7 @@ def test_open_set_recognition_under_corruption(run, capsys):
         assert row.value == pytest.approx(roc_auc_score(is_known, values), abs=1e-3)
         assert row.ci_low < row.value < row.ci_high
         assert (row.n, row.trial, row.params["n_known"]) == (len(targets), 3, 6)
-        assert (row.params["protocol"], row.params["pretraining"]) == ("random", "all classes, unlabelled")
+        assert (row.params["protocol"], row.params["pretraining"]) == ("random", "all classes, unlabeled")
         assert found(rows, score, "clean_auroc").n == len(targets)
         values = [found(rows, score, "auroc", severity=s).value for s in range(1, 6)]
         assert found(rows, score, "mean_corruption_auroc").value == pytest.approx(np.mean(values), abs=1e-12)

@@ -75,7 +75,7 @@ def test_everything_on_digits(run, capsys):
         assert min(picture.size) > 300
     assert sorted(path.name for path in (run / "eval").iterdir()) == ["linear_probe.json", "linear_probe.png"]
     printed = capsys.readouterr().out
-    assert "mine on digits/test, trained on 1438 labelled images" in printed
+    assert "mine on digits/test, trained on 1438 labeled images" in printed
     assert f"knn                  top1    {value_of(rows, 'knn'):.4f}" in printed
 
 
@@ -130,7 +130,7 @@ def test_a_run_is_evaluated_on_its_own_classes_unless_told(tmp_path):
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """Noise of two colours, in class folders."""
+    """Noise of two colors, in class folders."""
     rng = np.random.default_rng(0)
     for split, count in (("train", 12), ("test", 6)):
         for channel, name in enumerate(("red", "green")):
@@ -226,7 +226,7 @@ def test_two_processes_give_what_one_gives(run, tmp_path):
         text=True,
         check=True,
     )
-    assert done.stdout.count("trained on 1438 labelled images") == 1
+    assert done.stdout.count("trained on 1438 labeled images") == 1
     for one, two in zip(*(read_rows(tmp_path / name / "linear_probe.json")[0] for name in ("one", "two")), strict=True):
         assert (two.score, two.metric, two.n) == (one.score, one.metric, one.n)
         assert two.value == pytest.approx(one.value, abs=2 / one.n)  # sums of other batches round differently

@@ -45,13 +45,13 @@ def value_of(rows, score, metric, trial=None, **params) -> float:
 
 
 def write_images(folder: Path, classes: list[str], count: int, size: int = 8) -> None:
-    """Noise around a colour of each class."""
+    """Noise around a color of each class."""
     rng = np.random.default_rng(0)
     for name in classes:
         (folder / name).mkdir(parents=True)
-        colour = rng.integers(0, 200, 3)
+        color = rng.integers(0, 200, 3)
         for i in range(count):
-            pixels = (colour + rng.integers(0, 55, (size, size, 3))).astype(np.uint8)
+            pixels = (color + rng.integers(0, 55, (size, size, 3))).astype(np.uint8)
             Image.fromarray(pixels).save(folder / name / f"{i}.png")
 
 
@@ -92,7 +92,7 @@ def test_trials_on_digits(run, capsys):
             "mine",
             "backbone",
         )
-        setting = {"protocol": "random", "pretraining": "all classes, unlabelled", "n_known": 6}
+        setting = {"protocol": "random", "pretraining": "all classes, unlabeled", "n_known": 6}
         assert setting.items() <= row.params.items()
     for row in means:
         values = [value_of(of_trials, row.score, row.metric, trial) for trial in (0, 3)]
@@ -107,7 +107,7 @@ def test_trials_on_digits(run, capsys):
     with Image.open(run / "eval" / "osr.png") as picture:
         assert min(picture.size) > 600
     printed = capsys.readouterr().out
-    assert "mine on digits/test, encoder pretrained on: all classes, unlabelled" in printed
+    assert "mine on digits/test, encoder pretrained on: all classes, unlabeled" in printed
     assert f"trial0: known are {', '.join(map(str, known))}; unknown ones from digits/test" in printed
     mean = next(row for row in means if (row.score, row.metric) == ("vim", "auroc"))
     assert re.search(rf"^vim +{mean.value:.4f} ± {mean.params['std']:.4f} ", printed, re.MULTILINE)

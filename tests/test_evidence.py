@@ -44,7 +44,7 @@ def grid(tmp_path: Path) -> Grid:
 
 
 def write_folder(root: Path, train: int, test: int) -> Path:
-    """Noise in ten class folders, a colour a class."""
+    """Noise in ten class folders, a color a class."""
     rng = np.random.default_rng(0)
     for split, count in (("train", train), ("test", test)):
         for label, name in enumerate(CIFAR):
@@ -149,14 +149,14 @@ class TestCells:
 
     def test_prints_commands(self, tmp_path, capsys):
         main = load_script("benchmarks/evidence.py").main
-        grid = ["--cache", str(tmp_path), "--ood", "my textures", "--", "--optimiser.lr", "0.1"]
+        grid = ["--cache", str(tmp_path), "--ood", "my textures", "--", "--optimizer.lr", "0.1"]
         main(["--data", "cifar", "--print", "simclr/e/all/2", *grid])
         lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
         assert [line[2] for line in lines] == [
             "recipes/simclr_gradmix.py",
-            *("eval/linear_probe.py", "benchmarks/evidence/effective_rank.py", "eval/osr.py", "eval/corruption.py"),
+            *("eval/linear_probe.py", "benchmarks/evidence/rankme.py", "eval/osr.py", "eval/corruption.py"),
         ]
-        assert lines[0][-2:] == ["--optimiser.lr", "0.1"]
+        assert lines[0][-2:] == ["--optimizer.lr", "0.1"]
         assert {line[3] for line in lines[1:]} == {str(tmp_path / "runs" / "cpu" / "simclr-e-all-2")}
         unknown = yaml.safe_load(lines[3][lines[3].index("--unknown") + 1])
         assert unknown == [{"name": "digits"}, {"name": "folder", "root": str(Path("my textures").absolute())}]
@@ -305,7 +305,7 @@ class TestRows:
                 result("energy", "auroc", 0.1),
                 result("mahalanobis", "auroc", 0.95),
             ],
-            "effective_rank.json": [result("rankme", "effective_rank", 33.0)],
+            "rankme.json": [result("rankme", "rankme", 33.0)],
         }
         make_run(cell, grid, files, {"validation": {"0.1": 0.48, "1": 0.52}})
         found = rows.condense(cell, grid)
@@ -319,16 +319,16 @@ class TestRows:
             "corruption_error": 0.61,
             "ood_auroc": pytest.approx(0.8),
             "ood_auroc_mahalanobis": 0.95,
-            "effective_rank": 33.0,
+            "rankme": 33.0,
         }
         first = found[0]
         assert all(replace(each, measure="", value=0) == replace(first, measure="", value=0) for each in found)
         assert (first.cell, first.grid, first.commit, first.threads) == (cell, "tiny", "abc123", 1)
-        assert (first.passes, first.attributions, first.teacher_passes) == (60, 20, 0)
+        assert (first.passes, first.attributions, first.target_passes) == (60, 20, 0)
         assert first.seconds == 3 * 32 / 32 + 3 * 32 / 96
         assert first.settings == grid.settings()
 
-    @pytest.mark.parametrize(("seen", "fine"), [("known classes only", True), ("all classes, unlabelled", False)])
+    @pytest.mark.parametrize(("seen", "fine"), [("known classes only", True), ("all classes, unlabeled", False)])
     def test_open_set_encoders_must_not_have_seen_the_unknown(self, seen, fine, grid):
         cell = Cell("simclr", "e", "known", 0)
         found = [

@@ -48,7 +48,7 @@ def mix(gradmix: GradMix, images: Tensor, donors: Tensor | None = None, net: nn.
     width=st.integers(8, 40),
     fill=st.sampled_from(["donor", "crop", "noise", "mean"]),
     region=st.sampled_from(["box", "densest", "mask"]),
-    attribution=st.sampled_from(["layercam", "gradcam", "random", "centre"]),
+    attribution=st.sampled_from(["layercam", "gradcam", "random", "center"]),
     layers=st.sampled_from([["0"], ["1"], ["0", "1"]]),
     seed=st.integers(0, 1000),
 )
@@ -116,9 +116,9 @@ def test_finds_the_region_that_the_loss_looks_at() -> None:
 
     torch.manual_seed(0)
     mixed = mix(GradMix(layers=["stage"], lam_range=(0.8, 0.9)), torch.rand(8, 3, 32, 32), net=Corner())
-    centres = (mixed.boxes[:, :2] + mixed.boxes[:, 2:]) / 2
-    assert (centres[:, 0] < 13).all()
-    assert (centres[:, 1] > 19).all()
+    centers = (mixed.boxes[:, :2] + mixed.boxes[:, 2:]) / 2
+    assert (centers[:, 0] < 13).all()
+    assert (centers[:, 1] > 19).all()
     inside = mixed.attribution[:, 24:, :8].sum((1, 2)) / mixed.attribution.sum((1, 2))
     assert (inside > 0.7).all()
 
@@ -138,7 +138,7 @@ def test_targets_are_opposite_signs() -> None:
     assert min(peaks["agreement"]) >= 13
 
 
-@pytest.mark.parametrize("attribution", ["random", "centre"])
+@pytest.mark.parametrize("attribution", ["random", "center"])
 def test_controls_ignore_the_loss(attribution: str) -> None:
     places = []
     for scale in (1.0, 0.0):
@@ -162,7 +162,7 @@ def test_random_attribution_takes_all_places_alike(region: str) -> None:
 
 @pytest.mark.parametrize("region", ["box", "densest"])
 def test_the_central_box_is_replaced(region: str) -> None:
-    gradmix = GradMix(attribution="centre", fill="mean", region=region, lam_range=(0.75, 0.75))
+    gradmix = GradMix(attribution="center", fill="mean", region=region, lam_range=(0.75, 0.75))
     images = torch.rand(4, 3, 16, 24)
     changed = (mix(gradmix, images).images != images).any(1)
     assert changed[:, 4:12, 6:18].all()
@@ -171,7 +171,7 @@ def test_the_central_box_is_replaced(region: str) -> None:
 
 def test_a_central_mask_takes_the_pixels_nearest_to_the_middle() -> None:
     images = torch.rand(2, 3, 16, 16)
-    mixed = mix(GradMix(attribution="centre", fill="mean", region="mask"), images)
+    mixed = mix(GradMix(attribution="center", fill="mean", region="mask"), images)
     changed = (mixed.images != images).any(1)
     y, x = torch.meshgrid(torch.arange(16) - 7.5, torch.arange(16) - 7.5, indexing="ij")
     distance = torch.hypot(y, x).expand(2, 16, 16)
@@ -260,7 +260,7 @@ class Head(nn.Module):
 def test_trains_in_somebody_elses_loop(model, layers: list[str], criterion: nn.Module, size: int) -> None:
     torch.manual_seed(0)
     model = model()
-    optimiser = torch.optim.AdamW(model.parameters(), 1e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     gradmix = GradMix(layers=layers)
     x0 = torch.rand(8, 3, size, size)
     x1 = x0 + 0.1 * torch.randn_like(x0)
@@ -275,8 +275,8 @@ def test_trains_in_somebody_elses_loop(model, layers: list[str], criterion: nn.M
         assert mixed.attribution.amax((1, 2)).tolist() == [1] * 8
         total = loss + mixed.lam * criterion(model(mixed.images), z1)
         total.backward()
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         losses.append(total.item())
     assert losses[-1] < losses[0]
     changed = [not torch.equal(new, old) for new, old in zip(model.parameters(), before, strict=True)]
@@ -299,7 +299,7 @@ def test_the_readmes_code_runs() -> None:
             r"gradmix.layers must be a list of layer names such as \['layer3'\], or None; got 'layer3'",
         ),
         ({"layers": []}, r"gradmix.layers must be a list .* got \[\]"),
-        ({"attribution": "cam"}, "gradmix.attribution must be one of layercam, gradcam, random, centre, got 'cam'"),
+        ({"attribution": "cam"}, "gradmix.attribution must be one of layercam, gradcam, random, center, got 'cam'"),
         ({"target": "up"}, "gradmix.target must be one of agreement, loss, got 'up'"),
         ({"fill": "black"}, "gradmix.fill must be one of donor, crop, noise, mean, got 'black'"),
         ({"region": "disk"}, "gradmix.region must be one of box, densest, mask, got 'disk'"),

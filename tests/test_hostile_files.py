@@ -275,8 +275,8 @@ def test_tags_in_a_run_that_is_evaluated_reported_or_resumed(
 
 
 SCRIPTS = {
-    "recipes/simclr_gradmix.py": ("data", "augmentation", "backbone", "method", "optimiser", "training", "gradmix"),
-    "recipes/byol_gradmix.py": ("data", "augmentation", "backbone", "method", "optimiser", "training", "gradmix"),
+    "recipes/simclr_gradmix.py": ("data", "augmentation", "backbone", "method", "optimizer", "training", "gradmix"),
+    "recipes/byol_gradmix.py": ("data", "augmentation", "backbone", "method", "optimizer", "training", "gradmix"),
     "eval/linear_probe.py": ("data",),
     "eval/osr.py": ("data",),
     "eval/corruption.py": ("data",),

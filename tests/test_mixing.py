@@ -20,7 +20,7 @@ def maps_with_peaks(peaks: list[tuple[int, int]], height: int, width: int) -> to
     return maps
 
 
-def test_boxes_are_centred_on_the_peak_and_shifted_inside() -> None:
+def test_boxes_are_centered_on_the_peak_and_shifted_inside() -> None:
     maps = maps_with_peaks([(16, 20), (0, 0), (31, 39), (0, 39)], 32, 40)
     boxes = mixing.peak_boxes(maps, (10, 8))
     assert boxes.tolist() == [[16, 11, 24, 21], [0, 0, 8, 10], [32, 22, 40, 32], [32, 0, 40, 10]]

@@ -88,7 +88,7 @@ def cases(draw: st.DrawFn) -> Case:
 def generators(draw: st.DrawFn) -> GradMix:
     low, high = sorted(draw(st.tuples(st.floats(0.02, 0.98), st.floats(0.02, 0.98))))
     return GradMix(
-        attribution=draw(st.sampled_from(["layercam", "gradcam", "random", "centre"])),
+        attribution=draw(st.sampled_from(["layercam", "gradcam", "random", "center"])),
         target=draw(st.sampled_from(["agreement", "loss"])),
         fill=draw(st.sampled_from(["donor", "crop", "noise", "mean"])),
         region=draw(st.sampled_from(["box", "densest", "mask"])),

@@ -99,12 +99,12 @@ BAD = {
         ["--training.batch_size", "2", "--training.accumulate", "2", "--method.allow_fewer_negatives", "true"],
         "batch_size 2 leaves 1 processes x 2 micro-batches less than two images each",
     ),
-    "negative rate": (["--optimiser.lr=-0.1"], "optimiser.lr must be above 0, got -0.1"),
+    "negative rate": (["--optimizer.lr=-0.1"], "optimizer.lr must be above 0, got -0.1"),
     "NaN": (["--method.temperature", ".nan"], "(method.temperature must be above 0|Got value: .nan|nan)"),
     "lam_range": (["--gradmix.lam_range", "[0.9, 0.5]"], "gradmix.lam_range must be two rising numbers"),
     "unwritable": (["--run", "/proc/run"], "/proc/run cannot be written to"),
     "fewer negatives": (["--training.accumulate", "2"], "another loss than that of the whole batch"),
-    "processes": (["--expect-processes", "4"], "4 expected, 1 running"),
+    "processes": (["--expect_processes", "4"], "4 expected, 1 running"),
     "unknown class": (["--data.classes", "[cat]"], "neither a class nor its number"),
 }
 
@@ -151,8 +151,8 @@ def test_trains_on_a_folder_and_answers_the_same_command_again(
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     assert command_line.run(main, arguments) == 0
     assert "is finished: epoch 1/1" in capsys.readouterr().out
-    assert command_line.run(main, [*arguments, "--optimiser.lr", "0.5"]) == 2
-    assert f"was started with other settings (optimiser.lr was {rate}, now 0.5)" in capsys.readouterr().err
+    assert command_line.run(main, [*arguments, "--optimizer.lr", "0.5"]) == 2
+    assert f"was started with other settings (optimizer.lr was {rate}, now 0.5)" in capsys.readouterr().err
     (checkpoint,) = (run / "checkpoint").iterdir()
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
@@ -180,7 +180,7 @@ def test_a_runs_config_runs_it_again(folder: Path, tmp_path: Path) -> None:
 def test_two_processes_train_one_run(script, folder: Path, tmp_path: Path) -> None:
     arguments = [
         *small(folder),
-        "--expect-processes",
+        "--expect_processes",
         "2",
         "--training.samples_every",
         "1",

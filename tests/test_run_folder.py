@@ -14,7 +14,7 @@ from ssl_gradmix.run_folder import RunFolder, flat
 SETTINGS = {
     "run": "x",
     "extra_view": "gradmix",
-    "optimiser": {"lr": 0.1},
+    "optimizer": {"lr": 0.1},
     "training": {"epochs": 3, "workers": 2},
 }
 
@@ -41,10 +41,10 @@ def test_the_same_settings_may_go_on_and_free_ones_may_differ(tmp_path: Path) ->
 
 def test_changed_settings_are_listed(tmp_path: Path) -> None:
     folder = started(tmp_path)
-    changed = {**SETTINGS, "extra_view": "none", "training": {"epochs": 4}, "optimiser": {"lr": 0.1, "clip": 1.0}}
+    changed = {**SETTINGS, "extra_view": "none", "training": {"epochs": 4}, "optimizer": {"lr": 0.1, "clip": 1.0}}
     with pytest.raises(
         ValueError,
-        match="extra_view was 'gradmix', now 'none'; optimiser.clip was None, now 1.0; training.epochs was 3, now 4",
+        match="extra_view was 'gradmix', now 'none'; optimizer.clip was None, now 1.0; training.epochs was 3, now 4",
     ):
         folder.check(changed, overwrite=False)
     folder.check(changed, overwrite=True)

@@ -15,7 +15,7 @@ from ssl_gradmix import GradMix, backbones
 from ssl_gradmix.data.datasets import ImageSet
 from ssl_gradmix.methods.simclr import SimCLR
 from ssl_gradmix.run_folder import RunFolder
-from ssl_gradmix.settings import Augmentation, Optimiser, Training
+from ssl_gradmix.settings import Augmentation, Optimizer, Training
 from ssl_gradmix.training.loop import Trainer
 from ssl_gradmix.training.processes import create_accelerator
 
@@ -43,7 +43,7 @@ def trainer(path: Path, kind: type = SimCLR, training: Training = TRAINING, wher
         accelerator,
         16,
         Augmentation(where=where),
-        kwargs.pop("optimiser", Optimiser()),
+        kwargs.pop("optimizer", Optimizer()),
         training,
         **kwargs,
     )

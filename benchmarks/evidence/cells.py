@@ -40,7 +40,7 @@ CHANGES: dict[str, dict[str, str]] = {
     **{f"weight{weight}": {"method.weight": weight} for weight in ("0.5", "0.7", "2.0")},
     "crop": {"gradmix.fill": "crop"},
     "densest": {"gradmix.region": "densest"},
-    "centre": {"gradmix.attribution": "centre"},
+    "center": {"gradmix.attribution": "center"},
 }
 """What may differ from one of the variants: `e-layer2` is e with another layer.
 
@@ -193,7 +193,7 @@ class Step(NamedTuple):
 
 
 def epochs(cell: Cell, grid: Grid) -> int:
-    """Epochs of a cell's training: those of b make up for its two views, rounded up in its favour."""
+    """Epochs of a cell's training: those of b make up for its two views, rounded up in its favor."""
     return math.ceil(grid.epochs * 3 / 2) if cell.variant.startswith("b") else grid.epochs
 
 
@@ -201,7 +201,7 @@ def passes(cell: Cell, grid: Grid) -> Passes:
     """Counts the passes of a cell's training: views times epochs."""
     settings, n = cell.variant_settings(), epochs(cell, grid)
     views = 2 if settings["extra_view"] == "none" else 3
-    attributed = settings["extra_view"] == "gradmix" and settings.get("gradmix.attribution") not in ("random", "centre")
+    attributed = settings["extra_view"] == "gradmix" and settings.get("gradmix.attribution") not in ("random", "center")
     return Passes(views * n, n if attributed else 0, 2 * n if cell.method == "byol" else 0)
 
 
@@ -218,7 +218,7 @@ def steps(cell: Cell, grid: Grid) -> list[Step]:
         return evaluate("eval/linear_probe.py", f"{cue}/linear_probe.json", *where)
 
     train = Step(["python", f"recipes/{cell.method}_gradmix.py", *_options(_training(cell, grid)), *grid.recipe], None)
-    rank = evaluate("benchmarks/evidence/effective_rank.py", "effective_rank.json")
+    rank = evaluate("benchmarks/evidence/rankme.py", "rankme.json")
     match cell.data:
         case "known":
             return [train, evaluate("eval/osr.py", "osr.json")]

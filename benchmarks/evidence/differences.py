@@ -47,7 +47,7 @@ def values(rows: Iterable[Row]) -> Values:
 def paired(one: Mapping[int, float], two: Mapping[int, float]) -> Difference | None:
     """The difference of two variants over the seeds that both have, with the t interval of its mean.
 
-    Seeds pair because they share initialisation, the order of images and, on known classes, the trial. The interval
+    Seeds pair because they share initialization, the order of images and, on known classes, the trial. The interval
     speaks about further seeds (and trials), on the same images.
 
     Args:

@@ -76,7 +76,7 @@ def forest(found: Values, reference: str) -> Figure | None:
 
 
 def write(path: Path, figure: Figure) -> None:
-    """Writes a figure as PNG of 32 colours, which is small enough for a repository."""
+    """Writes a figure as PNG of 32 colors, which is small enough for a repository."""
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png", dpi=120)
     picture = Image.open(drawn).convert("RGB").quantize(32)

@@ -36,14 +36,14 @@ QUESTIONS = {
     "c": "plain third view, equal both",
     "c-weight0.7": "plain third view that counts as little as a mixed one, equal both",
     "d": "random place, equal both",
-    "d-centre": "the centre, equal both",
+    "d-center": "the center, equal both",
 }
 """What GradMix's e and f are compared with, and what is equal then."""
 
 PROTOCOL = """## How to read the tables
 
 Encoders are frozen, protocols those of the README's evaluation, and a cell's test images are read once. Settings are
-chosen by the rows of held-out training images alone: held out from classifiers and neighbours, not from pretraining,
+chosen by the rows of held-out training images alone: held out from classifiers and neighbors, not from pretraining,
 which reads no labels. Those rows are not counted in verdicts. A difference is the mean over seeds of one variant
 minus another at the same seed, with the 95% t interval of that mean (and the number of seeds): **bold** where it
 leaves 0 out for the better, ***bold italics*** where for the worse. Nothing is corrected for the number of comparisons:
@@ -212,7 +212,7 @@ def _cost(rows: Sequence[Row], variants: Sequence[str]) -> list[str]:
         ratios = [taken / seconds["c", seed] for seed, taken in own.items() if ("c", seed) in seconds]
         threads = sorted({str(each.threads) for each in rows if each.variant == variant})
         lines.append(
-            f"| {variant} | {row.passes} | {row.attributions} | {row.teacher_passes} | {' or '.join(threads)} | "
+            f"| {variant} | {row.passes} | {row.attributions} | {row.target_passes} | {' or '.join(threads)} | "
             f"{f'{fmean(own.values()):,.0f}' if own else ''} | "
             f"{f'{fmean(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})' if ratios else ''} |"
         )

@@ -55,7 +55,7 @@ class Row:
         value: The number.
         passes: Encoder passes of a training image in the whole training.
         attributions: GradMix's backward passes beside them.
-        teacher_passes: BYOL's teacher's forward passes beside them.
+        target_passes: BYOL's teacher's forward passes beside them.
         seconds: Training alone took, by the run's log.
         threads: It had.
         commit: Of this project, at the run's start.
@@ -71,7 +71,7 @@ class Row:
     value: float
     passes: int
     attributions: int
-    teacher_passes: int
+    target_passes: int
     seconds: float
     threads: int
     commit: str
@@ -133,8 +133,8 @@ MEASURES = (
         _value("ood.json", "mahalanobis", "auroc"),
     ),
     Measure(
-        "effective_rank", "effective rank", "all",
-        _value("effective_rank.json", "rankme", "effective_rank"), share=False,
+        "rankme", "effective rank", "all",
+        _value("rankme.json", "rankme", "rankme"), share=False,
     ),
     Measure("osr_auroc", "open set AUROC, kNN distance", "known", _value("osr.json", "knn_distance", "auroc")),
     Measure("osr_oscr", "open set OSCR, kNN distance", "known", _value("osr.json", "knn_distance", "oscr")),
@@ -149,7 +149,7 @@ MEASURES = (
     ),
     Measure(
         "two_cue_rank", "two cues: effective rank", "two-cue",
-        _value("effective_rank.json", "rankme", "effective_rank"), share=False,
+        _value("rankme.json", "rankme", "rankme"), share=False,
     ),
 )  # fmt: skip
 

@@ -1,7 +1,7 @@
 """Random views of images: batch by batch on the device, or image by image in loader workers.
 
-Both follow the same settings and the same chain, SimCLR's [0] with BYOL's [1] solarisation: random resized crop,
-horizontal flip, colour jitter, grey, Gaussian blur, solarisation (second view only), normalisation.
+Both follow the same settings and the same chain, SimCLR's [0] with BYOL's [1] solarization: random resized crop,
+horizontal flip, color jitter, gray, Gaussian blur, solarization (second view only), normalization.
 
 - [0]: SimCLR, 2020, https://arxiv.org/abs/2002.05709
 - [1]: BYOL, 2020, https://arxiv.org/abs/2006.07733
@@ -27,7 +27,7 @@ BLUR_SIGMA = (0.1, 2.0)
 """Range of the Gaussian blur's sigma, in pixels of a 224 px image."""
 
 SOLARIZE_FROM = 128 / 255
-"""Solarisation inverts values from here on (Pillow's default)."""
+"""Solarization inverts values from here on (Pillow's default)."""
 
 _CROP_TRIES = 10
 _CPU_CHUNK = 64  # images at a time: their intermediate results stay in the processor's cache, which saves a third
@@ -40,7 +40,7 @@ class Draws(NamedTuple):
         boxes: (N, 4), top, left, height and width of the crop in whole pixels.
         flip: (N, 1), 1 where the image is flipped, else 0.
         jitter: (N, 4), brightness, contrast and saturation factors less 1, and the hue shift; 0 changes nothing.
-        gray: (N, 1), 1 where the image turns grey, else 0.
+        gray: (N, 1), 1 where the image turns gray, else 0.
         blur: (N, 1), likewise.
         solarize: (N, 1), likewise.
         sigma: (N, 1), of the blur, in pixels.
@@ -62,7 +62,7 @@ class DeviceViews(nn.Module):
 
     The distributions are those of torchvision's `RandomResizedCrop` (ratio 3/4 to 4/3, antialiased bilinear),
     `ColorJitter`, `RandomGrayscale` and `GaussianBlur` (kernel a tenth of the image, odd), with two departures: the
-    order of the four colour changes is drawn once for a view of the batch, not for each image, and nothing is rounded
+    order of the four color changes is drawn once for a view of the batch, not for each image, and nothing is rounded
     to 8 bits in between. At 32 px the blur's sigma is 0.01 to 0.29 pixels in a 3x3 kernel, which is hardly visible: as
     in SimCLR, which leaves it out on CIFAR-10, it is meant for larger images.
 
@@ -89,10 +89,10 @@ class DeviceViews(nn.Module):
 
         Args:
             images: uint8 (N, 3, H, W), on this module's device.
-            n_views: How many; only the second (index 1) is ever solarised.
+            n_views: How many; only the second (index 1) is ever solarized.
 
         Returns:
-            `n_views` float32 tensors (N, 3, size, size), normalised.
+            `n_views` float32 tensors (N, 3, size, size), normalized.
 
         Raises:
             ValueError: The images are not uint8 (N, 3, H, W).
@@ -147,7 +147,7 @@ def crop_boxes(n: int, height: int, width: int, min_scale: float) -> Tensor:
     """Draws crops as torchvision's `RandomResizedCrop` does.
 
     The area is uniform in [min_scale, 1] of the image's, the logarithm of the aspect ratio in [log 3/4, log 4/3]. The
-    first of ten draws that fits in the image is taken, placed anywhere; where none does, the largest centred crop with
+    first of ten draws that fits in the image is taken, placed anywhere; where none does, the largest centered crop with
     such a ratio.
 
     Args:
@@ -200,13 +200,13 @@ def resized_crop(images: Tensor, boxes: Tensor, flip: Tensor, size: int) -> Tens
 def _resampling_matrix(start: Tensor, length: Tensor, extent: int, target: Tensor) -> Tensor:
     """Weights (N, size, extent) of `extent` pixels in each target pixel, for a crop of `length` pixels from `start` on.
 
-    A triangle around the target's centre, as wide as the larger of both kinds of pixel, cut off at the crop's edges.
+    A triangle around the target's center, as wide as the larger of both kinds of pixel, cut off at the crop's edges.
     """
     scale = length / target.shape[1]
     pixel = torch.arange(extent, device=start.device)
-    centre = start + (target + 0.5) * scale - 0.5
+    center = start + (target + 0.5) * scale - 0.5
     inside = ((pixel >= start) & (pixel < start + length)).float()
-    weights = (1 - (pixel - centre).abs() / scale.clamp(min=1)).clamp(min=0) * inside
+    weights = (1 - (pixel - center).abs() / scale.clamp(min=1)).clamp(min=0) * inside
     return weights / weights.sum(-1, keepdim=True)
 
 
@@ -215,7 +215,7 @@ def color_jitter(images: Tensor, jitter: Tensor, order: Sequence[int]) -> Tensor
 
     Args:
         images: (N, 3, H, W) in [0, 1].
-        jitter: (N, 4), brightness, contrast and saturation factors less 1, and the hue shift as a share of the colour
+        jitter: (N, 4), brightness, contrast and saturation factors less 1, and the hue shift as a share of the color
             circle; 0 leaves an image exactly as it is.
         order: The columns of `jitter` in the order to apply them.
 
@@ -251,7 +251,7 @@ def shift_hue(images: Tensor, shift: Tensor) -> Tensor:
 
     Args:
         images: (N, 3, H, W) in [0, 1].
-        shift: Share of the colour circle in [-0.5, 0.5], (N, 1, 1, 1).
+        shift: Share of the color circle in [-0.5, 0.5], (N, 1, 1, 1).
 
     Returns:
         (N, 3, H, W) in [0, 1].
@@ -289,10 +289,10 @@ def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:
 def worker_transform(
     augmentation: Augmentation, size: int, mean: Sequence[float], std: Sequence[float], n_views: int
 ) -> Callable[[Image.Image], list[Tensor]]:
-    """Builds lightly's transform of one image into `n_views` views, of which only the second is ever solarised.
+    """Builds lightly's transform of one image into `n_views` views, of which only the second is ever solarized.
 
     It draws from torch's and numpy's global generators. Unlike `DeviceViews`, it works on 8-bit images, draws the order
-    of the colour changes for each image, blurs with Pillow's approximation of a Gaussian, and crops from the image at
+    of the color changes for each image, blurs with Pillow's approximation of a Gaussian, and crops from the image at
     its own resolution and shape.
 
     Args:
@@ -303,7 +303,7 @@ def worker_transform(
         n_views: How many views.
 
     Returns:
-        A function from an RGB image to float32 tensors (3, size, size), normalised.
+        A function from an RGB image to float32 tensors (3, size, size), normalized.
     """
     from lightly.transforms.byol_transform import BYOLView2Transform
     from lightly.transforms.multi_view_transform import MultiViewTransform
@@ -387,7 +387,7 @@ def _seeded(*entropy: int) -> Iterator[None]:
 
 
 def eval_transform(size: int, mean: Sequence[float], std: Sequence[float]) -> Callable[[Tensor], Tensor]:
-    """Builds the function that normalises images without changing them.
+    """Builds the function that normalizes images without changing them.
 
     Args:
         size: Side of the images in pixels.
@@ -395,15 +395,15 @@ def eval_transform(size: int, mean: Sequence[float], std: Sequence[float]) -> Ca
         std: Likewise.
 
     Returns:
-        A function from uint8 (N, 3, size, size) to float32 of that shape, normalised, on the same device. It raises
+        A function from uint8 (N, 3, size, size) to float32 of that shape, normalized, on the same device. It raises
         ValueError for any other dtype or size.
     """
     mean_of_channel, std_of_channel = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
 
-    def normalise(images: Tensor) -> Tensor:
+    def normalize(images: Tensor) -> Tensor:
         if images.dtype != torch.uint8 or images.shape[1:] != (3, size, size):
             raise ValueError(f"images must be uint8 (N, 3, {size}, {size}), got {images.dtype} {tuple(images.shape)}")
         device = images.device
         return images.float().div_(255).sub_(mean_of_channel.to(device)).div_(std_of_channel.to(device))
 
-    return normalise
+    return normalize

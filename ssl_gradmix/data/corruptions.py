@@ -12,14 +12,14 @@ The published files were made without seeds and cannot be made again bit by bit.
 Kept from the authors' scripts, although it looks odd:
 
 - Results are clipped to [0, 1], times 255, and truncated to uint8, so noise darkens by half a level on average.
-- glass_blur copies the neighbour's value instead of swapping both, and draws offsets from [-d, d), without d.
+- glass_blur copies the neighbor's value instead of swapping both, and draws offsets from [-d, d), without d.
 - zoom_blur averages the image with its enlargements from factor 1 on, so the image itself counts twice, and rounding
   decides whether `numpy.arange` includes the last factor.
 - elastic_transform at severity 1 of `cifar` and `imagenet64` is a random affine map alone; ImageNet's parameters come
   from 244, not 224.
 - frost never uses the sixth photograph, and the third is the second over again; the last row and column of crops is
   never drawn.
-- saturate gives grey pixels a red tint where it adds to the saturation: their hue is 0.
+- saturate gives gray pixels a red tint where it adds to the saturation: their hue is 0.
 - defocus_blur's disks of radius 8 and 10 sum to 1.01, and so brighten.
 
 Different from the authors' scripts:
@@ -306,7 +306,7 @@ def check_images(images: np.ndarray, shape: tuple[str | int, ...] = ("N", "H", "
         raise ValueError(f"images must be a NumPy array of uint8 from 0 to 255, got {got}")
     if images.ndim != len(shape) or images.shape[-1] != 3:
         wanted = f"({', '.join(map(str, shape))})"
-        raise ValueError(f"images must be RGB with shape {wanted}, got {images.shape}; repeat grey three times")
+        raise ValueError(f"images must be RGB with shape {wanted}, got {images.shape}; repeat gray three times")
     if min(images.shape[-3:-1]) < SMALLEST_SIDE:
         raise ValueError(f"images must be at least {SMALLEST_SIDE} pixels a side, got shape {images.shape}")
 
@@ -396,7 +396,7 @@ def _disk(radius: float, alias_blur: float) -> np.ndarray:
 def _glass_blur(image: np.ndarray, generator: np.random.Generator, sigma: float, reach: int, rounds: int) -> np.ndarray:
     """Copies pixels from near by, one after the other, so that a copy may be copied again.
 
-    That order cannot be vectorised, but what goes where does not depend on the pixels: the loop moves numbers alone.
+    That order cannot be vectorized, but what goes where does not depend on the pixels: the loop moves numbers alone.
     """
     height, width = image.shape[:2]
     targets = (
@@ -484,8 +484,8 @@ def _snow(
     layer = _smear(_to_uint8(flakes)[..., np.newaxis], radius, sigma, angle=generator.uniform(-135, -45)) / 255
 
     x = image / 255
-    grey = 0.299 * x[..., :1] + 0.587 * x[..., 1:2] + 0.114 * x[..., 2:]
-    whitened = mix * x + (1 - mix) * np.maximum(x, 1.5 * grey + 0.5)
+    gray = 0.299 * x[..., :1] + 0.587 * x[..., 1:2] + 0.114 * x[..., 2:]
+    whitened = mix * x + (1 - mix) * np.maximum(x, 1.5 * gray + 0.5)
     return _to_uint8(whitened + layer + np.rot90(layer, 2))
 
 
@@ -542,8 +542,8 @@ def _resize(texture: np.ndarray, scale: float) -> np.ndarray:
 
 
 def _synthetic_frost(number: int) -> np.ndarray:
-    """A stand-in, uint8 (400, 600, 3): ridges at four scales, of the mean colour and contrast of a photograph."""
-    colour, contrast = (
+    """A stand-in, uint8 (400, 600, 3): ridges at four scales, of the mean color and contrast of a photograph."""
+    color, contrast = (
         ((78, 149, 166), 19),
         ((201, 205, 214), 22),
         ((201, 205, 214), 22),
@@ -556,7 +556,7 @@ def _synthetic_frost(number: int) -> np.ndarray:
         noise = ndimage.gaussian_filter(generator.normal(size=ridges.shape), sigma, mode="wrap")
         ridges -= np.sqrt(sigma) * np.abs(noise / noise.std())
     crystals = (ridges - ridges.mean()) / ridges.std() * contrast
-    return np.clip(np.asarray(colour) + crystals[..., np.newaxis], 0, 255).astype(np.uint8)
+    return np.clip(np.asarray(color) + crystals[..., np.newaxis], 0, 255).astype(np.uint8)
 
 
 def _fog(image: np.ndarray, generator: np.random.Generator, strength: float, decay: float) -> np.ndarray:
@@ -582,19 +582,19 @@ def _plasma(size: int, decay: float, generator: np.random.Generator) -> np.ndarr
     while step >= 2:
         half = step // 2
         corners = heights[::step, ::step]
-        pairs = corners + _neighbour(corners, 1, axis=0)
-        heights[half::step, half::step] = displaced(pairs + _neighbour(pairs, 1, axis=1))
-        centres = heights[half::step, half::step]
-        above_and_below = centres + _neighbour(centres, -1, axis=0)
-        heights[::step, half::step] = displaced(above_and_below + corners + _neighbour(corners, 1, axis=1))
-        left_and_right = centres + _neighbour(centres, -1, axis=1)
-        heights[half::step, ::step] = displaced(left_and_right + corners + _neighbour(corners, 1, axis=0))
+        pairs = corners + _neighbor(corners, 1, axis=0)
+        heights[half::step, half::step] = displaced(pairs + _neighbor(pairs, 1, axis=1))
+        centers = heights[half::step, half::step]
+        above_and_below = centers + _neighbor(centers, -1, axis=0)
+        heights[::step, half::step] = displaced(above_and_below + corners + _neighbor(corners, 1, axis=1))
+        left_and_right = centers + _neighbor(centers, -1, axis=1)
+        heights[half::step, ::step] = displaced(left_and_right + corners + _neighbor(corners, 1, axis=0))
         step, amplitude = half, amplitude / decay
     heights -= heights.min()
     return heights / heights.max()
 
 
-def _neighbour(x: np.ndarray, step: int, axis: int) -> np.ndarray:
+def _neighbor(x: np.ndarray, step: int, axis: int) -> np.ndarray:
     """numpy.roll by -step, which on maps this small takes longer than all the rest of fog."""
     return x.take(np.arange(step, step + x.shape[axis]), axis, mode="wrap")
 

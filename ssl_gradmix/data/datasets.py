@@ -29,7 +29,7 @@ class ImageSet(torch.utils.data.Dataset):
 
     Args:
         images: uint8 (N, H, W, 3), or the paths of N image files, decoded when they are asked for.
-        labels: int64 (N,), -1 where unlabelled.
+        labels: int64 (N,), -1 where unlabeled.
         classes: Label k is `classes[k]`. Kept whole when a subset of the classes is taken: labels keep their numbers.
         name: What messages and results call it, for instance `digits/train`.
     """
@@ -53,7 +53,7 @@ class ImageSet(torch.utils.data.Dataset):
         return decoded, int(self.labels[index])
 
     @property
-    def labelled(self) -> bool:
+    def labeled(self) -> bool:
         """Whether every image has a label."""
         return bool((self.labels >= 0).all())
 
@@ -80,7 +80,7 @@ class ImageSet(torch.utils.data.Dataset):
         """Decodes all images to one size: what is kept on the device.
 
         Args:
-            size: The shorter side is resized to it (bilinear, antialiased), and the centre square kept.
+            size: The shorter side is resized to it (bilinear, antialiased), and the center square kept.
             progress: Show a bar where it takes some seconds.
 
         Returns:
@@ -115,9 +115,9 @@ def load(data: Data, split: Literal["train", "test"]) -> ImageSet:
     too; `load_known` applies them.
 
     The splits are the data set's own, with these exceptions. `digits` has none: a fifth of each class, drawn with a
-    fixed seed, is its test split. The train split of `stl10` is its 5,000 labelled and 100,000 unlabelled images. A
+    fixed seed, is its test split. The train split of `stl10` is its 5,000 labeled and 100,000 unlabeled images. A
     `folder` of class folders without train/ and test/ is split by `data.test_fraction` and `data.split_seed`; images
-    without class folders are unlabelled and all in train.
+    without class folders are unlabeled and all in train.
 
     Args:
         data: The settings.
@@ -222,8 +222,8 @@ def _digits(split: str) -> ImageSet:
     from sklearn.datasets import load_digits
 
     digits = load_digits()  # values 0 to 16
-    grey = np.round(digits.images * (255 / 16)).astype(np.uint8)
-    pixels = np.stack([np.asarray(image_files.fit(Image.fromarray(image), 32).convert("RGB")) for image in grey])
+    gray = np.round(digits.images * (255 / 16)).astype(np.uint8)
+    pixels = np.stack([np.asarray(image_files.fit(Image.fromarray(image), 32).convert("RGB")) for image in gray])
     chosen = _held_out(digits.target, 0.2, seed=0) == (split == "test")
     return ImageSet(pixels, digits.target.astype(np.int64), DIGITS, f"digits/{split}").subset(chosen)
 
@@ -304,12 +304,12 @@ def _check_split_folders(root: Path, split: str) -> None:
     if not classes and beside and not other.is_dir():
         raise ValueError(
             f"{str(folder)!r} has images without class folders and lies beside {beside}: if {split!r} is a class, move "
-            f"all class folders into a folder train/; if its images are unlabelled, set data.root to {str(folder)!r}"
+            f"all class folders into a folder train/; if its images are unlabeled, set data.root to {str(folder)!r}"
         )
 
 
 def _list_folder(folder: Path, name: str) -> ImageSet:
-    """Lists `folder/<class>/*` at any depth, or where there are no class folders the unlabelled images of `folder`."""
+    """Lists `folder/<class>/*` at any depth, or where there are no class folders the unlabeled images of `folder`."""
     classes = _class_folders(folder)
     if not classes:
         paths = _images_in(folder)

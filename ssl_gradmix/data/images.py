@@ -64,7 +64,7 @@ def find(folder: Path) -> list[Path]:
 def decode(path: Path) -> Image.Image:
     """Reads an image file as upright 8-bit RGB.
 
-    The first frame of an animation is taken, the EXIF orientation applied, transparency laid on white, and 16-bit grey
+    The first frame of an animation is taken, the EXIF orientation applied, transparency laid on white, and 16-bit gray
     divided by 257 so that its whole range is kept (Pillow's own conversion clips at 255).
 
     Args:
@@ -113,7 +113,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def fit(image: Image.Image, size: int) -> Image.Image:
-    """Resizes the shorter side to `size` (bilinear, antialiased) and crops the centre square of (size, size)."""
+    """Resizes the shorter side to `size` (bilinear, antialiased) and crops the center square of (size, size)."""
     return ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
 
 

@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_COLOURS = {"noise": "#0072b2", "blur": "#d55e00", "weather": "#009e73", "digital": "#cc79a7", "extra": MUTED}
+_COLORS = {"noise": "#0072b2", "blur": "#d55e00", "weather": "#009e73", "digital": "#cc79a7", "extra": MUTED}
 
 
 def severities(rows: Sequence[Row], score: str, metric: str, title: str) -> Figure:
     """Draws a heat map of corruptions by severity, and beside it the curve of each group over severity.
 
     Args:
-        rows: As `robustness.summarise` takes them.
+        rows: As `robustness.summarize` takes them.
         score: What to draw, for instance `linear`.
         metric: `accuracy` or `auroc`.
         title: Said above.
@@ -57,7 +57,7 @@ def _heat_map(axes: Axes, table: dict[str, list[float]], metric: str) -> None:
     axes.set_xticks(range(len(SEVERITIES)), SEVERITIES)
     axes.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
     for label, name in zip(axes.get_yticklabels(), names, strict=True):
-        label.set_color(_COLOURS[GROUP_OF[name]])
+        label.set_color(_COLORS[GROUP_OF[name]])
     axes.set_title(f"{_called(metric)} in %", loc="left", fontsize=10, color=MUTED)
 
 
@@ -69,7 +69,7 @@ def _curves(axes: Axes, table: dict[str, list[float]], clean: float, metric: str
         axes.plot(
             SEVERITIES,
             np.mean(members, axis=0),
-            color=_COLOURS[group],
+            color=_COLORS[group],
             marker="o",
             markersize=4,
             label=f"{group} ({len(members)})",

@@ -41,10 +41,10 @@ class Encoder:
     """A frozen model from images to features, and how its images are prepared. Any module makes one.
 
     Args:
-        model: (N, 3, size, size), normalised by `mean` and `std`, to (N, D). Put in eval mode and frozen here.
+        model: (N, 3, size, size), normalized by `mean` and `std`, to (N, D). Put in eval mode and frozen here.
         size: Side of its square images in pixels.
-        mean: Of each colour channel of images in [0, 1].
-        std: Of each colour channel of images in [0, 1].
+        mean: Of each color channel of images in [0, 1].
+        std: Of each color channel of images in [0, 1].
         name: What results call it.
         run: The run folder it comes from, if it does.
         config: What is in the run's config.yaml, if there is one.
@@ -85,7 +85,7 @@ def load_encoder(
         spec: A run folder (its `backbone/`), `local-dir:PATH` (a folder in timm's layout, config.json and
             model.safetensors), or `timm:NAME` (timm's published weights, in its cache or downloaded).
         weights: A safetensors file for the architecture `timm:NAME`, in place of the published weights. It must
-            fit exactly, but for a classification head, which is left out. Images are normalised as for the published
+            fit exactly, but for a classification head, which is left out. Images are normalized as for the published
             ones.
         image_size: Side of the images in pixels, where it is not to be the one the encoder was made for. Vision
             transformers have their position embeddings resampled.

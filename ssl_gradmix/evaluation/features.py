@@ -36,9 +36,9 @@ def extract(
 ) -> tuple[Tensor, Tensor]:
     """Features of all images under a frozen encoder: eval mode and inference mode, so that no buffer changes.
 
-    Images are resized and cropped to the encoder's square as `ImageSet.pixels` does, scaled to [0, 1] and normalised by
+    Images are resized and cropped to the encoder's square as `ImageSet.pixels` does, scaled to [0, 1] and normalized by
     the encoder's mean and standard deviation. (timm's own evaluation resizes larger and crops more where a model asks
-    for it; here the whole centre square is seen.) Everything runs in float32
+    for it; here the whole center square is seen.) Everything runs in float32
     (which torch lets a GPU's convolutions round to TF32, unless `torch.backends.cudnn.allow_tf32` is false).
 
     Args:
@@ -47,12 +47,12 @@ def extract(
         batch_size: Images at once, on each process.
         device: Where the encoder runs; None takes the accelerator's, else a GPU where there is one.
         cache: Folder in which features are kept, under a fingerprint of the encoder's weights, its image size and
-            normalisation, and the images. Files on disk count as unchanged while path, size and time of change are.
+            normalization, and the images. Files on disk count as unchanged while path, size and time of change are.
         accelerator: Under `accelerate launch`, each process takes a slice, and all get the whole, in order.
         progress: Show a bar where it takes some seconds.
 
     Returns:
-        Features float32 (N, D), and labels int64 (N,), -1 where unlabelled, both on the CPU.
+        Features float32 (N, D), and labels int64 (N,), -1 where unlabeled, both on the CPU.
 
     Raises:
         ValueError: If there are no images, an image cannot be read, or the encoder gives no finite (N, D) features.

@@ -1,4 +1,4 @@
-"""Weighted k-nearest-neighbour classification of frozen features."""
+"""Weighted k-nearest-neighbor classification of frozen features."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ _SIMILARITIES_AT_ONCE = 2**25  # 128 MiB of float32
 
 @torch.no_grad()
 def knn_predict(features: Tensor, bank: Tensor, labels: Tensor, k: int = 20, temperature: float = 0.07) -> Tensor:
-    """Classifies each feature by a vote of its nearest neighbours in a bank of labelled features.
+    """Classifies each feature by a vote of its nearest neighbors in a bank of labeled features.
 
-    The k neighbours of largest cosine similarity vote for their class with weight `exp(cosine / temperature)`, as in Wu
+    The k neighbors of largest cosine similarity vote for their class with weight `exp(cosine / temperature)`, as in Wu
     et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", 2018; k=20 and temperature 0.07
     are DINO's. Departures from the usual code (DINO, lightly, solo-learn): `k` is clamped to the bank, the largest
     similarity is subtracted before the exponential so that no temperature overflows, half precision is computed in
     float32, labels may be any integers, and any number of features works.
 
     Args:
-        features: (M, D), of any scale: they are L2-normalised here. Arrays are taken as well as tensors.
+        features: (M, D), of any scale: they are L2-normalized here. Arrays are taken as well as tensors.
         bank: (N, D), moved to the device of `features`.
         labels: (N,) integers, the classes of the bank.
-        k: Number of neighbours; `used_k(k, bank)` of them vote.
-        temperature: Above 0. The smaller, the more the nearest neighbour decides.
+        k: Number of neighbors; `used_k(k, bank)` of them vote.
+        temperature: Above 0. The smaller, the more the nearest neighbor decides.
 
     Returns:
         (M,) predicted labels, in the dtype of `labels`, on the device of `features`. Equal votes go to the smallest
-        label; which of several equally near neighbours are among the k is left to `torch.topk`.
+        label; which of several equally near neighbors are among the k is left to `torch.topk`.
 
     Raises:
         ValueError: If shapes do not fit, the bank is empty, a feature is NaN or infinite, or `k` or `temperature` is
@@ -45,9 +45,9 @@ def knn_predict(features: Tensor, bank: Tensor, labels: Tensor, k: int = 20, tem
     rows = max(1, _SIMILARITIES_AT_ONCE // len(bank))
     predictions = [torch.empty(0, dtype=labels.dtype, device=features.device)]
     for chunk in features.split(rows):
-        similarity, neighbours = (chunk @ bank.T).topk(k, dim=1)
+        similarity, neighbors = (chunk @ bank.T).topk(k, dim=1)
         weights = ((similarity - similarity[:, :1]) / temperature).exp()
-        votes = weights.new_zeros(len(chunk), len(classes)).scatter_add_(1, class_index[neighbours], weights)
+        votes = weights.new_zeros(len(chunk), len(classes)).scatter_add_(1, class_index[neighbors], weights)
         predictions.append(classes[votes.argmax(1)])
     return torch.cat(predictions)
 
@@ -75,7 +75,7 @@ def knn_accuracy(
 
 
 def used_k(k: int, bank: Tensor) -> int:
-    """The number of neighbours that vote: `k`, or the whole bank (N, D) where that is smaller."""
+    """The number of neighbors that vote: `k`, or the whole bank (N, D) where that is smaller."""
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
     return min(k, len(bank))

@@ -25,7 +25,7 @@ _MOMENTUM = 0.9
 
 
 class Accuracy(NamedTuple):
-    """How a probe did on labelled features.
+    """How a probe did on labeled features.
 
     Attributes:
         top1: (N,) boolean, whether the first guess is right.
@@ -94,7 +94,7 @@ def linear_probe(
     after the last epoch (where several have, the lowest loss) is trained once more on all features; that classifier
     after its last epoch is returned. Test features play no part, and no epoch is picked.
 
-    The usual protocol (SimCLR, DINO, solo-learn) trains on raw features. Here each feature is centred and divided by
+    The usual protocol (SimCLR, DINO, solo-learn) trains on raw features. Here each feature is centered and divided by
     its standard deviation over `features` first, so that one grid of rates serves encoders of any scale; MAE and VISSL
     do the like with a BatchNorm. The scaling is folded into the classifier that is returned, which reads raw features.
     A feature that never varies gets weight 0.
@@ -137,7 +137,7 @@ def augmented_probe(
 
     Args:
         encoder: Moved to the device of `features`.
-        images: Training images, all labelled.
+        images: Training images, all labeled.
         features: (N, D), those of `images` as they are, from `extract`.
         augmentation: None is the usual random resized crop (8% to 100% of the area) and horizontal flip.
         learning_rates: As in `linear_probe`.
@@ -169,7 +169,7 @@ def augmented_probe(
 
 
 def logistic_regression(features: Tensor, labels: Tensor, C: float = 1.0) -> LinearProbe:  # noqa: N803
-    """Trains scikit-learn's LogisticRegression on standardised features: a cross-check without learning rate or seed.
+    """Trains scikit-learn's LogisticRegression on standardized features: a cross-check without learning rate or seed.
 
     Args:
         features: (N, D), finite.
@@ -193,7 +193,7 @@ def logistic_regression(features: Tensor, labels: Tensor, C: float = 1.0) -> Lin
 
 
 def label_subset(labels: Tensor, fraction: float, seed: int = 0) -> Tensor:
-    """Draws the labelled part of a training set for semi-supervised protocols (1%, 10% of the labels).
+    """Draws the labeled part of a training set for semi-supervised protocols (1%, 10% of the labels).
 
     Args:
         labels: (N,) integers.
@@ -227,7 +227,7 @@ class _Settings:
 class _Scaling(NamedTuple):
     """The affine change of features that a classifier is trained under."""
 
-    centre: Tensor
+    center: Tensor
     scale: Tensor
 
     @classmethod
@@ -238,12 +238,12 @@ class _Scaling(NamedTuple):
         return cls(mean, torch.where(varies, 1 / std, 0.0))
 
     def __call__(self, features: Tensor) -> Tensor:
-        return (features - self.centre) * self.scale
+        return (features - self.center) * self.scale
 
     def folded(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """Turns a classifier of scaled features into the same of raw ones."""
         weight = weight * self.scale
-        return weight, bias - weight @ self.centre
+        return weight, bias - weight @ self.center
 
 
 def _choose_and_train(
@@ -341,9 +341,9 @@ def _checked(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         raise ValueError(f"features must be (N, D) and labels (N,), got {tuple(features.shape)}, {tuple(labels.shape)}")
     if not features.isfinite().all():
         raise ValueError("features must be finite, got NaN or infinite values")
-    unlabelled = (labels < 0).sum().item()
-    if unlabelled:
-        raise ValueError(f"labels must not be missing, got {unlabelled} of {len(labels)} samples without (-1)")
+    unlabeled = (labels < 0).sum().item()
+    if unlabeled:
+        raise ValueError(f"labels must not be missing, got {unlabeled} of {len(labels)} samples without (-1)")
     classes, targets = labels.to(features.device).unique(return_inverse=True)
     if len(classes) < 2:
         raise ValueError(f"labels must be of at least two classes, got {classes.tolist()}")

@@ -10,11 +10,11 @@ EPSILON = 1e-7
 
 
 @torch.no_grad()
-def effective_rank(features: Tensor | np.ndarray) -> float:
+def rankme(features: Tensor | np.ndarray) -> float:
     """RankMe: the exponential of the entropy of the singular values, scaled to sum 1.
 
     `exp(−sum_k p_k log p_k)` with `p_k = σ_k / sum_j σ_j + 1e-7`; Garrido et al. 2023, arXiv 2210.02885. Features are
-    not centred, as there: all the same, they have rank 1. The singular values are the roots of the eigenvalues of the
+    not centered, as there: all the same, they have rank 1. The singular values are the roots of the eigenvalues of the
     (D, D) or (N, N) matrix of products, whichever is smaller, in float64.
 
     Args:

@@ -101,10 +101,10 @@ class Selection:
     seed: int = 0
 
     def numbers(self, images: ImageSet) -> np.ndarray:
-        """Numbers of the selected images in a whole test set, ascending; unlabelled ones are never selected.
+        """Numbers of the selected images in a whole test set, ascending; unlabeled ones are never selected.
 
         Raises:
-            ValueError: If no image is labelled, none is of these classes, or there are fewer than `count`.
+            ValueError: If no image is labeled, none is of these classes, or there are fewer than `count`.
         """
         kept = images.labels >= 0
         if not kept.any():
@@ -304,7 +304,7 @@ class Classifiers:
         probe: The linear probe.
         features: (N, D), what it was trained on, and kNN looks among.
         labels: (N,).
-        k: Neighbours of kNN.
+        k: Neighbors of kNN.
         temperature: Of kNN.
         open_set: Whether images of classes that are none of `labels` are to be told from the others.
     """
@@ -343,9 +343,9 @@ class Classifiers:
         ]
         if self.open_set:
             distance = scores.knn_distance(self.features, self.labels, features)
-            neighbour = scores.parameters_used(self.features, self.labels)["knn_distance"]
+            neighbor = scores.parameters_used(self.features, self.labels)["knn_distance"]
             logit = scores.max_logit(self.probe.logits(features))
-            for score, values, params in (("knn_distance", distance, neighbour), ("max_logit", logit, rate)):
+            for score, values, params in (("knn_distance", distance, neighbor), ("max_logit", logit, rate)):
                 interval = bootstrap_interval(auroc, values, known, strata=known)
                 measured.append(Measurement(score, "auroc", interval, len(labels), params))
         return measured
@@ -369,7 +369,7 @@ class Baseline:
 ALEXNET = Baseline(
     "alexnet", dict.fromkeys(CLASSIFIERS, ALEXNET_ERRORS), dict.fromkeys(CLASSIFIERS, ALEXNET_CLEAN_ERROR)
 )
-"""AlexNet's errors on ImageNet-C, by which the benchmark's authors normalise."""
+"""AlexNet's errors on ImageNet-C, by which the benchmark's authors normalize."""
 
 
 def read_baseline(
@@ -442,7 +442,7 @@ def clean_value(rows: Iterable[Row], score: str, metric: str) -> float:
     return next(row.value for row in rows if (row.score, row.metric) == (score, f"clean_{metric}"))
 
 
-def summarise(rows: Sequence[Row], baseline: Baseline | None = None) -> tuple[list[Row], list[str]]:
+def summarize(rows: Sequence[Row], baseline: Baseline | None = None) -> tuple[list[Row], list[str]]:
     """Means over corruptions.
 
     Args:
@@ -453,7 +453,7 @@ def summarise(rows: Sequence[Row], baseline: Baseline | None = None) -> tuple[li
     Returns:
         Rows of these metrics, and remarks why a ratio cannot be had. `params["corruptions"]` counts those in a mean.
 
-        - `mean_corruption_error`: of the common corruptions, not normalised; what is usual for CIFAR.
+        - `mean_corruption_error`: of the common corruptions, not normalized; what is usual for CIFAR.
         - `group_corruption_error`: of those of `params["group"]`, which may be `extra`.
         - `mce`, `relative_mce`: of the common corruptions, as ratios to the baseline; papers print 100 times that.
         - `mean_corruption_auroc`: of the common corruptions.
@@ -508,7 +508,7 @@ def severity_table(rows: Sequence[Row], score: str, metric: str) -> str:
 
 
 def summary_table(summary: Sequence[Row]) -> str:
-    """Lays out what `summarise` gives for a terminal: a line a mean, a column a score."""
+    """Lays out what `summarize` gives for a terminal: a line a mean, a column a score."""
     lines: dict[str, dict[str, float]] = {}
     for row in summary:
         what = row.metric.replace("_", " ")

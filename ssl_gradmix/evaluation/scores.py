@@ -40,7 +40,7 @@ def all_scores(
     k: int = 50,
     top_k: int = 3,
 ) -> dict[str, np.ndarray]:
-    """Every score of this module by name; the neighbours come from one pass over the similarities.
+    """Every score of this module by name; the neighbors come from one pass over the similarities.
 
     Args:
         train: (N, D) features of the known classes' training images.
@@ -48,28 +48,28 @@ def all_scores(
         test: (M, D) features to score.
         train_logits: (N, C) logits of a classifier of the known classes on `train`, for instance the linear probe.
         test_logits: (M, C) its logits on `test`.
-        k: Neighbours of `knn_distance`.
-        top_k: Neighbours in each class of `top_k_cosine`.
+        k: Neighbors of `knn_distance`.
+        top_k: Neighbors in each class of `top_k_cosine`.
 
     Returns:
-        (M,) scores under the names of the functions; `top_k_cosine_divided` and `nearest_class_mean_euclidean` are the
+        (M,) scores under the names of the functions; `top_k_cosine_divided` and `ncm_euclidean` are the
         variants. `parameters_used` says what `k`, `top_k` and the dimension of `vim` came to.
     """
     train, classes, test = _checked(train, labels, test)
     used = parameters_used(train, labels, k, top_k)
-    kth_distance, similarity = _neighbours(train, classes, test, used["knn_distance"]["k"], used["top_k_cosine"]["k"])
+    kth_distance, similarity = _neighbors(train, classes, test, used["knn_distance"]["k"], used["top_k_cosine"]["k"])
     distance, background = _mahalanobis_distances(train, classes, test)
     return {
         "knn_distance": _as_array(-kth_distance),
         "top_k_cosine": _as_array(similarity.amax(1)),
         "top_k_cosine_divided": _as_array(_divided(similarity).amax(1)),
-        "nearest_class_mean": nearest_class_mean(train, labels, test),
-        "nearest_class_mean_euclidean": nearest_class_mean(train, labels, test, metric="euclidean"),
+        "ncm": ncm(train, labels, test),
+        "ncm_euclidean": ncm(train, labels, test, metric="euclidean"),
         "mahalanobis": _as_array(-distance),
-        "relative_mahalanobis": _as_array(background - distance),
+        "rmd": _as_array(background - distance),
         "feature_norm": feature_norm(test),
         "vim": vim(train, labels, test, train_logits, test_logits),
-        "max_softmax": max_softmax(test_logits),
+        "msp": msp(test_logits),
         "max_logit": max_logit(test_logits),
         "energy": energy(test_logits),
     }
@@ -89,17 +89,17 @@ def parameters_used(train: Matrix, labels: Matrix, k: int = 50, top_k: int = 3) 
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     smallest_class = torch.as_tensor(labels).unique(return_counts=True)[1].min().item()
-    neighbours = {"k": min(top_k, smallest_class)}
+    neighbors = {"k": min(top_k, smallest_class)}
     return {
         "knn_distance": {"k": min(k, len(train))},
-        "top_k_cosine": neighbours,
-        "top_k_cosine_divided": neighbours,
+        "top_k_cosine": neighbors,
+        "top_k_cosine_divided": neighbors,
         "vim": {"dim": _vim_dim(*train.shape)},
     }
 
 
 def knn_distance(train: Matrix, labels: Matrix, test: Matrix, k: int = 50) -> np.ndarray:
-    """Negative Euclidean distance to the k-th nearest training feature, all features L2-normalised.
+    """Negative Euclidean distance to the k-th nearest training feature, all features L2-normalized.
 
     Sun et al., "Out-of-Distribution Detection with Deep Nearest Neighbors", ICML 2022; `k=50` is theirs for CIFAR-10
     (200 for CIFAR-100, 1000 for ImageNet). The classes play no part.
@@ -108,11 +108,11 @@ def knn_distance(train: Matrix, labels: Matrix, test: Matrix, k: int = 50) -> np
         train: (N, D) features.
         labels: (N,) integers from 0.
         test: (M, D) features.
-        k: Which neighbour, clamped to N.
+        k: Which neighbor, clamped to N.
     """
     train, classes, test = _checked(train, labels, test)
     k = parameters_used(train, labels, k=k)["knn_distance"]["k"]
-    return _as_array(-_neighbours(train, classes, test, k, 1)[0])
+    return _as_array(-_neighbors(train, classes, test, k, 1)[0])
 
 
 def top_k_cosine(train: Matrix, labels: Matrix, test: Matrix, k: int = 3, divided: bool = False) -> np.ndarray:
@@ -126,21 +126,19 @@ def top_k_cosine(train: Matrix, labels: Matrix, test: Matrix, k: int = 3, divide
         train: (N, D) features.
         labels: (N,) integers from 0.
         test: (M, D) features.
-        k: Neighbours in each class, clamped to the size of the smallest class.
+        k: Neighbors in each class, clamped to the size of the smallest class.
         divided: Whether S_c is divided by its sum over classes.
     """
     train, classes, test = _checked(train, labels, test)
     k = parameters_used(train, labels, top_k=k)["top_k_cosine"]["k"]
-    similarity = _neighbours(train, classes, test, 1, k)[1]
+    similarity = _neighbors(train, classes, test, 1, k)[1]
     return _as_array((_divided(similarity) if divided else similarity).amax(1))
 
 
-def nearest_class_mean(
-    train: Matrix, labels: Matrix, test: Matrix, metric: Literal["cosine", "euclidean"] = "cosine"
-) -> np.ndarray:
+def ncm(train: Matrix, labels: Matrix, test: Matrix, metric: Literal["cosine", "euclidean"] = "cosine") -> np.ndarray:
     """Similarity to the nearest class mean: the largest cosine, or the smallest Euclidean distance negated.
 
-    For the cosine, a class's mean is that of its L2-normalised features, so that each sample has the same say.
+    For the cosine, a class's mean is that of its L2-normalized features, so that each sample has the same say.
 
     Args:
         train: (N, D) features.
@@ -175,7 +173,7 @@ def mahalanobis(train: Matrix, labels: Matrix, test: Matrix) -> np.ndarray:
     return _as_array(-distance)
 
 
-def relative_mahalanobis(train: Matrix, labels: Matrix, test: Matrix) -> np.ndarray:
+def rmd(train: Matrix, labels: Matrix, test: Matrix) -> np.ndarray:
     """`mahalanobis` plus the squared Mahalanobis distance to one Gaussian fitted to all training features together.
 
     Ren et al., "A Simple Fix to Mahalanobis Distance for Improving Near-OOD Detection", 2021. With a single class the
@@ -193,7 +191,7 @@ def relative_mahalanobis(train: Matrix, labels: Matrix, test: Matrix) -> np.ndar
 def feature_norm(test: Matrix) -> np.ndarray:
     """Euclidean norm of the features: encoders tend to answer unknown images weakly (Dhamija et al., NeurIPS 2018).
 
-    Constant, and so of no use, where the features are already L2-normalised.
+    Constant, and so of no use, where the features are already L2-normalized.
 
     Args:
         test: (M, D) features.
@@ -257,7 +255,7 @@ def vim(
     return energy(test_logits) - _as_array(alpha * left_over(test))
 
 
-def max_softmax(logits: Matrix) -> np.ndarray:
+def msp(logits: Matrix) -> np.ndarray:
     """Largest softmax probability (Hendrycks and Gimpel, ICLR 2017), in float64: in float32 confident ones tie at 1.
 
     Args:
@@ -287,7 +285,7 @@ def energy(logits: Matrix, temperature: float = 1.0) -> np.ndarray:
     return _as_array(temperature * (_finite_matrix("logits", logits).double() / temperature).logsumexp(1))
 
 
-def _neighbours(train: Tensor, classes: Tensor, test: Tensor, k: int, top_k: int) -> tuple[Tensor, Tensor]:
+def _neighbors(train: Tensor, classes: Tensor, test: Tensor, k: int, top_k: int) -> tuple[Tensor, Tensor]:
     """Distance (M,) to the k-th nearest of all, and for each class (M, C) the sum of its `top_k` largest cosines."""
     bank = functional.normalize(train, dim=1)[classes.argsort()]
     sizes = classes.bincount().tolist()
@@ -318,11 +316,11 @@ def _mahalanobis_distances(train: Tensor, classes: Tensor, test: Tensor) -> tupl
     total = within + (shares[:, None] * (means - mean)).T @ (means - mean)
     rms_norm = (total.trace() + mean.square().sum()).sqrt()
 
-    def squared_distances(centres: Tensor, covariance: Tensor) -> Tensor:
+    def squared_distances(centers: Tensor, covariance: Tensor) -> Tensor:
         variances, directions = torch.linalg.eigh(covariance)
         kept = variances > (_NEGLIGIBLE * rms_norm) ** 2
         whiten = directions[:, kept] / variances[kept].sqrt()
-        whitened = (centres - mean) @ whiten
+        whitened = (centers - mean) @ whiten
         return _by_rows(test, lambda rows: torch.cdist((rows - mean) @ whiten, whitened).amin(1).square())
 
     return squared_distances(means, within), squared_distances(mean[None], total)
@@ -336,12 +334,12 @@ def _class_means(features: Tensor, classes: Tensor) -> Tensor:
     return sums / counts[:, None]
 
 
-def _second_moment(features: Tensor, classes: Tensor, centres: Tensor) -> Tensor:
-    """Mean outer product (D, D) of the features less the centre of their class."""
+def _second_moment(features: Tensor, classes: Tensor, centers: Tensor) -> Tensor:
+    """Mean outer product (D, D) of the features less the center of their class."""
     moment = features.new_zeros(features.shape[1], features.shape[1], dtype=torch.float64)
     for rows, row_classes in zip(features.split(_ROWS_AT_ONCE), classes.split(_ROWS_AT_ONCE), strict=True):
-        centred = rows.double() - centres[row_classes]
-        moment.addmm_(centred.T, centred)
+        centered = rows.double() - centers[row_classes]
+        moment.addmm_(centered.T, centered)
     return moment / len(features)
 
 

@@ -54,22 +54,22 @@ class Evaluation:
         with self.accelerator.main_process_first(), self.accelerator.local_main_process_first():
             yield
 
-    def load_labelled(self, split: str, data: Data | None = None) -> ImageSet:
-        """As `load`, without unlabelled images.
+    def load_labeled(self, split: str, data: Data | None = None) -> ImageSet:
+        """As `load`, without unlabeled images.
 
         Raises:
-            ValueError: If no image is labelled, or all training images are of the same class.
+            ValueError: If no image is labeled, or all training images are of the same class.
         """
         images = self.load(split, data)
-        labelled = images.subset(images.labels >= 0)
-        if len(labelled) == 0:
+        labeled = images.subset(images.labels >= 0)
+        if len(labeled) == 0:
             raise ValueError(
                 f"{images.name} has no labels, this evaluation needs them: a folder has one a class folder"
             )
-        classes = [images.classes[label] for label in np.unique(labelled.labels)]
+        classes = [images.classes[label] for label in np.unique(labeled.labels)]
         if split == "train" and len(classes) < 2:
             raise ValueError(f"{images.name} must have images of at least two classes, got {classes}")
-        return labelled
+        return labeled
 
     def features(self, images: ImageSet | np.ndarray) -> tuple[Tensor, Tensor]:
         """Frozen features (N, D) and labels (N,) of all images, on the accelerator's device."""

@@ -12,7 +12,7 @@ from lightly.utils.scheduler import cosine_schedule
 from torch import Tensor, nn
 
 from ssl_gradmix.gradmix import GradMix, MixedViews
-from ssl_gradmix.methods.losses import Losses, embedding_spread
+from ssl_gradmix.methods.losses import Losses, embedding_std
 
 
 class BYOL(nn.Module):
@@ -46,10 +46,10 @@ class BYOL(nn.Module):
         self.backbone = backbone
         self.projector = BYOLProjectionHead(num_features, hidden_dim, output_dim)
         self.predictor = BYOLPredictionHead(output_dim, hidden_dim, output_dim)
-        self.teacher_backbone = copy.deepcopy(backbone)
-        self.teacher_projector = copy.deepcopy(self.projector)
-        deactivate_requires_grad(self.teacher_backbone)
-        deactivate_requires_grad(self.teacher_projector)
+        self.target_backbone = copy.deepcopy(backbone)
+        self.target_projector = copy.deepcopy(self.projector)
+        deactivate_requires_grad(self.target_backbone)
+        deactivate_requires_grad(self.target_projector)
         self.criterion = NegativeCosineSimilarity()
         self.momentum = momentum
         self.gradmix = gradmix
@@ -67,7 +67,7 @@ class BYOL(nn.Module):
             pair = self._distance(predicted[0], targets[1]) + self._distance(predicted[1], targets[0])
             if len(views) == 2:
                 return Losses(
-                    pair, pair.detach(), torch.zeros_like(pair), torch.zeros_like(pair), embedding_spread(targets[0])
+                    pair, pair.detach(), torch.zeros_like(pair), torch.zeros_like(pair), embedding_std(targets[0])
                 )
             third, lam = predicted[2], torch.ones_like(pair)
         else:
@@ -75,22 +75,22 @@ class BYOL(nn.Module):
             third, lam = self._predict(mixed.images), mixed.lam
         extra = self._distance(third, targets[0]) + self._distance(third, targets[1])
         total = pair + self.weight * lam * extra
-        return Losses(total, pair.detach(), extra.detach(), lam.detach(), embedding_spread(targets[0]))
+        return Losses(total, pair.detach(), extra.detach(), lam.detach(), embedding_std(targets[0]))
 
     def mixed_views(self, views: list[Tensor]) -> MixedViews:
         """The views that GradMix would add to this batch, to be looked at; `gradmix` must be set."""
         return self._mix(views, self._teach(views))[1]
 
-    def update_teacher(self, step: int, steps: int) -> None:
-        """Moves the teacher towards the student; to be called once after each optimiser step.
+    def update_target(self, step: int, steps: int) -> None:
+        """Moves the teacher towards the student; to be called once after each optimizer step.
 
         Args:
-            step: Optimiser steps done before this one; the momentum follows a cosine from `momentum` to 1 with it.
-            steps: Optimiser steps of the whole training.
+            step: Optimizer steps done before this one; the momentum follows a cosine from `momentum` to 1 with it.
+            steps: Optimizer steps of the whole training.
         """
         momentum = cosine_schedule(step, steps, self.momentum, 1.0)
-        update_momentum(self.backbone, self.teacher_backbone, momentum)
-        update_momentum(self.projector, self.teacher_projector, momentum)
+        update_momentum(self.backbone, self.target_backbone, momentum)
+        update_momentum(self.projector, self.target_projector, momentum)
 
     def _mix(self, views: list[Tensor], targets: tuple[Tensor, ...]) -> tuple[Tensor, MixedViews]:
         first, second = views
@@ -104,7 +104,7 @@ class BYOL(nn.Module):
 
     @torch.no_grad()
     def _teach(self, views: list[Tensor]) -> tuple[Tensor, ...]:
-        return self.teacher_projector(self.teacher_backbone(torch.cat(views))).float().chunk(2)
+        return self.target_projector(self.target_backbone(torch.cat(views))).float().chunk(2)
 
     def _distance(self, predicted: Tensor, target: Tensor) -> Tensor:
         return 2 + 2 * self.criterion(predicted, target)

@@ -15,7 +15,7 @@ class Losses(NamedTuple):
         pair: Loss of the two views.
         extra: Loss of the third view, mixed or plain, not weighted; zero where there is none.
         lam: Share of the image that the third view keeps: 1 for a plain one, 0 where there is none.
-        spread: Standard deviation of the L2-normalised embeddings of the first view, mean over dimensions, times the
+        spread: Standard deviation of the L2-normalized embeddings of the first view, mean over dimensions, times the
             root of their number: about 1 for embeddings spread over the sphere, 0 for a collapsed encoder.
     """
 
@@ -26,7 +26,7 @@ class Losses(NamedTuple):
     spread: Tensor
 
 
-def embedding_spread(embeddings: Tensor) -> Tensor:
+def embedding_std(embeddings: Tensor) -> Tensor:
     """`sqrt(D) * mean_d std(z_d / |z|)` of embeddings (N, D): SimSiam's measure of collapse (Chen & He 2021)."""
     unit = embeddings.detach().float()
     unit = unit / unit.norm(dim=1, keepdim=True).clamp_min(1e-12)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def nt_xent(z0: Tensor, z1: Tensor, temperature: float) -> Tensor:
-    """Normalised temperature-scaled cross-entropy: each embedding picks its partner out of all others of all processes.
+    """Normalized temperature-scaled cross-entropy: each embedding picks its partner out of all others of all processes.
 
     `mean_i −log( exp(cos(z_i, z_j(i)) / T) / sum_{k ≠ i} exp(cos(z_i, z_k) / T) )` over the 2N embeddings of this
     process; Chen et al. 2020, equation 1. The same value as lightly's `NTXentLoss(gather_distributed=True)`, which

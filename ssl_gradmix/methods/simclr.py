@@ -7,7 +7,7 @@ from lightly.models.modules import SimCLRProjectionHead
 from torch import Tensor, nn
 
 from ssl_gradmix.gradmix import GradMix, MixedViews
-from ssl_gradmix.methods.losses import Losses, embedding_spread
+from ssl_gradmix.methods.losses import Losses, embedding_std
 from ssl_gradmix.methods.nt_xent import nt_xent
 
 
@@ -56,15 +56,13 @@ class SimCLR(nn.Module):
             z = self._embed(torch.cat(views)).chunk(len(views))
             pair = nt_xent(z[0], z[1], self.temperature)
             if len(views) == 2:
-                return Losses(
-                    pair, pair.detach(), torch.zeros_like(pair), torch.zeros_like(pair), embedding_spread(z[0])
-                )
+                return Losses(pair, pair.detach(), torch.zeros_like(pair), torch.zeros_like(pair), embedding_std(z[0]))
             extra, lam = nt_xent(z[2], z[1], self.temperature), torch.ones_like(pair)
         else:
             z, pair, mixed = self._mix(views)
             extra, lam = nt_xent(self._embed(mixed.images), z[1], self.temperature), mixed.lam
         total = pair + self.weight * lam * extra
-        return Losses(total, pair.detach(), extra.detach(), lam.detach(), embedding_spread(z[0]))
+        return Losses(total, pair.detach(), extra.detach(), lam.detach(), embedding_std(z[0]))
 
     def mixed_views(self, views: list[Tensor]) -> MixedViews:
         """The views that GradMix would add to this batch, to be looked at; `gradmix` must be set."""
@@ -78,5 +76,5 @@ class SimCLR(nn.Module):
         return z, pair, self.gradmix(first, pair, observed, donors=second)
 
     def _embed(self, images: Tensor) -> Tensor:
-        # The loss is computed in float32: under autocast its normalisation and products would stay in half precision.
+        # The loss is computed in float32: under autocast its normalization and products would stay in half precision.
         return self.projector(self.backbone(images)).float()

@@ -30,7 +30,7 @@ class State:
         batch: (Micro-)batches done of the next one.
         totals: Sums of this epoch's losses so far.
         method: The method's tensors.
-        optimiser: Its `state_dict()`.
+        optimizer: Its `state_dict()`.
         scaler: State of the fp16 gradient scaler, or None.
     """
 
@@ -38,7 +38,7 @@ class State:
     batch: int
     totals: dict[str, float]
     method: dict[str, Tensor]
-    optimiser: dict[str, Any]
+    optimizer: dict[str, Any]
     scaler: dict[str, Any] | None
 
 
@@ -61,7 +61,7 @@ def save(folder: Path, state: State) -> None:
             "epoch": state.epoch,
             "batch": state.batch,
             "totals": state.totals,
-            "optimiser": state.optimiser,
+            "optimizer": state.optimizer,
             "scaler": state.scaler,
             "sha256": hashlib.sha256(weights).hexdigest(),
         }

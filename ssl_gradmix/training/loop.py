@@ -24,8 +24,8 @@ from ssl_gradmix.data.datasets import ImageSet
 from ssl_gradmix.files import write_whole
 from ssl_gradmix.methods.losses import Losses
 from ssl_gradmix.run_folder import RunFolder
-from ssl_gradmix.settings import Augmentation, Optimiser, Training
-from ssl_gradmix.training import batches, checkpoint, optimisers, samples, signals
+from ssl_gradmix.settings import Augmentation, Optimizer, Training
+from ssl_gradmix.training import batches, checkpoint, optimizers, samples, signals
 from ssl_gradmix.training.monitor import Monitor
 from ssl_gradmix.training.nonfinite import Undo, all_finite, tolerant
 
@@ -73,13 +73,13 @@ class Trainer:
 
     Args:
         method: Module with `forward(views) -> Losses`, a timm `backbone`, a `projector`, a `gradmix` (or None) and,
-            where it has a teacher, `update_teacher(step, steps)`.
+            where it has a teacher, `update_target(step, steps)`.
         images: To train on; their labels serve the kNN reading alone.
         folder: Where everything is written, already started.
         accelerator: From `processes.create_accelerator`.
         size: Side of the views in pixels.
         augmentation: How views are made.
-        optimiser: How weights are updated.
+        optimizer: How weights are updated.
         training: How long, and what is noted on the way.
         n_views: Views a batch, 3 for a plain third one.
 
@@ -95,7 +95,7 @@ class Trainer:
         accelerator: Accelerator,
         size: int,
         augmentation: Augmentation,
-        optimiser: Optimiser,
+        optimizer: Optimizer,
         training: Training,
         n_views: int = 2,
     ) -> None:
@@ -117,15 +117,15 @@ class Trainer:
         )
         self.steps_per_epoch = len(indices) // training.accumulate
         self.steps = self.steps_per_epoch * training.epochs
-        self.warmup = optimiser.warmup_epochs * self.steps_per_epoch
-        self.peak = optimisers.peak_rate(optimiser, training.batch_size)
-        self.clip = optimiser.clip
+        self.warmup = optimizer.warmup_epochs * self.steps_per_epoch
+        self.peak = optimizers.peak_rate(optimizer, training.batch_size)
+        self.clip = optimizer.clip
         self.source = batches.create(
             images, augmentation, indices, size, self.mean, self.std, n_views, training.workers, accelerator.device
         )
         self.monitor = None
-        labelled = images.subset(images.labels >= 0)
-        watched = labelled if len(labelled) >= 10 else images
+        labeled = images.subset(images.labels >= 0)
+        watched = labeled if len(labeled) >= 10 else images
         if accelerator.is_main_process and training.knn_every and len(watched) >= 10:
             self.monitor = Monitor(watched, size, self.mean, self.std)
         if method.gradmix is not None:
@@ -133,9 +133,9 @@ class Trainer:
         if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
             method = convert_sync_batchnorm(method)  # timm's: torch's drops what timm's norms hold, activations
         method.to(memory_format=torch.channels_last)
-        self.method, self.optimiser = accelerator.prepare(method, optimisers.create(method, optimiser))
+        self.method, self.optimizer = accelerator.prepare(method, optimizers.create(method, optimizer))
         self.bare = accelerator.unwrap_model(self.method)
-        self.undo = Undo(self.bare, self.optimiser) if training.nonfinite == "skip" else None
+        self.undo = Undo(self.bare, self.optimizer) if training.nonfinite == "skip" else None
         self.bad = torch.zeros((), dtype=torch.bool, device=accelerator.device)
         self.epoch, self.batch, self.totals = 0, 0, {}
         self.read_every = 1
@@ -175,7 +175,7 @@ class Trainer:
             self._say(
                 f"{self.steps_per_epoch * self.training.batch_size:,} images an epoch "
                 f"in batches of {self.training.batch_size}, "
-                f"learning rate {self.peak:.4g} (scaled by batch / {optimisers.REFERENCE_BATCH}), {self.steps:,} steps"
+                f"learning rate {self.peak:.4g} (scaled by batch / {optimizers.REFERENCE_BATCH}), {self.steps:,} steps"
             )
         began, first = time.perf_counter(), self.epoch
         with signals.collected() as received:
@@ -224,16 +224,16 @@ class Trainer:
             "epoch": self.epoch,
             "step": step,
             **entry,
-            "lr": optimisers.rate(step - 1, self.steps, self.warmup, self.peak),
+            "lr": optimizers.rate(step - 1, self.steps, self.warmup, self.peak),
             "images_per_second": round(seen / seconds, 1),
         }
 
     def _step(self, batch: Any) -> tuple[Losses, Tensor]:
-        """Losses of a (micro-)batch, and 1 where its optimiser step was skipped, 0 otherwise."""
+        """Losses of a (micro-)batch, and 1 where its optimizer step was skipped, 0 otherwise."""
         batches.seed_step(self.training.seed, self.epoch, self.batch, self.accelerator.process_index)
         step = self.epoch * self.steps_per_epoch + self.batch // self.training.accumulate
-        rate = optimisers.rate(step, self.steps, self.warmup, self.peak)
-        for group in self.optimiser.param_groups:
+        rate = optimizers.rate(step, self.steps, self.warmup, self.peak)
+        for group in self.optimizer.param_groups:
             group["lr"] = rate
         if self.undo is not None and self.batch % self.training.accumulate == 0:
             self.undo.remember()
@@ -243,14 +243,14 @@ class Trainer:
             self.accelerator.backward(losses.total)
             if self.clip is not None and self.accelerator.sync_gradients:
                 self.accelerator.clip_grad_norm_(self.method.parameters(), self.clip)
-            self.optimiser.step()
-            self.optimiser.zero_grad()
-        if self.accelerator.sync_gradients and hasattr(self.bare, "update_teacher"):
-            self.bare.update_teacher(step, self.steps)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        if self.accelerator.sync_gradients and hasattr(self.bare, "update_target"):
+            self.bare.update_target(step, self.steps)
         return losses, self._skip_if_bad(losses)
 
     def _skip_if_bad(self, losses: Losses) -> Tensor:
-        """Takes an optimiser step back, on all processes, if one of its losses or a weight after it is not finite."""
+        """Takes an optimizer step back, on all processes, if one of its losses or a weight after it is not finite."""
         skipped = torch.zeros_like(losses.pair)
         if self.undo is None:
             return skipped
@@ -268,7 +268,7 @@ class Trainer:
         Every checkpoint comes right after it, so that what is not finite is never saved.
 
         Args:
-            unread: A row a (micro-)batch: its losses, and whether its optimiser step was skipped.
+            unread: A row a (micro-)batch: its losses, and whether its optimizer step was skipped.
             seconds: Since the last reading.
         """
         if not unread:
@@ -305,7 +305,7 @@ class Trainer:
 
     def _diverged(self, what: str) -> None:
         raise FloatingPointError(
-            f"{what}; {self._last_good()}. A lower --optimiser.lr or a longer --optimiser.warmup_epochs may help"
+            f"{what}; {self._last_good()}. A lower --optimizer.lr or a longer --optimizer.warmup_epochs may help"
         )
 
     def _last_good(self) -> str:
@@ -343,12 +343,12 @@ class Trainer:
         self._warn_of_collapse(entry)
 
     def _warn_of_collapse(self, entry: dict[str, Any]) -> None:
-        rank = entry.get("effective_rank")
+        rank = entry.get("rankme")
         if entry["spread"] < COLLAPSED_SPREAD or (rank is not None and rank < COLLAPSED_RANK):
             self._say(
                 f"warning: the encoder collapses, it hardly tells images apart (spread {entry['spread']:.3f}"
                 + ("" if rank is None else f", effective rank {rank:.2f}")
-                + "); a lower --optimiser.lr or --optimiser.weight_decay may help, for BYOL another --method.momentum"
+                + "); a lower --optimizer.lr or --optimizer.weight_decay may help, for BYOL another --method.momentum"
             )
 
     def _say(self, line: str) -> None:
@@ -377,7 +377,7 @@ class Trainer:
                 self.batch,
                 self.totals,
                 self.bare.state_dict(),
-                self.optimiser.state_dict(),
+                self.optimizer.state_dict(),
                 scaler.state_dict() if scaler is not None else None,
             )
             # The checkpoint comes last: a run whose last one is there is finished, and all else has to be there too.
@@ -407,7 +407,7 @@ class Trainer:
         (state,) = broadcast_object_list([state])
         if state is not None:
             self.bare.load_state_dict(state.method)
-            self.optimiser.load_state_dict(state.optimiser)
+            self.optimizer.load_state_dict(state.optimizer)
             if state.scaler is not None and self.accelerator.scaler is not None:
                 self.accelerator.scaler.load_state_dict(state.scaler)
             self.epoch, self.batch, self.totals = state.epoch, state.batch, state.totals
@@ -433,7 +433,7 @@ def _line(entry: dict[str, Any], epochs: int) -> str:
         f"{entry['images_per_second']:,.0f} images/s",
         f"{time.strftime('%H:%M:%S', time.gmtime(entry['seconds_left']))} left",
         *([f"skipped {entry['skipped']}"] if entry.get("skipped") else []),
-        *([f"rank {entry['effective_rank']:.1f}"] if "effective_rank" in entry else []),
+        *([f"rank {entry['rankme']:.1f}"] if "rankme" in entry else []),
         *([f"kNN {entry['knn']:.1%}"] if "knn" in entry else []),
     ]
     return "  ".join(parts)

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from ssl_gradmix.data.augmentation import eval_transform
 from ssl_gradmix.data.datasets import ImageSet
 from ssl_gradmix.evaluation.knn import knn_accuracy
-from ssl_gradmix.evaluation.rank import effective_rank
+from ssl_gradmix.evaluation.rank import rankme
 
 
 class Monitor:
-    """Reads the effective rank of features, and how well neighbours classify them where images are labelled.
+    """Reads the effective rank of features, and how well neighbors classify them where images are labeled.
 
-    Held-out training images are classified by their neighbours among other training images; the rank is that of all of
+    Held-out training images are classified by their neighbors among other training images; the rank is that of all of
     their features together. Features of the backbone are what is used after the training, and there are more of them
     than dimensions, where a batch's embeddings would cap the rank at the batch.
 
@@ -24,10 +24,10 @@ class Monitor:
     images.
 
     Args:
-        images: Training images, all labelled or else none used as such.
+        images: Training images, all labeled or else none used as such.
         size: Side of what the encoder sees, in pixels.
-        mean: Of the normalisation, a number a channel.
-        std: Of the normalisation.
+        mean: Of the normalization, a number a channel.
+        std: Of the normalization.
         bank: At most so many images vote.
         queries: At most so many are classified, and at most a fifth of all.
         seed: Draws both, stratified by class.
@@ -52,17 +52,17 @@ class Monitor:
         voting, asked = train_test_split(
             order, test_size=queries, random_state=seed, stratify=labels if divisible else None
         )
-        self.labelled = images.labelled
+        self.labeled = images.labeled
         self.bank, self.bank_labels = images.subset(voting).pixels(size), torch.from_numpy(images.labels[voting])
         self.queries, self.query_labels = images.subset(asked).pixels(size), torch.from_numpy(images.labels[asked])
-        self.normalise = eval_transform(size, mean, std)
+        self.normalize = eval_transform(size, mean, std)
 
     @torch.inference_mode()
     def __call__(self, backbone: nn.Module, device: torch.device) -> dict[str, float]:
         """The readings for the log; the backbone is left as it was found, BatchNorm statistics included.
 
         Returns:
-            `effective_rank` from 1 to the number of dimensions, and `knn`, an accuracy in [0, 1], where labelled.
+            `rankme` from 1 to the number of dimensions, and `knn`, an accuracy in [0, 1], where labeled.
         """
         training = backbone.training
         backbone.eval()
@@ -70,10 +70,10 @@ class Monitor:
             queries, bank = (self._features(backbone, pixels, device) for pixels in (self.queries, self.bank))
         finally:
             backbone.train(training)
-        readings = {"effective_rank": effective_rank(torch.cat([queries, bank]))}
-        if self.labelled:
+        readings = {"rankme": rankme(torch.cat([queries, bank]))}
+        if self.labeled:
             readings["knn"] = knn_accuracy(queries, self.query_labels, bank, self.bank_labels)
         return readings
 
     def _features(self, backbone: nn.Module, pixels: Tensor, device: torch.device) -> Tensor:
-        return torch.cat([backbone(self.normalise(batch.to(device))).float().cpu() for batch in pixels.split(256)])
+        return torch.cat([backbone(self.normalize(batch.to(device))).float().cpu() for batch in pixels.split(256)])

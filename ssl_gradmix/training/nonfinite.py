@@ -18,23 +18,23 @@ def all_finite(tensors: Iterable[Tensor]) -> Tensor:
 
 
 class Undo:
-    """Takes optimiser steps back on the device: weights, BatchNorm statistics, a teacher, and the optimiser's state.
+    """Takes optimizer steps back on the device: weights, BatchNorm statistics, a teacher, and the optimizer's state.
 
     It costs a copy of all of these, kept during each step. AdamW counts its steps on the host, which knows nothing of
     the device's verdict: where it trains on an accelerator, its bias correction counts a step that was taken back.
 
     Args:
         method: The module that is trained, not wrapped.
-        optimiser: Over its parameters; a fresh state of zeros must mean the same as none, as it does for SGD with
+        optimizer: Over its parameters; a fresh state of zeros must mean the same as none, as it does for SGD with
             momentum, LARS and AdamW.
     """
 
-    def __init__(self, method: nn.Module, optimiser: torch.optim.Optimizer) -> None:
-        self.method, self.optimiser = method, optimiser
+    def __init__(self, method: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self.method, self.optimizer = method, optimizer
         self.before: dict[tuple[object, str], Tensor] = {}
 
     def remember(self) -> None:
-        """To be called before the first forward pass of an optimiser step."""
+        """To be called before the first forward pass of an optimizer step."""
         self.before = {key: tensor.clone() for key, tensor in self._tensors().items()}
 
     @torch.no_grad()
@@ -50,7 +50,7 @@ class Undo:
         device = next(self.method.parameters()).device
         states = {
             (parameter, name): value
-            for parameter, state in self.optimiser.state.items()
+            for parameter, state in self.optimizer.state.items()
             for name, value in state.items()
             if isinstance(value, Tensor) and value.device == device
         }

@@ -17,10 +17,10 @@ def draw(images: Tensor, mixed: MixedViews, mean: Sequence[float], std: Sequence
     """Writes a picture: a column an image, with rows of image, attribution over the image, region, and mixed view.
 
     Args:
-        images: (N, C, H, W), normalised, that were mixed.
+        images: (N, C, H, W), normalized, that were mixed.
         mixed: What GradMix made of them.
-        mean: Of the normalisation, to be undone.
-        std: Of the normalisation.
+        mean: Of the normalization, to be undone.
+        std: Of the normalization.
         path: Of the PNG; written under a temporary name and renamed.
     """
     from matplotlib.figure import Figure  # not pyplot, which keeps figures and wants a display

@@ -28,7 +28,7 @@ ORDERS = list(itertools.permutations(range(4)))
 
 
 def photographs(n: int, height: int = 32, width: int = 32, seed: int = 0) -> torch.Tensor:
-    """uint8 (n, 3, height, width): smooth, with sharp edges, grey and saturated parts."""
+    """uint8 (n, 3, height, width): smooth, with sharp edges, gray and saturated parts."""
     rng = torch.Generator().manual_seed(seed)
     smooth = F.resize(torch.rand(n, 3, 5, 5, generator=rng), [height, width], antialias=True)
     smooth[:, :, :, : width // 4] = (smooth[:, :, :, : width // 4] > 0.5).float()
@@ -198,7 +198,7 @@ def test_chances_and_blur_follow_the_settings() -> None:
 # Views as a whole
 
 
-def test_everything_off_is_exactly_the_normalised_image() -> None:
+def test_everything_off_is_exactly_the_normalized_image() -> None:
     images = photographs(70)
     (view,) = view_of(images, Augmentation(**OFF))
     assert torch.equal(view, eval_transform(32, MEAN, STD)(images))
@@ -210,7 +210,7 @@ def test_flip_probability_of_one_flips_all() -> None:
     assert torch.equal(view, eval_transform(32, MEAN, STD)(images).flip(-1))
 
 
-def test_only_the_second_view_is_solarised() -> None:
+def test_only_the_second_view_is_solarized() -> None:
     images = photographs(5)
     plain = eval_transform(32, MEAN, STD)
     first, second, third = view_of(images, Augmentation(**OFF | {"solarize": 1.0}), n_views=3)
@@ -311,7 +311,7 @@ def test_worker_views_are_plain_tensors_even_of_a_single_view() -> None:
     assert view.shape == (3, 32, 32)
 
 
-def test_worker_views_with_everything_off_are_exactly_the_normalised_image() -> None:
+def test_worker_views_with_everything_off_are_exactly_the_normalized_image() -> None:
     images = image_set(3)
     dataset = WorkerViews(images, Augmentation(**OFF), 32, MEAN, STD, n_views=3, seed=0)
     expected = eval_transform(32, MEAN, STD)(images.pixels(32))
@@ -320,7 +320,7 @@ def test_worker_views_with_everything_off_are_exactly_the_normalised_image() -> 
             torch.testing.assert_close(view, expected[i], rtol=0, atol=1e-6)
 
 
-def test_only_the_second_worker_view_is_solarised() -> None:
+def test_only_the_second_worker_view_is_solarized() -> None:
     images = image_set(1)
     image, _ = images[0]
     plain = eval_transform(32, MEAN, STD)
@@ -343,7 +343,7 @@ def test_only_the_second_worker_view_is_solarised() -> None:
     ids=["crop", "brightness", "contrast", "saturation", "hue", "gray"],
 )
 def test_workers_and_device_draw_from_the_same_distribution(settings: dict[str, float]) -> None:
-    """Means and deviations of brightness, contrast, colour and sharpness over many views of one image."""
+    """Means and deviations of brightness, contrast, color and sharpness over many views of one image."""
     augmented = Augmentation(**OFF | settings)
     images, size = image_set(1, 64, 64), 64
     worker = WorkerViews(images, augmented, size, (0, 0, 0), (1, 1, 1), n_views=1, seed=0)
@@ -358,7 +358,7 @@ def test_workers_and_device_draw_from_the_same_distribution(settings: dict[str, 
             "spread": views.std((1, 2, 3)),
             "red": views[:, 0, -16:, 8:].mean((1, 2)),
             "green": views[:, 1, -16:, :8].mean((1, 2)),
-            "colour": (views.amax(1) - views.amin(1)).mean((1, 2)),
+            "color": (views.amax(1) - views.amin(1)).mean((1, 2)),
             "left": views[:, :, :, :16].mean((1, 2, 3)),
             "edges": (views[..., 1:] - views[..., :-1]).abs().mean((1, 2, 3)),
         }
@@ -387,7 +387,7 @@ def test_workers_and_device_blur_alike() -> None:
 # Without augmentation
 
 
-def test_eval_transform_normalises_as_torchvision() -> None:
+def test_eval_transform_normalizes_as_torchvision() -> None:
     images = photographs(3)
     expected = F.normalize(F.to_dtype(images, torch.float32, scale=True), MEAN, STD)
     torch.testing.assert_close(eval_transform(32, MEAN, STD)(images), expected)

@@ -25,7 +25,7 @@ from ssl_gradmix import command_line
 from ssl_gradmix.data.datasets import ImageSet, load
 from ssl_gradmix.settings import Data
 
-RED, GREEN, BLUE, WHITE, GREY = (220, 30, 40), (30, 180, 60), (40, 60, 200), (255, 255, 255), (128, 128, 128)
+RED, GREEN, BLUE, WHITE, GRAY = (220, 30, 40), (30, 180, 60), (40, 60, 200), (255, 255, 255), (128, 128, 128)
 SECONDS = 120
 """What reading a few small files may take at most, on a very busy machine; only a failing test waits so long."""
 
@@ -37,8 +37,8 @@ class Kind(NamedTuple):
 
     Args:
         write: Makes it at a path.
-        top: Colour of its upper half where it is read, None where it is refused.
-        bottom: Colour of its lower half.
+        top: Color of its upper half where it is read, None where it is refused.
+        bottom: Color of its lower half.
         message: What the refusal says besides the path.
     """
 
@@ -48,19 +48,19 @@ class Kind(NamedTuple):
     message: str = ""
 
 
-def plain(mode: str = "RGB", colour: object = RED, size: tuple[int, int] = (12, 12)) -> Image.Image:
-    return Image.new(mode, size, colour)
+def plain(mode: str = "RGB", color: object = RED, size: tuple[int, int] = (12, 12)) -> Image.Image:
+    return Image.new(mode, size, color)
 
 
 def halves(size: tuple[int, int] = (12, 12)) -> Image.Image:
     """Red above blue."""
-    image = plain(colour=BLUE, size=size)
+    image = plain(color=BLUE, size=size)
     image.paste(RED, (0, 0, size[0], size[1] // 2))
     return image
 
 
-def saved(image: Image.Image, form: str, colour: tuple[int, int, int] = RED, **options: object) -> Kind:
-    return Kind(lambda path: image.save(path, form, **options), colour, colour)
+def saved(image: Image.Image, form: str, color: tuple[int, int, int] = RED, **options: object) -> Kind:
+    return Kind(lambda path: image.save(path, form, **options), color, color)
 
 
 def bytes_of(content: bytes, message: str) -> Kind:
@@ -112,7 +112,7 @@ def several(form: str, **options: object) -> Kind:
     """Three pictures in one file, the first of which counts."""
 
     def write(path: Path) -> None:
-        others = [plain(colour=GREEN), plain(colour=BLUE)]
+        others = [plain(color=GREEN), plain(color=BLUE)]
         plain().save(path, form, save_all=True, append_images=others, **options)
 
     return Kind(write, RED, RED)
@@ -148,13 +148,13 @@ KINDS: dict[str, Kind] = {
     "palette.png": saved(plain().quantize(4), "PNG"),
     "rgba.png": saved(plain("RGBA", (*RED, 255)), "PNG"),
     "transparent.png": saved(plain("RGBA", (*RED, 0)), "PNG", WHITE),
-    "la.png": saved(plain("LA", (128, 255)), "PNG", GREY),
-    "grey.png": saved(plain("L", 128), "PNG", GREY),
+    "la.png": saved(plain("LA", (128, 255)), "PNG", GRAY),
+    "gray.png": saved(plain("L", 128), "PNG", GRAY),
     "one-bit.png": saved(plain("1", 1), "PNG", WHITE),
-    "16-bit.png": saved(Image.fromarray(np.full((12, 12), 128 * 257, np.uint16)), "PNG", GREY),
-    "16-bit.tif": saved(Image.fromarray(np.full((12, 12), 128 * 257, np.uint16)), "TIFF", GREY),
+    "16-bit.png": saved(Image.fromarray(np.full((12, 12), 128 * 257, np.uint16)), "PNG", GRAY),
+    "16-bit.tif": saved(Image.fromarray(np.full((12, 12), 128 * 257, np.uint16)), "TIFF", GRAY),
     "cmyk.jpg": Kind(lambda path: plain("CMYK", (0, 255, 255, 0)).save(path, "JPEG"), (255, 0, 0), (255, 0, 0)),
-    "ycbcr.tif": saved(plain("YCbCr", (128, 128, 128)), "TIFF", GREY),
+    "ycbcr.tif": saved(plain("YCbCr", (128, 128, 128)), "TIFF", GRAY),
     "float.tif": Kind(lambda path: plain("F", 0.5).save(path, "TIFF"), message="floating-point pixels have no fixed"),
     "32-bit.tif": Kind(lambda path: plain("I", 1 << 20).save(path, "TIFF"), message="32-bit or signed pixels have"),
     # Several pictures in one, and pictures lying on their side
@@ -258,7 +258,7 @@ def make(root: Path, names: list[str]) -> Path:
     folder = root / "train" / "kind"
     folder.mkdir(parents=True)
     for good in (" first.png", "~last.png"):
-        plain(colour=GREEN).save(folder / good)
+        plain(color=GREEN).save(folder / good)
     for name in names:
         KINDS[name].write(folder / name)
     return root
@@ -313,7 +313,7 @@ def test_all_at_once_with_skip(tmp_path: Path, caplog: pytest.LogCaptureFixture)
 
 
 def test_postscript_is_not_handed_to_another_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pillow rasterises it by Ghostscript, whatever the file's name, unless it is told what a file may hold."""
+    """Pillow rasterizes it by Ghostscript, whatever the file's name, unless it is told what a file may hold."""
     from PIL import EpsImagePlugin
 
     asked: list[object] = []

@@ -58,7 +58,7 @@ def generator() -> np.random.Generator:
     return np.random.Generator(np.random.Philox(7))
 
 
-def grey(level: int, size: int = 32, count: int = 50) -> np.ndarray:
+def gray(level: int, size: int = 32, count: int = 50) -> np.ndarray:
     return np.full((count, size, size, 3), level, np.uint8)
 
 
@@ -110,7 +110,7 @@ def test_every_preset_has_five_severities_of_everything(preset: str) -> None:
         ({"seed": -1}, "seed must be 0 or larger, got -1"),
         ({"index": -1}, "index must be 0 or larger, got -1"),
         ({"preset": "cifar10"}, "unknown preset 'cifar10'; there are cifar, imagenet64, imagenet"),
-        ({"image": np.zeros((32, 32), np.uint8)}, r"RGB with shape \(H, W, 3\), got \(32, 32\); repeat grey"),
+        ({"image": np.zeros((32, 32), np.uint8)}, r"RGB with shape \(H, W, 3\), got \(32, 32\); repeat gray"),
         ({"image": np.zeros((32, 32, 4), np.uint8)}, r"got \(32, 32, 4\)"),
         ({"image": np.zeros((2, 32, 32, 3), np.uint8)}, r"shape \(H, W, 3\), got \(2, 32, 32, 3\)"),
         ({"image": np.zeros((32, 32, 3))}, "uint8 from 0 to 255, got float64"),
@@ -134,7 +134,7 @@ def test_refuses(change: dict, message: str) -> None:
 )
 def test_batch_refuses(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        corrupt_batch(**{"images": grey(0, count=3), "name": "contrast", "severity": 1, **change})
+        corrupt_batch(**{"images": gray(0, count=3), "name": "contrast", "severity": 1, **change})
 
 
 def test_default_preset_is_the_nearest_in_ratio() -> None:
@@ -164,8 +164,8 @@ def test_depends_on_seed_name_severity_and_index_alone(name: str, images: np.nda
         assert not np.array_equal(first, corrupt(images[0], name, 3, seed=5, index=12))
 
 
-def test_noise_of_neighbours_severities_and_corruptions_is_unrelated() -> None:
-    black = grey(100, count=1)[0]
+def test_noise_of_neighbors_severities_and_corruptions_is_unrelated() -> None:
+    black = gray(100, count=1)[0]
     draws = [
         corrupt(black, "gaussian_noise", 5, seed=0, index=0),
         corrupt(black, "gaussian_noise", 5, seed=0, index=1),
@@ -196,7 +196,7 @@ def test_workers_change_nothing(images: np.ndarray) -> None:
 
 
 def test_empty_batch() -> None:
-    assert corrupt_batch(grey(0, count=0), "fog", 1).shape == (0, 32, 32, 3)
+    assert corrupt_batch(gray(0, count=0), "fog", 1).shape == (0, 32, 32, 3)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -268,7 +268,7 @@ def test_presets_grow_harsher_with_their_image_size(images: np.ndarray) -> None:
     ],
 )
 def test_black_and_white_stay(name: str, level: int) -> None:
-    image = grey(level, count=1)[0]
+    image = gray(level, count=1)[0]
     for severity in range(1, 6):
         assert np.abs(corrupt(image, name, severity).astype(int) - level).max() <= (name == "jpeg_compression")
 
@@ -278,21 +278,21 @@ def test_black_and_white_stay(name: str, level: int) -> None:
 
 @pytest.mark.parametrize(("preset", "severity", "std"), [("cifar", 1, 0.04), ("cifar", 5, 0.1), ("imagenet", 1, 0.08)])
 def test_gaussian_noise_has_the_standard_deviation(preset: str, severity: int, std: float) -> None:
-    noise = corrupt_batch(grey(128), "gaussian_noise", severity, preset=preset) + 0.5 - 128
+    noise = corrupt_batch(gray(128), "gaussian_noise", severity, preset=preset) + 0.5 - 128
     assert noise.mean() == pytest.approx(0, abs=5 * 255 * std / math.sqrt(noise.size))
     assert noise.std() == pytest.approx(255 * std, rel=0.01)
 
 
 def test_speckle_noise_grows_with_the_value() -> None:
     for level in (50, 150):
-        noise = corrupt_batch(grey(level), "speckle_noise", 3) + 0.5 - level
+        noise = corrupt_batch(gray(level), "speckle_noise", 3) + 0.5 - level
         assert noise.mean() == pytest.approx(0, abs=5 * level * 0.12 / math.sqrt(noise.size))
         assert noise.std() == pytest.approx(level * 0.12, rel=0.01)
 
 
 def test_shot_noise_is_poisson() -> None:
     photons, level = 75, 90
-    values = corrupt_batch(grey(level), "shot_noise", 4)
+    values = corrupt_batch(gray(level), "shot_noise", 4)
     counts = np.ceil(values / 255 * photons)
     assert np.array_equal((counts / photons * 255).astype(np.uint8), values)
     expected = level / 255 * photons
@@ -301,7 +301,7 @@ def test_shot_noise_is_poisson() -> None:
 
 
 def test_impulse_noise_is_half_salt_half_pepper_in_each_value() -> None:
-    values = corrupt_batch(grey(128), "impulse_noise", 5)
+    values = corrupt_batch(gray(128), "impulse_noise", 5)
     flipped = values != 128
     tolerance = 5 * math.sqrt(0.07 / values.size)
     assert (values == 255).mean() == pytest.approx(0.035, abs=tolerance)
@@ -345,8 +345,8 @@ def test_saturate_is_scikit_images_hsv(severity: int, factor: float, added: floa
     assert np.array_equal(corrupt_batch(images, "saturate", severity), expected)
 
 
-def test_saturate_tints_grey_red() -> None:
-    assert corrupt(grey(200, count=1)[0], "saturate", 5)[0, 0].tolist() == [200, 160, 160]
+def test_saturate_tints_gray_red() -> None:
+    assert corrupt(gray(200, count=1)[0], "saturate", 5)[0, 0].tolist() == [200, 160, 160]
 
 
 def test_jpeg_compression_is_pillows(images: np.ndarray) -> None:
@@ -449,7 +449,7 @@ def test_motion_blur_is_one_sided() -> None:
 
 
 def zoomed_by_hand(x: np.ndarray, factor: float) -> np.ndarray:
-    """Crops the centre, enlarges it by scipy.ndimage.zoom, trims it."""
+    """Crops the center, enlarges it by scipy.ndimage.zoom, trims it."""
     side = x.shape[0]
     crop = math.ceil(side / factor)
     top = (side - crop) // 2
@@ -493,8 +493,8 @@ def plasma_by_hand(size: int, decay: float, draws: np.random.Generator) -> np.nd
     amplitude, step = 100.0, size
 
     def average(row: int, column: int, directions: list[tuple[int, int]]) -> float:
-        neighbours = [heights[(row + step // 2 * dy) % size, (column + step // 2 * dx) % size] for dy, dx in directions]
-        return sum(neighbours) / 4 + amplitude * draws.uniform(-amplitude, amplitude)
+        neighbors = [heights[(row + step // 2 * dy) % size, (column + step // 2 * dx) % size] for dy, dx in directions]
+        return sum(neighbors) / 4 + amplitude * draws.uniform(-amplitude, amplitude)
 
     diagonal, straight = [(-1, -1), (-1, 1), (1, -1), (1, 1)], [(-1, 0), (1, 0), (0, -1), (0, 1)]
     while step > 1:
@@ -523,7 +523,7 @@ def test_frost_mixes_in_a_random_crop(monkeypatch: pytest.MonkeyPatch) -> None:
         np.stack([rows, columns, np.full_like(rows, number)], axis=-1).astype(np.uint8) for number in range(5)
     )
     monkeypatch.setattr(corruptions, "_frost_textures", lambda *_: textures)
-    image = grey(100, count=1)[0]
+    image = gray(100, count=1)[0]
     random = generator()
     crops = [corruptions._frost(image, random, 0.5, 2, 0.2).astype(int) - 50 for _ in range(300)]
     tops, lefts, numbers = (np.array([crop[0, 0, channel] // 2 for crop in crops]) for channel in range(3))
@@ -535,12 +535,12 @@ def test_frost_mixes_in_a_random_crop(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_frost_never_wraps_round() -> None:
-    assert (corrupt_batch(grey(255), "frost", 1) == 255).all()
+    assert (corrupt_batch(gray(255), "frost", 1) == 255).all()
 
 
 @pytest.fixture
 def frost_package(tmp_path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest):
-    """A package of five one-coloured textures, as `imagecorruptions` or `torch_uncertainty_assets` would be found."""
+    """A package of five one-colored textures, as `imagecorruptions` or `torch_uncertainty_assets` would be found."""
     package, files = request.param
     folder = tmp_path / package / "frost"
     folder.mkdir(parents=True)
@@ -625,7 +625,7 @@ def test_elastic_transform_by_hand(severity: int, images: np.ndarray) -> None:
     draws = generator()
     points = np.array(
         [(10 + 5, 8 + 5), (10 - 5, 8 + 5), (10 - 5, 8 - 5)], float
-    )  # centre and a third of the shorter side
+    )  # center and a third of the shorter side
     moved = points + draws.uniform(-jitter, jitter, size=(3, 2))
     forward = np.linalg.solve(np.column_stack([points, np.ones(3)]), moved)
     linear, shift = forward[:2].T, forward[2]
@@ -660,7 +660,7 @@ def test_elastic_transform_at_cifars_first_severity_is_affine() -> None:
 
 def test_spatter_with_mud_is_brown_and_needs_no_opencv(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cv2", None)
-    image = grey(200, count=1)[0]
+    image = gray(200, count=1)[0]
     everywhere = corruptions._spatter(image, generator(), 0.9, 0, 1, 0.69, 0.6, mud=1)
     assert np.abs(everywhere - np.array([63, 42, 20])).max() <= 1
     splashes = corrupt(image, "spatter", 5)
@@ -670,12 +670,12 @@ def test_spatter_with_mud_is_brown_and_needs_no_opencv(monkeypatch: pytest.Monke
 def test_spatter_with_water_without_opencv_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cv2", None)
     with pytest.raises(ImportError, match="spatter at severities 1 to 3 needs OpenCV: pip install opencv"):
-        corrupt(grey(200, count=1)[0], "spatter", 3)
+        corrupt(gray(200, count=1)[0], "spatter", 3)
 
 
 def test_spatter_with_water_adds_pale_turquoise_and_no_drop_adds_nothing() -> None:
     pytest.importorskip("cv2")
-    image = grey(10, count=1)[0]
+    image = gray(10, count=1)[0]
     added = corrupt(image, "spatter", 3).astype(float) - 10
     assert added.min() >= -1
     assert added.max() == pytest.approx(238 * 0.5, abs=1)

@@ -63,9 +63,9 @@ def test_items_are_pil_images_and_labels(in_memory: ImageSet) -> None:
     assert len(in_memory) == 6
 
 
-def test_labelled_means_every_image(in_memory: ImageSet) -> None:
-    assert not in_memory.labelled
-    assert in_memory.subset(range(5)).labelled
+def test_labeled_means_every_image(in_memory: ImageSet) -> None:
+    assert not in_memory.labeled
+    assert in_memory.subset(range(5)).labeled
 
 
 @pytest.mark.parametrize("indices", [[4, 1], np.array([4, 1]), torch.tensor([4, 1])])
@@ -231,7 +231,7 @@ def test_svhn_files_have_zero_as_label_zero(
     assert np.array_equal(loaded.pixels(32).permute(0, 2, 3, 1), random_images)
 
 
-def test_stl10_train_has_the_unlabelled_images_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stl10_train_has_the_unlabeled_images_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "stl10_binary"
     folder.mkdir()
     pixels = np.random.default_rng(0).integers(0, 256, (5, 96, 96, 3), np.uint8)
@@ -251,10 +251,10 @@ def test_stl10_train_has_the_unlabelled_images_too(tmp_path: Path, monkeypatch: 
     loaded = load(Data(name="stl10", root=str(tmp_path)), "train")
 
     assert loaded.labels.tolist() == [9, 0, -1, -1, -1]
-    assert not loaded.labelled
+    assert not loaded.labeled
     assert np.array_equal(loaded.images, pixels)
     assert loaded.classes == tuple("abcdefghij")
-    assert load(Data(name="stl10", root=str(tmp_path)), "test").labelled
+    assert load(Data(name="stl10", root=str(tmp_path)), "test").labeled
 
 
 # Folders
@@ -294,22 +294,22 @@ def test_class_folders_are_split_by_class_and_seed(tmp_path: Path) -> None:
     assert names(test, tmp_path) != names(in_folder(tmp_path, "test", test_fraction=0.3, split_seed=1), tmp_path)
 
 
-def test_images_without_class_folders_are_unlabelled(tmp_path: Path) -> None:
+def test_images_without_class_folders_are_unlabeled(tmp_path: Path) -> None:
     for i in range(3):
         save(tmp_path / f"{i}.png")
     train = in_folder(tmp_path)
     assert train.labels.tolist() == [-1] * 3
     assert train.classes == ()
-    assert not train.labelled
+    assert not train.labeled
     with pytest.raises(
         FileNotFoundError, match=r"no test images: it has neither class folders to split nor a folder test/"
     ):
         in_folder(tmp_path, "test")
 
 
-def test_unlabelled_train_with_labelled_test(tmp_path: Path) -> None:
+def test_unlabeled_train_with_labeled_test(tmp_path: Path) -> None:
     folder_of(tmp_path, train=3, test__a=2, test__b=2)
-    assert not in_folder(tmp_path).labelled
+    assert not in_folder(tmp_path).labeled
     assert in_folder(tmp_path, "test").classes == ("a", "b")
 
 
@@ -469,7 +469,7 @@ def test_classes_that_cannot_be_resolved(settings: dict, message: str) -> None:
         known_classes(Data(**settings), ANIMALS)
 
 
-def test_long_lists_of_classes_are_cut_short_and_unlabelled_data_have_none() -> None:
+def test_long_lists_of_classes_are_cut_short_and_unlabeled_data_have_none() -> None:
     with pytest.raises(ValueError, match=r"the classes are 0x, .*, 19x \.\.\.$"):
         known_classes(Data(classes=["cat"]), [f"{i}x" for i in range(1000)])
     with pytest.raises(ValueError, match=r"the classes are none$"):

@@ -96,20 +96,20 @@ def test_transparency_is_laid_on_white(tmp_path: Path) -> None:
     assert pixels(save(tmp_path / "p.png", palette)).tolist() == [[[10, 20, 30], [40, 50, 60]]]
     assert pixels(save(tmp_path / "pt.png", palette, transparency=1)).tolist() == [[[10, 20, 30], [255] * 3]]
 
-    grey = Image.new("L", (2, 1), 7)
-    grey.putpixel((1, 0), 8)
-    assert pixels(save(tmp_path / "lt.png", grey, transparency=8)).tolist() == [[[7] * 3, [255] * 3]]
+    gray = Image.new("L", (2, 1), 7)
+    gray.putpixel((1, 0), 8)
+    assert pixels(save(tmp_path / "lt.png", gray, transparency=8)).tolist() == [[[7] * 3, [255] * 3]]
 
 
 @pytest.mark.parametrize("ending", ["png", "tif", "pgm"])
-def test_16_bit_grey_keeps_its_range(tmp_path: Path, ending: str) -> None:
+def test_16_bit_gray_keeps_its_range(tmp_path: Path, ending: str) -> None:
     values = np.array([[0, 128, 129, 257, 300, 32768, 65535]], np.uint16)
     path = save(tmp_path / f"a.{ending}", Image.fromarray(values))
     assert pixels(path)[0, :, 0].tolist() == [0, 0, 1, 1, 1, 128, 255]
     assert (pixels(path) == pixels(path)[..., :1]).all()
 
 
-def test_big_endian_16_bit_grey_is_read_alike(tmp_path: Path) -> None:
+def test_big_endian_16_bit_gray_is_read_alike(tmp_path: Path) -> None:
     path = save(tmp_path / "a.tif", Image.frombytes("I;16B", (2, 1), struct.pack(">HH", 257, 65535)))
     assert pixels(path)[0, :, 0].tolist() == [1, 255]
 
@@ -205,7 +205,7 @@ def test_decompression_bomb_is_an_error_that_names_the_path(
 
 
 @pytest.mark.parametrize(("width", "height"), [(96, 96), (64, 96), (20, 30), (200, 50)])
-def test_fit_is_torchvisions_resize_and_centre_crop(width: int, height: int) -> None:
+def test_fit_is_torchvisions_resize_and_center_crop(width: int, height: int) -> None:
     """At sizes where torchvision need not round the longer side or the crop to whole pixels."""
     image = Image.fromarray(np.random.default_rng(3).integers(0, 256, (height, width, 3), np.uint8))
     expected = F.center_crop(F.resize(image, [32], antialias=True), [32, 32])

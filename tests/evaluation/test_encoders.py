@@ -330,7 +330,7 @@ class TestDamaged:
         path.write_text(json.dumps(described | {"architecture": "resnet_mine"}))
         with pytest.raises(ValueError, match=r"knows no model 'resnet_mine'"):
             load_encoder(run)
-        path.write_text(json.dumps(described | {"model_args": {"colour": 3}}))
+        path.write_text(json.dumps(described | {"model_args": {"color": 3}}))
         with pytest.raises(ValueError, match="resnet10_tiny does not take"):
             load_encoder(run)
 

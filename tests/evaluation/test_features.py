@@ -143,8 +143,8 @@ class TestCache:
     def test_labels_are_not_in_it(self, tmp_path):
         images, model = images_of(5), Small()
         extract(encoder_of(model), images, cache=tmp_path)
-        relabelled = ImageSet(images.images, np.array([2, 2, 2, 2, 2]), images.classes, "other")
-        _, labels = extract(encoder_of(model), relabelled, cache=tmp_path)
+        relabeled = ImageSet(images.images, np.array([2, 2, 2, 2, 2]), images.classes, "other")
+        _, labels = extract(encoder_of(model), relabeled, cache=tmp_path)
         assert labels.tolist() == [2] * 5
         assert model.seen == 5
 

@@ -176,11 +176,11 @@ def test_p_values_are_even_where_runs_do_not_differ():
 def test_accuracy_interval_is_wilsons(right, n, level):
     z = scipy.stats.norm.ppf((1 + level) / 2)
     p = right / n
-    centre, width = p + z**2 / (2 * n), z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    center, width = p + z**2 / (2 * n), z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
     interval = accuracy_interval(np.arange(n) < right, level)
     assert interval.value == p
-    assert interval.low == pytest.approx((centre - width) / (1 + z**2 / n), abs=1e-9)
-    assert interval.high == pytest.approx((centre + width) / (1 + z**2 / n), abs=1e-9)
+    assert interval.low == pytest.approx((center - width) / (1 + z**2 / n), abs=1e-9)
+    assert interval.high == pytest.approx((center + width) / (1 + z**2 / n), abs=1e-9)
     assert accuracy_interval(torch.arange(n) < right, level) == interval
 
 

@@ -10,7 +10,7 @@ from ssl_gradmix.evaluation.knn import knn_accuracy, knn_predict, used_k
 
 
 def naive_predictions(features, bank, labels, k, temperature):
-    """Wu et al.'s rule in float64, one feature and one neighbour at a time."""
+    """Wu et al.'s rule in float64, one feature and one neighbor at a time."""
     predictions = []
     for feature in np.asarray(features, np.float64):
         cosines = [feature @ b / np.linalg.norm(feature) / np.linalg.norm(b) for b in np.asarray(bank, np.float64)]
@@ -25,9 +25,9 @@ def naive_predictions(features, bank, labels, k, temperature):
 @pytest.fixture
 def clouds():
     rng = np.random.default_rng(0)
-    centres = rng.normal(size=(7, 16))
+    centers = rng.normal(size=(7, 16))
     classes = rng.integers(0, 7, 400)
-    points = centres[classes] + 1.5 * rng.normal(size=(400, 16))
+    points = centers[classes] + 1.5 * rng.normal(size=(400, 16))
     names = np.array([3, -5, 100, 7, 2**40, 11, 0])[classes]  # labels need be neither contiguous nor small
     return points[:100], names[:100], points[100:], names[100:]
 
@@ -80,7 +80,7 @@ def test_equal_votes_go_to_the_smallest_label():
     assert knn_predict(torch.tensor([[1.0, 1.0], [2.0, 0.0]]), bank, labels, k=4).tolist() == [4, 4]
 
 
-def test_closer_neighbours_outvote_more_neighbours():
+def test_closer_neighbors_outvote_more_neighbors():
     """cos 1 against twice cos 0.8: exp(1/T) > 2 exp(0.8/T) exactly where T < 0.2 / ln 2 = 0.2885."""
     bank = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.8, -0.6]])
     labels = torch.tensor([0, 1, 1])

@@ -27,9 +27,9 @@ from ssl_gradmix.settings import Augmentation
 
 def clouds(count=300, classes=4, spread=1.0, dimensions=12, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    centres = 3 * torch.randn(classes, dimensions, generator=torch.Generator().manual_seed(99))
+    centers = 3 * torch.randn(classes, dimensions, generator=torch.Generator().manual_seed(99))
     labels = torch.arange(count) % classes
-    return centres[labels] + spread * torch.randn(count, dimensions, generator=generator), labels
+    return centers[labels] + spread * torch.randn(count, dimensions, generator=generator), labels
 
 
 @pytest.fixture(scope="module")
@@ -72,14 +72,14 @@ class TestLinearProbe:
         classifier = nn.Linear(12, 4)
         nn.init.zeros_(classifier.weight)
         nn.init.zeros_(classifier.bias)
-        optimiser = torch.optim.SGD(classifier.parameters(), lr=rate, momentum=0.9)
+        optimizer = torch.optim.SGD(classifier.parameters(), lr=rate, momentum=0.9)
         order, step = torch.Generator().manual_seed(seed), 0
         for _ in range(epochs):
             for batch in torch.randperm(600, generator=order).split(256):
-                optimiser.param_groups[0]["lr"] = rate * (1 + np.cos(np.pi * step / (3 * epochs))) / 2
-                optimiser.zero_grad()
+                optimizer.param_groups[0]["lr"] = rate * (1 + np.cos(np.pi * step / (3 * epochs))) / 2
+                optimizer.zero_grad()
                 nn.functional.cross_entropy(classifier(scaled[batch]), labels[batch]).backward()
-                optimiser.step()
+                optimizer.step()
                 step += 1
         expected = classifier(torch.from_numpy(scaler.transform(features[:50])).float())
 
@@ -252,7 +252,7 @@ class TestLabelSubset:
 
 
 class TestAugmentedProbe:
-    """Images whose class is the colour of their left half."""
+    """Images whose class is the color of their left half."""
 
     @pytest.fixture
     def images(self):
@@ -260,7 +260,7 @@ class TestAugmentedProbe:
         labels = np.arange(60) % 3
         pixels = rng.integers(0, 120, (60, 8, 8, 3), dtype=np.uint8)
         pixels[np.arange(60), :, :4, labels] += 60
-        return ImageSet(pixels, labels, ("red", "green", "blue"), "colours/train")
+        return ImageSet(pixels, labels, ("red", "green", "blue"), "colors/train")
 
     @pytest.fixture
     def encoder(self):
@@ -293,7 +293,7 @@ class TestAugmentedProbe:
         assert torch.equal(torch.get_rng_state(), generator)
         assert not encoder.model.training
 
-    def test_unlabelled_images(self, encoder, images):
+    def test_unlabeled_images(self, encoder, images):
         features, _ = extract(encoder, images)
         images.labels[:2] = -1
         with pytest.raises(ValueError, match=r"got 2 of 60 samples without \(-1\)"):

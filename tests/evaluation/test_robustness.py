@@ -34,7 +34,7 @@ from ssl_gradmix.evaluation.robustness import (
     choose_corruptions,
     read_baseline,
     severity_table,
-    summarise,
+    summarize,
     summary_table,
 )
 
@@ -84,7 +84,7 @@ def test_a_corruption_whose_library_is_missing(monkeypatch):
         check_can_make(["fog", "spatter"])
 
 
-def test_selection_leaves_out_other_classes_and_unlabelled_images(images):
+def test_selection_leaves_out_other_classes_and_unlabeled_images(images):
     assert Selection().numbers(images).tolist() == [0, 1, 2, 3, 4, 5, 7, 8, 9, 10, 11]
     assert Selection(classes=[2, 1]).numbers(images).tolist() == [0, 2, 4, 5, 8]
 
@@ -176,17 +176,17 @@ def test_features_are_those_of_corrupted_images_and_never_cached(images, tmp_pat
 
 @pytest.fixture
 def arrays(images, tmp_path) -> Path:
-    labelled = images.subset(images.labels >= 0)
-    make_c(labelled.images, labelled.labels, tmp_path / "c", "cifar", seed=7, names=["fog"], progress=False)
+    labeled = images.subset(images.labels >= 0)
+    make_c(labeled.images, labeled.labels, tmp_path / "c", "cifar", seed=7, names=["fog"], progress=False)
     return tmp_path / "c"
 
 
 def test_published_arrays(images, arrays):
-    labelled = images.subset(images.labels >= 0)
-    published = Published(arrays, labelled, Selection(classes=[1]))
+    labeled = images.subset(images.labels >= 0)
+    published = Published(arrays, labeled, Selection(classes=[1]))
     read = published.read("fog", 4)
     assert read.labels.tolist() == [1, 1, 1]
-    np.testing.assert_array_equal(read.images, one_by_one(labelled, [2, 4, 7], "fog", 4, seed=7))
+    np.testing.assert_array_equal(read.images, one_by_one(labeled, [2, 4, 7], "fog", 4, seed=7))
     assert published.origin() == {
         "source": "published",
         "preset": "cifar",
@@ -351,7 +351,7 @@ def found(summary: list[Row], score: str, metric: str, **params) -> float:
 
 
 def test_means_against_loops(errors):
-    summary, remarks = summarise(make_rows(errors, preset="cifar", seed=3))
+    summary, remarks = summarize(make_rows(errors, preset="cifar", seed=3))
     assert remarks == []
     for score, factor in (("linear", 1), ("knn", 0.5)):
         total = 0.0
@@ -369,7 +369,7 @@ def test_means_against_loops(errors):
 
 
 def test_a_part_of_the_corruptions(errors):
-    summary, _ = summarise(make_rows({"fog": errors["fog"], "saturate": errors["saturate"]}))
+    summary, _ = summarize(make_rows({"fog": errors["fog"], "saturate": errors["saturate"]}))
     value = found(summary, "linear", "mean_corruption_error", corruptions=1)
     assert value == pytest.approx(np.mean(errors["fog"]), abs=1e-12)
     groups = [row.params["group"] for row in summary if (row.score, row.metric) == ("linear", "group_corruption_error")]
@@ -377,12 +377,12 @@ def test_a_part_of_the_corruptions(errors):
 
 
 def test_extra_corruptions_alone_have_no_overall_mean(errors):
-    summary, _ = summarise(make_rows({"saturate": errors["saturate"]}), ALEXNET)
+    summary, _ = summarize(make_rows({"saturate": errors["saturate"]}), ALEXNET)
     assert [(row.metric, row.params["group"]) for row in summary] == [("group_corruption_error", "extra")] * 2
 
 
 def test_ratios_to_alexnet_against_loops(errors):
-    summary, remarks = summarise(make_rows(errors, clean_error=0.15), ALEXNET)
+    summary, remarks = summarize(make_rows(errors, clean_error=0.15), ALEXNET)
     mce, relative = [], []
     for name in COMMON:
         mce.append(sum(errors[name]) / (5 * ALEXNET.errors["linear"][name]))
@@ -396,7 +396,7 @@ def test_ratios_to_alexnet_against_loops(errors):
 def test_a_ratio_that_cannot_be_had_is_remarked(errors):
     some = {"fog": errors["fog"], "snow": errors["snow"]}
     faultless = {score: {"fog": [0.2] * 5, "snow": [0.0] * 5} for score in ("linear", "knn")}
-    summary, remarks = summarise(make_rows(some), Baseline("y", faultless, {"linear": 0.2, "knn": 0.1}))
+    summary, remarks = summarize(make_rows(some), Baseline("y", faultless, {"linear": 0.2, "knn": 0.1}))
     assert not {"mce", "relative_mce"} & {row.metric for row in summary}
     assert [remark.partition(":")[0] for remark in remarks] == [
         *["no mce of linear against y", "no relative_mce of linear against y"],
@@ -412,7 +412,7 @@ def test_mean_auroc_counts_common_corruptions_alone(errors):
         for row in rows
         if row.score == "linear"
     ]
-    summary, _ = summarise(rows)
+    summary, _ = summarize(rows)
     expected = (10 - sum(errors["fog"]) - sum(errors["glass_blur"])) / 10 / 2
     assert found(summary, "max_logit", "mean_corruption_auroc", corruptions=2) == pytest.approx(expected, abs=1e-12)
     assert {row.n for row in summary if row.score == "max_logit"} == {80}
@@ -432,7 +432,7 @@ def test_a_run_is_its_own_unit(errors, tmp_path):
         baseline = read_baseline(str(where), COMMON + EXTRA[:1], IMAGES)
         assert baseline.name == "mine"
         assert baseline.clean_error == pytest.approx({"linear": 0.1, "knn": 0.05})
-        summary, _ = summarise(rows, baseline)
+        summary, _ = summarize(rows, baseline)
         for score in ("linear", "knn"):
             for metric in ("mce", "relative_mce"):
                 assert found(summary, score, metric) == pytest.approx(1, abs=1e-12)
@@ -477,7 +477,7 @@ def test_tables(errors):
     assert float(fog[6]) == pytest.approx(100 * (1 - np.mean(errors["fog"])), abs=0.051)
     assert len({len(line) for line in lines}) == 1, "columns must be aligned"
 
-    summary, _ = summarise(rows, ALEXNET)
+    summary, _ = summarize(rows, ALEXNET)
     lines = summary_table(summary).splitlines()
     assert lines[0].split() == ["linear", "knn"]
     expected = f"{found(summary, 'linear', 'mce'):.4f}", f"{found(summary, 'knn', 'mce'):.4f}"

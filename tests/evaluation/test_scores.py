@@ -17,10 +17,10 @@ from ssl_gradmix.evaluation.scores import (
     knn_distance,
     mahalanobis,
     max_logit,
-    max_softmax,
-    nearest_class_mean,
+    msp,
+    ncm,
     parameters_used,
-    relative_mahalanobis,
+    rmd,
     top_k_cosine,
     vim,
 )
@@ -32,11 +32,11 @@ D = 12
 def cloud():
     """Training features of three classes of unequal size, test features of them and of a fourth, and a classifier."""
     rng = np.random.default_rng(0)
-    centres, scales = 2 * rng.normal(size=(4, D)), rng.uniform(0.3, 2, size=D)
+    centers, scales = 2 * rng.normal(size=(4, D)), rng.uniform(0.3, 2, size=D)
     labels = rng.permutation(np.repeat([0, 1, 2], [70, 150, 30]))
     test_labels = np.repeat([0, 1, 2, 3], 20)
-    train = (centres[labels] + scales * rng.normal(size=(250, D))).astype(np.float32)
-    test = (centres[test_labels] + scales * rng.normal(size=(80, D))).astype(np.float32)
+    train = (centers[labels] + scales * rng.normal(size=(250, D))).astype(np.float32)
+    test = (centers[test_labels] + scales * rng.normal(size=(80, D))).astype(np.float32)
     weight, bias = rng.normal(size=(3, D)).astype(np.float32), rng.normal(size=3).astype(np.float32)
     return {
         "data": (train, labels, test),
@@ -102,21 +102,21 @@ def test_k_is_clamped_and_says_so(cloud):
     assert parameters_used(train, labels, k=7, top_k=2)["knn_distance"] == {"k": 7}
 
 
-def test_nearest_class_mean(cloud):
+def test_ncm(cloud):
     train, labels, test = cloud["data"]
     means = np.stack([train[labels == c].mean(0) for c in range(3)])
     directions = np.stack([unit(train)[labels == c].mean(0) for c in range(3)])
-    cosine = nearest_class_mean(train, labels, test)
+    cosine = ncm(train, labels, test)
     np.testing.assert_allclose(cosine, 1 - cdist(test, directions, metric="cosine").min(1), atol=1e-5)
-    euclidean = nearest_class_mean(train, labels, test, metric="euclidean")
+    euclidean = ncm(train, labels, test, metric="euclidean")
     np.testing.assert_allclose(euclidean, -cdist(test, means).min(1), rtol=1e-5)
 
 
 def test_mahalanobis(cloud, float64_oracle):
     train, labels, test = cloud["data"]
     score = mahalanobis(train, labels, test)
-    centred = np.concatenate([train[labels == c] - train[labels == c].mean(0) for c in range(3)]).astype(np.float64)
-    precision = EmpiricalCovariance(assume_centered=True).fit(centred).precision_
+    centered = np.concatenate([train[labels == c] - train[labels == c].mean(0) for c in range(3)]).astype(np.float64)
+    precision = EmpiricalCovariance(assume_centered=True).fit(centered).precision_
     means = np.stack([train[labels == c].mean(0) for c in range(3)])
     np.testing.assert_allclose(-score, cdist(test, means, "mahalanobis", VI=precision).min(1) ** 2, rtol=1e-5)
     # pytorch-ood halves the distance and does not divide the covariance by N.
@@ -124,16 +124,16 @@ def test_mahalanobis(cloud, float64_oracle):
     np.testing.assert_allclose(-score, 2 * len(train) * outlier_scores(oracle, test), rtol=1e-5)
 
 
-def test_relative_mahalanobis(cloud, float64_oracle):
+def test_rmd(cloud, float64_oracle):
     train, labels, test = cloud["data"]
     oracle = detector.RMD(None).fit_features(torch.from_numpy(train).double(), torch.from_numpy(labels))
     expected = -len(train) * outlier_scores(oracle, test)
-    np.testing.assert_allclose(relative_mahalanobis(train, labels, test), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(rmd(train, labels, test), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_relative_mahalanobis_with_one_class_is_zero(cloud):
+def test_rmd_with_one_class_is_zero(cloud):
     train, labels, test = cloud["data"]
-    np.testing.assert_allclose(relative_mahalanobis(train, np.zeros_like(labels), test), 0, atol=1e-6)
+    np.testing.assert_allclose(rmd(train, np.zeros_like(labels), test), 0, atol=1e-6)
 
 
 def test_vim_with_the_papers_origin(cloud, float64_oracle):
@@ -148,12 +148,12 @@ def test_vim_with_the_papers_origin(cloud, float64_oracle):
 def test_vim_about_the_mean_is_energy_less_the_pca_residual(cloud):
     train, labels, test = cloud["data"]
     train_logits, test_logits = cloud["logits"]
-    centre = train.astype(np.float64).mean(0)
-    _, _, components = np.linalg.svd(train - centre)
+    center = train.astype(np.float64).mean(0)
+    _, _, components = np.linalg.svd(train - center)
 
     def residual(features):
-        centred = features - centre
-        return np.linalg.norm(centred - centred @ components[:6].T @ components[:6], axis=1)
+        centered = features - center
+        return np.linalg.norm(centered - centered @ components[:6].T @ components[:6], axis=1)
 
     alpha = train_logits.max(1).mean() / residual(train).mean()
     expected = logsumexp(test_logits.astype(np.float64), axis=1) - alpha * residual(test)
@@ -170,13 +170,13 @@ def test_vim_dimension(shape, dim):
 def test_logit_scores(cloud):
     logits = cloud["logits"][1]
     wide = logits.astype(np.float64)
-    np.testing.assert_allclose(max_softmax(logits), softmax(wide, axis=1).max(1), rtol=1e-9)
+    np.testing.assert_allclose(msp(logits), softmax(wide, axis=1).max(1), rtol=1e-9)
     np.testing.assert_array_equal(max_logit(logits), logits.max(1))
     np.testing.assert_allclose(energy(logits), logsumexp(wide, axis=1), rtol=1e-9)
     np.testing.assert_allclose(energy(logits, temperature=2.5), 2.5 * logsumexp(wide / 2.5, axis=1), rtol=1e-9)
     tensor = torch.from_numpy(logits)
     for score, oracle in (
-        (max_softmax(logits), detector.MaxSoftmax(None)),
+        (msp(logits), detector.MaxSoftmax(None)),
         (max_logit(logits), detector.MaxLogit(None)),
         (energy(logits), detector.EnergyBased(None)),
     ):
@@ -185,7 +185,7 @@ def test_logit_scores(cloud):
 
 def test_logit_scores_neither_saturate_nor_overflow():
     logits = np.array([[0.0, 20.0], [0.0, 25.0], [1000.0, 900.0]], dtype=np.float32)
-    assert max_softmax(logits)[0] < max_softmax(logits)[1] < 1
+    assert msp(logits)[0] < msp(logits)[1] < 1
     np.testing.assert_allclose(energy(logits), [20.0, 25.0, 1000.0], atol=1e-6)
 
 
@@ -206,13 +206,13 @@ def test_all_scores_are_the_single_ones(cloud):
         "knn_distance": knn_distance(*data, k=9),
         "top_k_cosine": top_k_cosine(*data, k=4),
         "top_k_cosine_divided": top_k_cosine(*data, k=4, divided=True),
-        "nearest_class_mean": nearest_class_mean(*data),
-        "nearest_class_mean_euclidean": nearest_class_mean(*data, metric="euclidean"),
+        "ncm": ncm(*data),
+        "ncm_euclidean": ncm(*data, metric="euclidean"),
         "mahalanobis": mahalanobis(*data),
-        "relative_mahalanobis": relative_mahalanobis(*data),
+        "rmd": rmd(*data),
         "feature_norm": feature_norm(data[2]),
         "vim": vim(*data, *logits),
-        "max_softmax": max_softmax(logits[1]),
+        "msp": msp(logits[1]),
         "max_logit": max_logit(logits[1]),
         "energy": energy(logits[1]),
     }
@@ -274,7 +274,7 @@ def test_features_that_do_not_vary_do_not_count(cloud):
     rng = np.random.default_rng(0)
     wider = [np.hstack([x, np.full((len(x), 2), 3.7), x[:, :4]]).astype(np.float32) for x in (train, test)]
     wider[1][:, D : D + 2] += rng.normal(size=(len(test), 2))
-    for score in (mahalanobis, relative_mahalanobis):
+    for score in (mahalanobis, rmd):
         expected = score(train, labels, test)
         np.testing.assert_allclose(score(wider[0], labels, wider[1]), expected, rtol=1e-4, atol=1e-4)
 
@@ -311,7 +311,7 @@ def test_collapsed_features(value):
         assert np.isfinite(score).all(), name
     np.testing.assert_array_equal(scores["mahalanobis"], 0)
     np.testing.assert_allclose(scores["vim"], scores["energy"])
-    assert scores["nearest_class_mean_euclidean"][:5].min() > scores["nearest_class_mean_euclidean"][5:].max()
+    assert scores["ncm_euclidean"][:5].min() > scores["ncm_euclidean"][5:].max()
 
 
 def test_arguments_are_left_as_they_are(cloud):
@@ -327,7 +327,7 @@ def broken(array, value):
     return array
 
 
-@pytest.mark.parametrize("score", [knn_distance, top_k_cosine, nearest_class_mean, mahalanobis, relative_mahalanobis])
+@pytest.mark.parametrize("score", [knn_distance, top_k_cosine, ncm, mahalanobis, rmd])
 def test_bad_features(cloud, score):
     train, labels, test = cloud["data"]
     for arguments, message in (
@@ -352,7 +352,7 @@ def test_bad_options(cloud):
     with pytest.raises(ValueError, match="top_k must be at least 1, got 0"):
         top_k_cosine(*data, k=0)
     with pytest.raises(ValueError, match="metric must be 'cosine' or 'euclidean', got 'cos'"):
-        nearest_class_mean(*data, metric="cos")
+        ncm(*data, metric="cos")
     with pytest.raises(ValueError, match="temperature must be above 0, got 0"):
         energy(test_logits, temperature=0)
     with pytest.raises(ValueError, match="dim must be at least 0 and below the 12 features, got 12"):
@@ -362,4 +362,4 @@ def test_bad_options(cloud):
     with pytest.raises(ValueError, match="test_logits must be finite, got 2 of 80 rows"):
         vim(*data, train_logits, broken(test_logits, np.nan))
     with pytest.raises(ValueError, match="logits must be finite, got 2 of 80 rows"):
-        max_softmax(broken(test_logits, np.nan))
+        msp(broken(test_logits, np.nan))

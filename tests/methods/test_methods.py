@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ssl_gradmix import GradMix
 from ssl_gradmix.methods.byol import BYOL
-from ssl_gradmix.methods.losses import embedding_spread
+from ssl_gradmix.methods.losses import embedding_std
 from ssl_gradmix.methods.simclr import SimCLR
 
 
@@ -60,11 +60,11 @@ def test_simclr_is_lightlys_loss_of_the_projected_views() -> None:
 
 def test_byol_compares_predictions_with_the_teachers_other_view() -> None:
     byol, (x0, x1, x2) = method("byol", weight=0.7), views(3)
-    for parameter in byol.teacher_backbone.parameters():  # a teacher unlike the student
+    for parameter in byol.target_backbone.parameters():  # a teacher unlike the student
         parameter.data.mul_(1.5).add_(0.1)
     other = copy.deepcopy(byol)
     p0, p1, p2 = other.predictor(other.projector(other.backbone(torch.cat([x0, x1, x2])))).chunk(3)
-    t0, t1 = other.teacher_projector(other.teacher_backbone(torch.cat([x0, x1]))).chunk(2)
+    t0, t1 = other.target_projector(other.target_backbone(torch.cat([x0, x1]))).chunk(2)
     pair = cosine_distance(p0, t1) + cosine_distance(p1, t0)
     extra = cosine_distance(p2, t0) + cosine_distance(p2, t1)
     losses = byol([x0, x1, x2])
@@ -77,19 +77,19 @@ def test_the_teacher_follows_a_cosine_momentum_and_gets_no_gradient() -> None:
     byol = method("byol", momentum=0.9)
     for parameter in byol.backbone.parameters():
         parameter.data.add_(1.0)
-    student, teacher = (next(net.parameters()).clone() for net in (byol.backbone, byol.teacher_backbone))
+    student, teacher = (next(net.parameters()).clone() for net in (byol.backbone, byol.target_backbone))
     for step, steps in ((0, 100), (25, 100), (99, 100)):
-        before = next(byol.teacher_backbone.parameters()).clone()
-        byol.update_teacher(step, steps)
+        before = next(byol.target_backbone.parameters()).clone()
+        byol.update_target(step, steps)
         momentum = 1 - 0.1 * (1 + math.cos(math.pi * step / (steps - 1))) / 2
         torch.testing.assert_close(
-            next(byol.teacher_backbone.parameters()).data, momentum * before + (1 - momentum) * student
+            next(byol.target_backbone.parameters()).data, momentum * before + (1 - momentum) * student
         )
-    assert not torch.equal(teacher, next(byol.teacher_backbone.parameters()))
+    assert not torch.equal(teacher, next(byol.target_backbone.parameters()))
     byol(views(2)).total.backward()
     assert all(
         parameter.grad is None
-        for parameter in [*byol.teacher_backbone.parameters(), *byol.teacher_projector.parameters()]
+        for parameter in [*byol.target_backbone.parameters(), *byol.target_projector.parameters()]
     )
 
 
@@ -133,5 +133,5 @@ def test_no_gradient_exists_before_backward_and_flags_stay(name: str) -> None:
 
 
 def test_spread_is_one_on_the_sphere_and_zero_when_collapsed() -> None:
-    assert embedding_spread(torch.randn(5000, 64)).item() == pytest.approx(1, abs=0.02)
-    assert embedding_spread(torch.ones(10, 1) * torch.randn(64)).item() == pytest.approx(0, abs=1e-6)
+    assert embedding_std(torch.randn(5000, 64)).item() == pytest.approx(1, abs=0.02)
+    assert embedding_std(torch.ones(10, 1) * torch.randn(64)).item() == pytest.approx(0, abs=1e-6)

@@ -23,7 +23,7 @@ from ssl_gradmix.data.datasets import ImageSet
 from ssl_gradmix.methods.byol import BYOL
 from ssl_gradmix.methods.simclr import SimCLR
 from ssl_gradmix.run_folder import RunFolder
-from ssl_gradmix.settings import Augmentation, Optimiser, Training
+from ssl_gradmix.settings import Augmentation, Optimizer, Training
 from ssl_gradmix.training.loop import Trainer
 from ssl_gradmix.training.processes import create_accelerator
 
@@ -34,7 +34,7 @@ Kind = tuple[str, str, int, str]
 
 
 def kinds(draw: random.Random) -> Iterator[Kind]:
-    """Every pair of method and augmentation in turn, with an optimiser."""
+    """Every pair of method and augmentation in turn, with an optimizer."""
     while True:
         pairs = [(name, *at) for name in ("SimCLR", "BYOL") for at in (("device", 0), ("workers", 0), ("workers", 2))]
         for pair in draw.sample(pairs, len(pairs)):
@@ -42,7 +42,7 @@ def kinds(draw: random.Random) -> Iterator[Kind]:
 
 
 def create(folder: Path, kind: Kind) -> Trainer:
-    name, where, workers, optimiser = kind
+    name, where, workers, optimizer = kind
     training = Training(epochs=EPOCHS, batch_size=8, workers=workers, threads=1, knn_every=0, samples_every=0)
     accelerator = create_accelerator(training)
     torch.manual_seed(0)
@@ -53,7 +53,7 @@ def create(folder: Path, kind: Kind) -> Trainer:
     images = ImageSet(PIXELS, np.zeros(len(PIXELS), np.int64), ("noise",), "noise")
     run = RunFolder(folder)
     run.start({"training": {}}, overwrite=False)
-    return Trainer(method, images, run, accelerator, 16, Augmentation(where=where), Optimiser(optimiser), training)
+    return Trainer(method, images, run, accelerator, 16, Augmentation(where=where), Optimizer(optimizer), training)
 
 
 def file_operations(folder: Path, act: Callable[[int], None]) -> None:
@@ -116,11 +116,11 @@ def fork(folder: Path, kind: Kind, kill_at: dict[str, int]) -> int:
 def finished(folder: Path) -> dict[str, object]:
     """All that a run leaves, but for times."""
     (*_, newest) = sorted((folder / "checkpoint").glob("epoch-*"))
-    state = torch.load(newest / "progress.pt", weights_only=True)["optimiser"]["state"]
+    state = torch.load(newest / "progress.pt", weights_only=True)["optimizer"]["state"]
     timed = ("images_per_second", "seconds_left")
     return {
         "method": {name: tensor.numpy().tobytes() for name, tensor in load_file(newest / "method.safetensors").items()},
-        "optimiser": {(i, name): value.numpy().tobytes() for i in state for name, value in state[i].items()},
+        "optimizer": {(i, name): value.numpy().tobytes() for i in state for name, value in state[i].items()},
         "backbone": (folder / "backbone" / "model.safetensors").read_bytes(),
         "projector": (folder / "projector.safetensors").read_bytes(),
         "log": [{k: v for k, v in line.items() if k not in timed} for line in RunFolder(folder).read_log()],

@@ -20,7 +20,7 @@ from ssl_gradmix.data.datasets import ImageSet
 from ssl_gradmix.methods.byol import BYOL
 from ssl_gradmix.methods.simclr import SimCLR
 from ssl_gradmix.run_folder import RunFolder
-from ssl_gradmix.settings import Augmentation, Optimiser, Training
+from ssl_gradmix.settings import Augmentation, Optimizer, Training
 from ssl_gradmix.training import loop
 from ssl_gradmix.training.loop import Trainer
 from ssl_gradmix.training.processes import create_accelerator
@@ -58,7 +58,7 @@ def create(folder: Path, name: str, nonfinite: str = "stop") -> Trainer:
     if accelerator.is_main_process:
         into.start({"training": {}}, overwrite=False)
     accelerator.wait_for_everyone()
-    return Trainer(method, images, into, accelerator, 16, Augmentation(where="workers"), Optimiser(), training)
+    return Trainer(method, images, into, accelerator, 16, Augmentation(where="workers"), Optimizer(), training)
 
 
 def act_at(trainer: Trainer, step: int, act: object) -> None:

@@ -11,7 +11,7 @@ from ssl_gradmix.methods.byol import BYOL
 from ssl_gradmix.methods.simclr import SimCLR
 
 COUNT = 8
-# The donor of an image must not depend on who its neighbours in the process are, to compare with one process.
+# The donor of an image must not depend on who its neighbors in the process are, to compare with one process.
 mixing.derangement = lambda count, device, generator=None: torch.arange(count, device=device)
 
 
@@ -89,13 +89,13 @@ def check(kind: type, accelerator: Accelerator, expected: list[Tensor]) -> None:
     accelerator.print(kind.__name__, "gradients accumulate")
 
     method.train()
-    optimiser = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], 0.1)
+    optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], 0.1)
     for step in range(4):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         accelerator.backward(method([view[mine] for view in batch(10 + step)]).total)
-        optimiser.step()
-        if hasattr(bare, "update_teacher"):
-            bare.update_teacher(step, 4)
+        optimizer.step()
+        if hasattr(bare, "update_target"):
+            bare.update_target(step, 4)
     assert all(module.training for module in bare.backbone.modules())
     for name, parameter in bare.named_parameters():
         one, two = accelerator.gather(parameter.detach()[None].contiguous())

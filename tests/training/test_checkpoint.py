@@ -18,11 +18,11 @@ LIKE = {"weight": torch.empty(2, 3), "bias": torch.empty(2), "tied": torch.empty
 
 def state(epoch: int, batch: int = 0) -> State:
     net = torch.nn.Linear(3, 2)
-    optimiser = torch.optim.AdamW(net.parameters())
+    optimizer = torch.optim.AdamW(net.parameters())
     net(torch.ones(1, 3)).sum().backward()
-    optimiser.step()
+    optimizer.step()
     tied = {**net.state_dict(), "tied": net.weight.detach()}
-    return State(epoch, batch, {"loss": 1.5}, tied, optimiser.state_dict(), None)
+    return State(epoch, batch, {"loss": 1.5}, tied, optimizer.state_dict(), None)
 
 
 def test_comes_back_as_it_was(tmp_path: Path) -> None:
@@ -31,8 +31,8 @@ def test_comes_back_as_it_was(tmp_path: Path) -> None:
     loaded = checkpoint.load(tmp_path, LIKE)
     assert (loaded.epoch, loaded.batch, loaded.totals, loaded.scaler) == (3, 7, {"loss": 1.5}, None)
     assert all(torch.equal(loaded.method[name], tensor) for name, tensor in saved.method.items())
-    assert loaded.optimiser["param_groups"] == saved.optimiser["param_groups"]
-    assert torch.equal(loaded.optimiser["state"][0]["exp_avg"], saved.optimiser["state"][0]["exp_avg"])
+    assert loaded.optimizer["param_groups"] == saved.optimizer["param_groups"]
+    assert torch.equal(loaded.optimizer["state"][0]["exp_avg"], saved.optimizer["state"][0]["exp_avg"])
 
 
 def test_the_newest_is_read_and_two_are_kept(tmp_path: Path) -> None:

@@ -13,11 +13,11 @@ from training_support import TRAINING, before_step, final, image_set, trainer
 
 from ssl_gradmix import backbones
 from ssl_gradmix.evaluation.knn import knn_accuracy
-from ssl_gradmix.evaluation.rank import effective_rank
+from ssl_gradmix.evaluation.rank import rankme
 from ssl_gradmix.methods.byol import BYOL
 from ssl_gradmix.methods.simclr import SimCLR
 from ssl_gradmix.run_folder import RunFolder
-from ssl_gradmix.settings import Optimiser
+from ssl_gradmix.settings import Optimizer
 from ssl_gradmix.training.loop import check_images
 from ssl_gradmix.training.monitor import Monitor
 from ssl_gradmix.training.processes import create_accelerator
@@ -107,10 +107,10 @@ def test_looking_at_the_run_does_not_change_it(tmp_path: Path) -> None:
     assert all(torch.equal(blind[name], watched[name]) for name in blind)
 
 
-def test_accumulating_takes_as_many_optimiser_steps(tmp_path: Path) -> None:
+def test_accumulating_takes_as_many_optimizer_steps(tmp_path: Path) -> None:
     done = trainer(tmp_path, BYOL, training=replace(TRAINING, accumulate=2, epochs=1))
     updates = []
-    done.bare.update_teacher = lambda step, steps: updates.append((step, steps))
+    done.bare.update_target = lambda step, steps: updates.append((step, steps))
     done.run()
     assert updates == [(step, 4) for step in range(4)]
 
@@ -144,10 +144,10 @@ def test_the_monitor_reads_knn_and_leaves_the_backbone_alone() -> None:
         features = [backbone((pixels / 255 - 0.5) / 0.5) for pixels in (monitor.queries, monitor.bank)]
     assert readings == {
         "knn": pytest.approx(knn_accuracy(features[0], monitor.query_labels, features[1], monitor.bank_labels)),
-        "effective_rank": pytest.approx(effective_rank(torch.cat(features)), rel=1e-4),
+        "rankme": pytest.approx(rankme(torch.cat(features)), rel=1e-4),
     }
     images.labels[:] = -1
-    assert Monitor(images, 16, (0.5,) * 3, (0.5,) * 3)(backbone, torch.device("cpu")).keys() == {"effective_rank"}
+    assert Monitor(images, 16, (0.5,) * 3, (0.5,) * 3)(backbone, torch.device("cpu")).keys() == {"rankme"}
 
 
 def test_a_collapse_is_noticed_and_a_healthy_encoder_is_not_accused(
@@ -157,8 +157,8 @@ def test_a_collapse_is_noticed_and_a_healthy_encoder_is_not_accused(
     assert "collapses" not in capsys.readouterr().out
 
     # Without a predictor and a slower teacher nothing keeps all embeddings from becoming one.
-    training, optimiser = replace(TRAINING, epochs=8), Optimiser(lr=30, warmup_epochs=0.2)
-    collapsing = trainer(tmp_path / "collapsing", BYOL, training=training, optimiser=optimiser)
+    training, optimizer = replace(TRAINING, epochs=8), Optimizer(lr=30, warmup_epochs=0.2)
+    collapsing = trainer(tmp_path / "collapsing", BYOL, training=training, optimizer=optimizer)
     collapsing.bare.predictor, collapsing.bare.momentum, collapsing.bare.gradmix = torch.nn.Identity(), 0.0, None
     collapsing.run()
     last = RunFolder(tmp_path / "collapsing").read_log()[-1]
@@ -174,8 +174,8 @@ def test_a_collapse_is_noticed_and_a_healthy_encoder_is_not_accused(
     [
         ({"spread": 0.3}, False),
         ({"spread": 0.09}, True),
-        ({"spread": 0.8, "effective_rank": 1.26}, True),  # features on a line
-        ({"spread": 0.3, "effective_rank": 4.2}, False),
+        ({"spread": 0.8, "rankme": 1.26}, True),  # features on a line
+        ({"spread": 0.3, "rankme": 4.2}, False),
     ],
 )
 def test_either_reading_tells_of_a_collapse(

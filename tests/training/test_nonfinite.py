@@ -16,8 +16,8 @@ from ssl_gradmix.methods.byol import BYOL
 from ssl_gradmix.methods.losses import Losses
 from ssl_gradmix.methods.simclr import SimCLR
 from ssl_gradmix.run_folder import RunFolder
-from ssl_gradmix.settings import Optimiser
-from ssl_gradmix.training import optimisers
+from ssl_gradmix.settings import Optimizer
+from ssl_gradmix.training import optimizers
 from ssl_gradmix.training.loop import Trainer
 from ssl_gradmix.training.nonfinite import Undo, all_finite, tolerant
 
@@ -74,7 +74,7 @@ def test_weights_that_the_last_step_of_an_epoch_spoilt_are_not_saved(tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("kind", "optimiser", "accumulate", "what"),
+    ("kind", "optimizer", "accumulate", "what"),
     [
         (SimCLR, "adamw", 1, "gradient"),
         (BYOL, "lars", 1, "images"),
@@ -82,11 +82,11 @@ def test_weights_that_the_last_step_of_an_epoch_spoilt_are_not_saved(tmp_path: P
     ],
 )
 def test_a_skipped_step_leaves_everything_as_it_was(
-    kind: type, optimiser: str, accumulate: int, what: str, tmp_path: Path
+    kind: type, optimizer: str, accumulate: int, what: str, tmp_path: Path
 ) -> None:
-    """As if nothing had been done at that step: weights, statistics, teacher and the optimiser's state."""
+    """As if nothing had been done at that step: weights, statistics, teacher and the optimizer's state."""
     training = replace(SKIP, epochs=2, accumulate=accumulate)
-    settings = {"training": training, "optimiser": Optimiser(optimiser)}
+    settings = {"training": training, "optimizer": Optimizer(optimizer)}
     # Of two micro-batches the second is bad, and the first goes with it.
     places = [(0, accumulate - 1), (1, 2 * accumulate + accumulate - 1)]
     skipping = trainer(tmp_path / "skipping", kind, **settings)
@@ -107,7 +107,7 @@ def test_a_skipped_step_leaves_everything_as_it_was(
     idle.run()
     expected, found = final(tmp_path / "idle"), final(tmp_path / "skipping")
     assert all(torch.equal(found[name], expected[name]) for name in expected)
-    states = [each.optimiser.state_dict()["state"] for each in (skipping, idle)]
+    states = [each.optimizer.state_dict()["state"] for each in (skipping, idle)]
     for one, two in zip(*(state.values() for state in states), strict=True):
         assert one.keys() == two.keys()
         assert all(torch.equal(one[name], two[name]) for name in one)
@@ -150,18 +150,18 @@ def test_skipping_changes_nothing_where_all_is_finite(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["sgd", "lars", "adamw"])
-def test_a_first_step_taken_back_leaves_the_optimiser_as_new(name: str) -> None:
+def test_a_first_step_taken_back_leaves_the_optimizer_as_new(name: str) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
     other, batch = copy.deepcopy(net), torch.randn(6, 4)
     for each, scales in ((net, (torch.inf, 1, 2)), (other, (1, 2))):
-        optimiser = optimisers.create(each, Optimiser(name))
-        undo = Undo(each, optimiser)
+        optimizer = optimizers.create(each, Optimizer(name))
+        undo = Undo(each, optimizer)
         for scale in scales:
             undo.remember()
             (each(batch) * scale).square().mean().backward()
-            optimiser.step()
-            optimiser.zero_grad()
+            optimizer.step()
+            optimizer.zero_grad()
             undo.take_back(torch.tensor(scale == torch.inf))
     assert all(torch.equal(tensor, other.state_dict()[key]) for key, tensor in net.state_dict().items())
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 Arrays = Mapping[str, np.ndarray]
 
-_COLOURS = ("#3b6fb6", "#d55e00", "#009e73", "#b8559a", "#9a7500", "#5b5bd6")
+_COLORS = ("#3b6fb6", "#d55e00", "#009e73", "#b8559a", "#9a7500", "#5b5bd6")
 _CURVES = ("max_logit", "knn_distance", "top_k_cosine", "mahalanobis")
 _SHOWN = "max_logit"
 _FPR = np.linspace(0, 1, 501)
@@ -75,13 +75,13 @@ def _aurocs(axes: Axes, names: Sequence[str], rows: Sequence[Row], several_sets:
             axes.plot([row.ci_low, row.ci_high], [y, y], color=ACCENT, linewidth=1.5)
         elif not several_sets:
             axes.plot([np.mean(values)] * 2, [y - 0.3, y + 0.3], color=INK, linewidth=2)
-        colours = [_COLOURS[i % len(_COLOURS)] for i in range(len(values))] if several_sets else ACCENT
+        colors = [_COLORS[i % len(_COLORS)] for i in range(len(values))] if several_sets else ACCENT
         axes.scatter(
-            values, [y] * len(values), s=28, c=colours, alpha=1 if several_sets else 0.7, linewidths=0, zorder=3
+            values, [y] * len(values), s=28, c=colors, alpha=1 if several_sets else 0.7, linewidths=0, zorder=3
         )
     if several_sets:
         for i, name in enumerate(names):
-            axes.scatter([], [], s=28, color=_COLOURS[i % len(_COLOURS)], label=name)
+            axes.scatter([], [], s=28, color=_COLORS[i % len(_COLORS)], label=name)
         axes.legend(frameon=False, fontsize=9, labelcolor=INK)
     axes.axvline(0.5, color=MUTED, linewidth=1, linestyle=":")
     axes.set_yticks(range(len(order)), [_plain(score) for score in order])
@@ -103,7 +103,7 @@ def _curves(
         arguments = [[arrays[score], *(arrays[label] for label in labels)] for arrays in groups]
         mean = np.mean([np.interp(_FPR, *curve(*each)[:2]) for each in arguments], axis=0)
         mean_area = np.mean([area(*each) for each in arguments])
-        axes.plot(_FPR, mean, color=_COLOURS[i % len(_COLOURS)], label=f"{_plain(name)}  {mean_area:.3f}")
+        axes.plot(_FPR, mean, color=_COLORS[i % len(_COLORS)], label=f"{_plain(name)}  {mean_area:.3f}")
     axes.set_xlim(0, 1)
     axes.set_ylim(0, 1.01)
     axes.set_xlabel("unknown accepted", color=INK)
@@ -115,9 +115,9 @@ def _histogram(axes: Axes, arrays: Arrays) -> None:
     scores, known = arrays[_SHOWN], arrays["is_known"]
     low, high = np.quantile(scores, (0.001, 0.999))
     bins = np.linspace(low, high, min(40, int(np.sqrt(len(scores)))) + 1)
-    for chosen, label, colour in ((known, "known", _COLOURS[0]), (~known, "unknown", _COLOURS[1])):
+    for chosen, label, color in ((known, "known", _COLORS[0]), (~known, "unknown", _COLORS[1])):
         weights = np.full(chosen.sum(), 1 / chosen.sum())
-        axes.hist(scores[chosen].clip(low, high), bins, weights=weights, color=colour, alpha=0.55, label=label)
+        axes.hist(scores[chosen].clip(low, high), bins, weights=weights, color=color, alpha=0.55, label=label)
     axes.axvline(threshold_at_tpr(scores, known), color=INK, linewidth=1, linestyle="--", label="accepts 95% of known")
     axes.set_xlabel(_plain(_SHOWN), color=INK)
     axes.set_ylabel("share of images", color=INK)

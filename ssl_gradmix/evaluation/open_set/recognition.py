@@ -15,23 +15,23 @@ from ssl_gradmix.evaluation.intervals import accuracy_interval, bootstrap_interv
 from ssl_gradmix.evaluation.knn import knn_predict, used_k
 from ssl_gradmix.evaluation.metrics import all_metrics, auroc, oscr, threshold_at_tpr
 from ssl_gradmix.evaluation.open_set.samples import Settings
-from ssl_gradmix.evaluation.open_set.trials import Labelled
+from ssl_gradmix.evaluation.open_set.trials import Labeled
 from ssl_gradmix.evaluation.probes import LinearProbe, linear_probe
 from ssl_gradmix.evaluation.results import Row
 from ssl_gradmix.evaluation.scores import all_scores, parameters_used
 
 _VOTERS, _TEMPERATURE = 20, 0.07  # those of `knn_predict`
-_ON_LOGITS = ("vim", "max_softmax", "max_logit", "energy")
+_ON_LOGITS = ("vim", "msp", "max_logit", "energy")
 _NO_SCORES = ("is_known", "correct", "labels")
 
 
-def fit(train: Labelled, settings: Settings) -> LinearProbe:
+def fit(train: Labeled, settings: Settings) -> LinearProbe:
     """Fits the linear probe that predicts classes and gives logits, to features (N, D) and labels (N,)."""
     return linear_probe(*train, epochs=settings.epochs, seed=settings.seed)
 
 
 def closed_set(
-    probe: LinearProbe, train: Labelled, test: Labelled, settings: Settings, row: Callable[..., Row]
+    probe: LinearProbe, train: Labeled, test: Labeled, settings: Settings, row: Callable[..., Row]
 ) -> list[Row]:
     """Accuracy on test images of known classes, of the linear probe and weighted kNN, with Wilson 95% intervals.
 
@@ -54,8 +54,8 @@ def closed_set(
 
 def detect(
     probe: LinearProbe,
-    train: Labelled,
-    test: Labelled,
+    train: Labeled,
+    test: Labeled,
     is_known: Tensor,
     settings: Settings,
     row: Callable[..., Row],
@@ -67,7 +67,7 @@ def detect(
         train: Features (N, D) of the known classes' training images, and labels (N,).
         test: Features (M, D) of known and unknown test images, and labels (M,), of any numbers where unknown.
         is_known: (M,) boolean.
-        settings: That `probe` was fitted with. More neighbours than there are count as all.
+        settings: That `probe` was fitted with. More neighbors than there are count as all.
         row: As in `closed_set`.
 
     Returns:
@@ -77,7 +77,7 @@ def detect(
         Samples (M,) by name: `is_known`, `correct` (False where unknown), `labels`, and each score.
     """
     features, labels = test
-    k, top_k = settings.neighbours
+    k, top_k = settings.neighbors
     scores = all_scores(*train, features, probe.logits(train[0]), probe.logits(features), k, top_k)
     params = parameters_used(*train, k, top_k)
     known = is_known.cpu().numpy()

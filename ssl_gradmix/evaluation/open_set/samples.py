@@ -18,8 +18,8 @@ class Settings:
     """How samples are scored.
 
     Args:
-        k: Whose neighbour's distance `knn_distance` is. None takes 50, or as many as there are training images.
-        top_k: Neighbours in each class of `top_k_cosine`. None takes 3, or the size of the smallest class.
+        k: Whose neighbor's distance `knn_distance` is. None takes 50, or as many as there are training images.
+        top_k: Neighbors in each class of `top_k_cosine`. None takes 3, or the size of the smallest class.
         epochs: Of the linear probe.
         seed: Of the linear probe.
     """
@@ -30,12 +30,12 @@ class Settings:
     seed: int = 0
 
     @property
-    def neighbours(self) -> tuple[int, int]:
+    def neighbors(self) -> tuple[int, int]:
         """`k` and `top_k` before they are clamped."""
         return _K if self.k is None else self.k, _TOP_K if self.top_k is None else self.top_k
 
     def check(self, labels: np.ndarray) -> None:
-        """Refuses more neighbours than training images of the known classes, with labels (N,), can be.
+        """Refuses more neighbors than training images of the known classes, with labels (N,), can be.
 
         Raises:
             ValueError: If `k` is above N, `top_k` above the size of the smallest class, or one is below 1.

@@ -25,11 +25,11 @@ ELSEWHERE = ("cifar+10", "cifar+50")
 """Protocols whose unknown classes are of another data set, CIFAR-100."""
 
 KNOWN_ONLY = "known classes only"
-ALL_CLASSES = "all classes, unlabelled"
+ALL_CLASSES = "all classes, unlabeled"
 FURTHER_CLASSES = "known and further classes, none unknown"
 NOT_OUR_RUN = "unknown (not our run)"
 
-Labelled = tuple[Tensor, Tensor]
+Labeled = tuple[Tensor, Tensor]
 """Features (N, D) and labels (N,)."""
 
 
@@ -93,7 +93,7 @@ class Group:
                     digest.update(f"{path.parent.name}/{path.name} {path.stat().st_size}\n".encode())
         return digest.hexdigest()[:32]
 
-    def select(self, train: Labelled, test: Labelled, unknown: Labelled) -> tuple[Labelled, Labelled, Tensor]:
+    def select(self, train: Labeled, test: Labeled, unknown: Labeled) -> tuple[Labeled, Labeled, Tensor]:
         """Picks out of the features of all training images, all test images, and `images`.
 
         Returns:

@@ -25,7 +25,7 @@ _Values = Mapping[str, Mapping[int, float]]
 
 _MEANS = (
     "In percent; of errors, less is better. The mean corruption error is the mean over severities of each corruption, "
-    "then over the common corruptions, not normalised. mCE divides each corruption's error by the baseline's, relative "
+    "then over the common corruptions, not normalized. mCE divides each corruption's error by the baseline's, relative "
     "mCE its rise above the error on clean images by the baseline's rise: 100 is the baseline itself."
 )
 

@@ -1,4 +1,4 @@
-"""The figures of a report, as SVG that stands in an HTML page and takes its fonts and colours.
+"""The figures of a report, as SVG that stands in an HTML page and takes its fonts and colors.
 
 Every text in them is plain: what looks like mathematics or markup is not read as such.
 """
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Colours that the page knows by name, in a light and a dark shade each.
+# Colors that the page knows by name, in a light and a dark shade each.
 _INK, _MUTED, _RULE, _PAPER = "#1b1f27", "#626a76", "#dfe2e7", "#fefefe"
 _RUNS = ("#0072b2", "#d55e00", "#009e73", "#b8559a", "#9a7500", "#5b5bd6")
 _DASHES = ("-", (0, (5, 2)), (0, (2, 2)), (0, (6, 2, 2, 2)))
@@ -34,7 +34,7 @@ class Line:
     """A curve of one run.
 
     Args:
-        run: Index of the run, which gives colour and dashes.
+        run: Index of the run, which gives color and dashes.
         x: (N,).
         y: (N,).
     """
@@ -55,7 +55,7 @@ def curves(lines: Sequence[Line], x_label: str, shares: bool = False) -> str:
     with _drawing(x_label) as (figure, axes):
         for line in lines:
             marker = "o" if len(line.x) <= 12 else None
-            axes.plot(line.x, line.y, color=_colour(line.run), linestyle=_dashes(line.run), marker=marker, markersize=3)
+            axes.plot(line.x, line.y, color=_color(line.run), linestyle=_dashes(line.run), marker=marker, markersize=3)
         if len({x for line in lines for x in line.x}) == 1:
             axes.set_xlim(lines[0].x[0] - 1, lines[0].x[0] + 1)  # or ticks would stand at fractions
         axes.xaxis.get_major_locator().set_params(integer=True, nbins=6)
@@ -80,7 +80,7 @@ def rates(lines: Sequence[Line], y_label: str, chance: bool = False) -> str:
         for line in lines:
             axes.plot(
                 *_thinned(np.asarray(line.x), np.asarray(line.y), max(80, 4000 // len(lines))),
-                color=_colour(line.run),
+                color=_color(line.run),
                 linestyle=_dashes(line.run),
                 linewidth=1.4 if alone else 0.9,
             )
@@ -96,14 +96,14 @@ def histogram(known: np.ndarray, unknown: np.ndarray, run: int, threshold: float
     Args:
         known: Scores.
         unknown: Scores.
-        run: Index of the run, which gives the colour.
+        run: Index of the run, which gives the color.
         threshold: Marked by a dashed line.
     """
     low, high = np.quantile(np.concatenate([known, unknown]), [0.002, 0.998])
     edges = np.linspace(low, high, _BINS + 1) if high > low else np.linspace(low - 0.5, low + 0.5, _BINS + 1)
     with _drawing("score", height=1.75) as (figure, axes):
         for scores, style in (
-            (known, {"fill": True, "color": _colour(run), "alpha": 0.55}),
+            (known, {"fill": True, "color": _color(run), "alpha": 0.55}),
             (unknown, {"edgecolor": _INK, "linewidth": 1.1}),
         ):
             counts, _ = np.histogram(np.clip(scores, edges[0], edges[-1]), edges)
@@ -129,7 +129,7 @@ def heat_map(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], di
 
     reach = np.nanmax(np.abs(values), initial=0.01)
     scale = Normalize(-reach, reach) if difference else Normalize(0, 1)
-    colours = colormaps["PuOr" if difference else "Blues"](scale(values))
+    colors = colormaps["PuOr" if difference else "Blues"](scale(values))
     with _drawing("severity", height=0.55 + 0.245 * len(rows)) as (figure, axes):
         axes.pcolormesh(
             np.ma.masked_invalid(values),
@@ -140,7 +140,7 @@ def heat_map(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], di
         )
         for (i, j), value in np.ndenumerate(values):
             if not np.isnan(value):
-                light = colours[i, j, :3] @ (0.299, 0.587, 0.114) > 0.55
+                light = colors[i, j, :3] @ (0.299, 0.587, 0.114) > 0.55
                 text = f"{100 * value:+.1f}".replace("-", "−") if difference else f"{100 * value:.1f}"
                 axes.text(
                     j + 0.5, i + 0.5, text, ha="center", va="center", fontsize=7.5, color="black" if light else "white"
@@ -153,17 +153,17 @@ def heat_map(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], di
         return _svg(figure)
 
 
-def scatter(points: np.ndarray, colours: Sequence[str], labels: tuple[str, str]) -> str:
+def scatter(points: np.ndarray, colors: Sequence[str], labels: tuple[str, str]) -> str:
     """Draws points in the plane, as an image inside the SVG where they are many.
 
     Args:
         points: (N, 2).
-        colours: One a point.
+        colors: One a point.
         labels: Of the axes.
     """
     with _drawing(*labels, height=3.1) as (figure, axes):
         axes.scatter(
-            *points.T, c=list(colours), s=np.clip(8000 / len(points), 7, 16), alpha=0.75, linewidths=0, rasterized=True
+            *points.T, c=list(colors), s=np.clip(8000 / len(points), 7, 16), alpha=0.75, linewidths=0, rasterized=True
         )
         axes.grid(False)
         axes.set(xticks=[], yticks=[])
@@ -175,7 +175,7 @@ def _shortened(name: str, length: int = 24) -> str:
     return name if len(name) <= length else f"{name[: length - 1]}…"
 
 
-def _colour(run: int) -> str:
+def _color(run: int) -> str:
     return _RUNS[run % len(_RUNS)]
 
 
@@ -230,7 +230,7 @@ def _drawing(x_label: str, y_label: str = "", height: float = 2.4) -> Iterator[t
 
 
 def _svg(figure: Figure) -> str:
-    """The figure as an element of an HTML page: as wide as its place, in the page's colours, without own style.
+    """The figure as an element of an HTML page: as wide as its place, in the page's colors, without own style.
 
     The ids left in it are those that it refers to.
     """
@@ -245,6 +245,6 @@ def _svg(figure: Figure) -> str:
     )
     text = re.sub(r'<g id="[^"]*"', "<g", text)
     text = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), text)  # a hundredth of a point
-    for colour, variable in _VARIABLES.items():
-        text = text.replace(colour, f"var({variable})")
+    for color, variable in _VARIABLES.items():
+        text = text.replace(color, f"var({variable})")
     return text

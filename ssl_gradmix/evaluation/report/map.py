@@ -23,7 +23,7 @@ class FeatureMap:
 
     Args:
         points: (N, 2).
-        labels: (N,), -1 where unlabelled.
+        labels: (N,), -1 where unlabeled.
         known: Labels that the data settings of the run name, all where they name none.
         classes: Label k is `classes[k]`.
         axes: Names of the two axes.
@@ -45,14 +45,14 @@ def feature_map(
 ) -> FeatureMap:
     """Lays the test features of a run out in the plane.
 
-    The features are those of `evaluation.features`, L2-normalised, because nearest neighbours and most open-set scores
+    The features are those of `evaluation.features`, L2-normalized, because nearest neighbors and most open-set scores
     compare their directions; kept ones in the run's `eval/features` are used. Test images of all classes are shown,
     also of those a run was not trained on.
 
     Args:
         run: Its folder, with a backbone.
         data: Settings of the data, as in a run's config.
-        method: `pca` keeps the two directions of largest variance. `tsne` keeps neighbours together; distances between
+        method: `pca` keeps the two directions of largest variance. `tsne` keeps neighbors together; distances between
             groups mean little.
         accelerator: Says where the encoder runs.
         seed: Of the draw of `POINTS` test images, and of t-SNE.

@@ -68,7 +68,7 @@ class Panel:
         title: Said above it.
         picture: SVG markup, or the `data:` address of an image.
         run: Index of the run that it shows, if it is a single one.
-        legend: Names with their colours, as CSS has them.
+        legend: Names with their colors, as CSS has them.
     """
 
     title: str
@@ -141,7 +141,7 @@ def render_html(title: str, runs: Sequence[str], sections: Sequence[Section]) ->
 
     Args:
         title: Its heading.
-        runs: Names of the runs, in the order of their colours.
+        runs: Names of the runs, in the order of their colors.
         sections: Its chapters.
     """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -253,8 +253,8 @@ _PAGE = """\
 {% endif %}
 {% if panel.legend %}
 <p class="legend">
-{% for label, colour in panel.legend %}
-<span><i style="background: {{ colour }}"></i>{{ label }}</span>
+{% for label, color in panel.legend %}
+<span><i style="background: {{ color }}"></i>{{ label }}</span>
 {% endfor %}
 </p>
 {% endif %}

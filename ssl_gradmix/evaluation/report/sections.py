@@ -48,7 +48,7 @@ _DESCRIBED = {
     "data.open_set": ("known classes ", ""),
     "training.epochs": ("", " epochs"),
 }
-_GREY = "#9099a5"
+_GRAY = "#9099a5"
 _LARGEST = 1e30
 """Numbers in a log beyond it, infinite ones and NaN are not drawn."""
 
@@ -164,7 +164,7 @@ def _training(runs: Sequence[Run]) -> Section:
     parts: list[Part] = []
     if panels:
         note = (
-            "The loss is what was minimised. Where there is a third view it holds that view's term too: compare runs "
+            "The loss is what was minimized. Where there is a third view it holds that view's term too: compare runs "
             "with and without one by the loss between the two plain views. kNN accuracy is read on training images "
             "that were held out, never on test images."
         )
@@ -212,11 +212,11 @@ def _maps(runs: Sequence[Run], method: Literal["pca", "tsne"]) -> Section:
     if panels:
         how = {
             "pca": "their two directions of largest variance",
-            "tsne": "by t-SNE, which keeps neighbours together; distances between groups mean little",
+            "tsne": "by t-SNE, which keeps neighbors together; distances between groups mean little",
         }[method]
         note = (
-            f"L2-normalised backbone features of test images, {how}. At most {POINTS:,} images, drawn at random. "
-            "Classes that a run's settings leave out are grey; more than 20 classes have no legend."
+            f"L2-normalized backbone features of test images, {how}. At most {POINTS:,} images, drawn at random. "
+            "Classes that a run's settings leave out are gray; more than 20 classes have no legend."
         )
         parts.insert(0, Figures("Map of test features", panels, note))
     return Section("Features", parts)
@@ -236,13 +236,13 @@ def _map_panel(name: str, index: int, drawn: FeatureMap) -> Panel:
         palette = colormaps["tab10" if len(known) <= 10 else "tab20"].colors
     else:
         palette = colormaps["turbo"].resampled(len(known))(range(len(known)))
-    colours = {label: to_hex(colour) for label, colour in zip(known, palette, strict=False)}
-    order = np.argsort([label in colours for label in drawn.labels.tolist()], kind="stable")  # grey below the others
+    colors = {label: to_hex(color) for label, color in zip(known, palette, strict=False)}
+    order = np.argsort([label in colors for label in drawn.labels.tolist()], kind="stable")  # gray below the others
     picture = figures.scatter(
-        drawn.points[order], [colours.get(label, _GREY) for label in drawn.labels[order].tolist()], drawn.axes
+        drawn.points[order], [colors.get(label, _GRAY) for label in drawn.labels[order].tolist()], drawn.axes
     )
-    legend = [(drawn.classes[label], colour) for label, colour in colours.items()] if len(known) <= 20 else []
-    legend += [("other classes, or unlabelled", _GREY)] if len(colours) < len({*drawn.labels.tolist()}) else []
+    legend = [(drawn.classes[label], color) for label, color in colors.items()] if len(known) <= 20 else []
+    legend += [("other classes, or unlabeled", _GRAY)] if len(colors) < len({*drawn.labels.tolist()}) else []
     return Panel(f"{name}: {drawn.images}, {len(drawn.points):,} of {drawn.total:,}", picture, index, legend)
 
 

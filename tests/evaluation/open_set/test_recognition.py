@@ -14,8 +14,8 @@ from ssl_gradmix.evaluation.results import Row
 
 D = 6
 SCORES = [
-    *("knn_distance", "top_k_cosine", "top_k_cosine_divided", "nearest_class_mean", "nearest_class_mean_euclidean"),
-    *("mahalanobis", "relative_mahalanobis", "feature_norm", "vim", "max_softmax", "max_logit", "energy"),
+    *("knn_distance", "top_k_cosine", "top_k_cosine_divided", "ncm", "ncm_euclidean"),
+    *("mahalanobis", "rmd", "feature_norm", "vim", "msp", "max_logit", "energy"),
 ]
 
 
@@ -32,11 +32,11 @@ def value_of(rows, score, metric):
 def cloud():
     """Three known classes, numbered 2, 5 and 7, and one unknown; overlapping."""
     rng = np.random.default_rng(0)
-    centres = {2: 0, 5: 1, 7: 2, 4: 3}
+    centers = {2: 0, 5: 1, 7: 2, 4: 3}
     means = 1.5 * rng.normal(size=(4, D))
 
     def draw(labels):
-        features = means[[centres[label] for label in labels]] + rng.normal(size=(len(labels), D))
+        features = means[[centers[label] for label in labels]] + rng.normal(size=(len(labels), D))
         return torch.from_numpy(features).float(), torch.tensor(labels)
 
     train = draw([2] * 40 + [5] * 30 + [7] * 25)
@@ -124,18 +124,18 @@ def test_closed_set_accuracy_of_both_classifiers(cloud, detected):
 
 def test_what_lies_far_from_all_clusters_is_unknown():
     rng = torch.Generator().manual_seed(0)
-    centres = torch.tensor([[9.0, 0, 0], [0, 9, 0], [0, 0, 9]])
+    centers = torch.tensor([[9.0, 0, 0], [0, 9, 0], [0, 0, 9]])
     labels = torch.arange(3).repeat(30)
-    train = centres[labels] + 0.1 * torch.randn(90, 3, generator=rng), labels
+    train = centers[labels] + 0.1 * torch.randn(90, 3, generator=rng), labels
     test = torch.cat([train[0][:30] + 0.1, -train[0][:30]]), torch.arange(3).repeat(20)
     is_known = torch.arange(60) < 30
     settings = Settings(k=5)
     rows, _ = detect(fit(train, settings), train, test, is_known, settings, row)
-    for score in ("knn_distance", "top_k_cosine", "nearest_class_mean", "mahalanobis"):
+    for score in ("knn_distance", "top_k_cosine", "ncm", "mahalanobis"):
         assert [value_of(rows, score, metric) for metric in ("auroc", "oscr", "fpr95_id_pos")] == [1, 1, 0], score
 
 
-def test_neighbours_are_clamped_and_recorded():
+def test_neighbors_are_clamped_and_recorded():
     labels = np.array([3, 3, 8, 8, 8])
     train = torch.eye(5, 4) + torch.arange(5)[:, None], torch.from_numpy(labels)
     test = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([3, 8, 3, 1, 1, 2])

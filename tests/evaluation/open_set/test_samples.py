@@ -10,7 +10,7 @@ ARRAYS = {
     "is_known": np.array([True, True, False]),
     "correct": np.array([True, False, False]),
     "labels": np.array([3, 1, 40]),
-    "max_softmax": np.array([1.0, 1 - 1e-12, 0.3]),
+    "msp": np.array([1.0, 1 - 1e-12, 0.3]),
     "vim": np.array([0.1, -2.5, 1e-30]),
 }
 
@@ -81,7 +81,7 @@ def test_samples_of_some_of_the_groups_compare(samples):
     samples.check_comparable(Samples("theirs", samples.settings, {"trial0": "abc", "trial4": "ghi"}))
 
 
-def test_more_neighbours_than_there_are_may_not_be_asked_for():
+def test_more_neighbors_than_there_are_may_not_be_asked_for():
     labels = np.array([3, 3, 8, 8, 8])
     Settings().check(labels)  # 50 and 3, to be clamped
     Settings(k=5, top_k=2).check(labels)

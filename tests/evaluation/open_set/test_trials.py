@@ -197,11 +197,11 @@ def test_select_picks_what_a_loop_picks(same):
     trial = Trial(0, (4, 1), (0, 5))
     group = Group("trial0", trial, images, np.isin(images.labels, trial.unknown), {})
 
-    def labelled(part, offset):
+    def labeled(part, offset):
         return torch.arange(len(part)).float()[:, None] + offset, torch.from_numpy(part.labels)
 
     (features, labels), (tested, tested_labels), is_known = group.select(
-        labelled(train, 0), labelled(test, 100), labelled(images, 100 if same else 200)
+        labeled(train, 0), labeled(test, 100), labeled(images, 100 if same else 200)
     )
     assert features[:, 0].tolist() == [i for i, label in enumerate(train.labels) if label in (1, 4)]
     assert labels.tolist() == [label for label in train.labels if label in (1, 4)]

@@ -11,7 +11,7 @@ from ssl_gradmix.evaluation.metrics import roc_curve
 from ssl_gradmix.evaluation.report import figures
 
 
-def test_curves_go_through_their_points_in_the_colour_of_their_run():
+def test_curves_go_through_their_points_in_the_color_of_their_run():
     svg = figures.curves([figures.Line(0, [1, 2, 4], [0.1, 0.5, 0.3]), figures.Line(3, [1, 2], [0.2, 0.2])], "epoch")
     (first,), (second,) = (paths(svg, f"var(--run-{run})") for run in (0, 3))
     assert len(first) == 3

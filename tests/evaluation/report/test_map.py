@@ -47,9 +47,9 @@ def test_map_is_the_principal_components_of_directions(encoder_run):
     features, labels = extract(load_encoder(encoder_run), load(Data(size=16), "test"))
     directions = features.double().numpy()
     directions /= np.linalg.norm(directions, axis=1, keepdims=True)
-    centred = directions - directions.mean(0)
-    _, singular, axes = np.linalg.svd(centred, full_matrices=False)
-    expected = centred @ axes[:2].T
+    centered = directions - directions.mean(0)
+    _, singular, axes = np.linalg.svd(centered, full_matrices=False)
+    expected = centered @ axes[:2].T
     signs = np.sign((expected * drawn.points).sum(0))
     np.testing.assert_allclose(drawn.points, expected * signs, atol=1e-9)
     np.testing.assert_array_equal(drawn.labels, labels)
@@ -70,20 +70,20 @@ def test_map_reads_kept_features_and_draws_a_seeded_part(encoder_run, monkeypatc
     assert POINTS == 2000
 
 
-def test_map_in_the_page_shows_left_out_classes_in_grey(encoder_run):
+def test_map_in_the_page_shows_left_out_classes_in_gray(encoder_run):
     add_linear_probe(encoder_run)
     rows = json.loads((encoder_run / "eval" / "linear_probe.json").read_text())
     rows["data"] = {"name": "digits", "classes": ["3", "7"]}
     (encoder_run / "eval" / "linear_probe.json").write_text(json.dumps(rows))
     page, _ = report(encoder_run, map_method="pca")
     assert "encoded: digits/test, 359 of 359" in page.words
-    assert "3 7 other classes, or unlabelled" in page.words
+    assert "3 7 other classes, or unlabeled" in page.words
     (picture,) = [a["xlink:href"] for tag, a in page.elements if tag == "image"]
-    colours = Image.open(BytesIO(base64.b64decode(picture.split(",")[1]))).convert("RGBA")
-    pixels = np.asarray(colours).reshape(-1, 4)
-    grey = (pixels[:, :3] == (0x90, 0x99, 0xA5)).all(1) & (pixels[:, 3] > 100)
+    colors = Image.open(BytesIO(base64.b64decode(picture.split(",")[1]))).convert("RGBA")
+    pixels = np.asarray(colors).reshape(-1, 4)
+    gray = (pixels[:, :3] == (0x90, 0x99, 0xA5)).all(1) & (pixels[:, 3] > 100)
     blue = (pixels[:, :3] == (0x1F, 0x77, 0xB4)).all(1) & (pixels[:, 3] > 100)
-    assert grey.sum() > blue.sum() > 0
+    assert gray.sum() > blue.sum() > 0
 
 
 def test_map_never_downloads(encoder_run, tmp_path):

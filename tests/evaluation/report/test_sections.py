@@ -73,7 +73,7 @@ def test_open_set_numbers(runs):
         *([f"{names[score]}, OSCR", *over_trials(score, "oscr")] for score in SCORES),
         ["Linear probe, accuracy", *over_trials("linear", "accuracy")],
     ]
-    assert "On digits random:6 · 600 images · pretraining all classes, unlabelled." in page.words
+    assert "On digits random:6 · 600 images · pretraining all classes, unlabeled." in page.words
 
     everything = page.tables["All metrics of b"]
     metrics = ("auroc", "aupr_in", "aupr_out", "fpr95_id_pos", "fpr95_ood_pos", "oscr")
@@ -250,14 +250,14 @@ def test_a_run_evaluated_on_its_projector_alone(runs, tmp_path):
 
 
 def test_only_settings_that_differ_and_the_commit(tmp_path):
-    a = make_run(tmp_path / "a", 3, optimiser={"lr": 0.1, "clip": None})
-    b = make_run(tmp_path / "b", 3, optimiser={"lr": 0.1000001})
+    a = make_run(tmp_path / "a", 3, optimizer={"lr": 0.1, "clip": None})
+    b = make_run(tmp_path / "b", 3, optimizer={"lr": 0.1000001})
     add_linear_probe(a)
     page, _ = report(a, b)
     assert page.tables["Settings that differ, and the commit"] == [
         ["Setting", "a", "b"],
         ["environment.commit", "000000000003", "000000000003"],
-        ["optimiser.lr", "0.1", "0.1000001"],
+        ["optimizer.lr", "0.1", "0.1000001"],
     ]
     assert "Versions common to all: torch 2.9.0." in page.words
 

@@ -1,6 +1,6 @@
 """How many directions frozen features of the training images fill: RankMe, see `ssl_gradmix.evaluation.rank`.
 
-python benchmarks/evidence/effective_rank.py runs/x
+python benchmarks/evidence/rankme.py runs/x
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ class Options:
 
 
 def evaluate(evaluation: Evaluation, options: Options) -> None:
-    """Measures, and on the main process writes `effective_rank.json` and prints the number."""
-    from ssl_gradmix.evaluation.rank import effective_rank
+    """Measures, and on the main process writes `rankme.json` and prints the number."""
+    from ssl_gradmix.evaluation.rank import rankme
     from ssl_gradmix.evaluation.results import write_rows
 
     train = evaluation.load("train")
     features, _ = evaluation.features(train)
     if not evaluation.accelerator.is_main_process:
         return
-    rank = effective_rank(features)
-    row = evaluation.row("effective_rank", train, "rankme", "effective_rank", (rank, None, None), len(features))
-    write_rows(evaluation.out / "effective_rank.json", [row], evaluation.describe())
+    rank = rankme(features)
+    row = evaluation.row("rankme", train, "rankme", "rankme", (rank, None, None), len(features))
+    write_rows(evaluation.out / "rankme.json", [row], evaluation.describe())
     print(f"effective rank {rank:.1f} of {features.shape[1]}, {len(features)} images of {train.name}")
 
 

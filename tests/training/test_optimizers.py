@@ -10,8 +10,8 @@ from lightly.utils.lars import LARS
 from torch import nn
 
 from ssl_gradmix.methods.byol import BYOL
-from ssl_gradmix.settings import Optimiser
-from ssl_gradmix.training import optimisers
+from ssl_gradmix.settings import Optimizer
+from ssl_gradmix.training import optimizers
 
 
 class Backbone(nn.Module):
@@ -21,14 +21,14 @@ class Backbone(nn.Module):
 
 
 @pytest.mark.parametrize(("name", "kind"), [("sgd", torch.optim.SGD), ("lars", LARS), ("adamw", torch.optim.AdamW)])
-def test_norms_and_biases_are_not_decayed_and_the_teacher_is_left_out(name: str, kind: type) -> None:
+def test_norms_and_biases_are_not_decayed_and_the_target_network_is_left_out(name: str, kind: type) -> None:
     byol = BYOL(Backbone(), 4, hidden_dim=8, output_dim=4)
-    optimiser = optimisers.create(byol, Optimiser(name=name, weight_decay=0.3))
-    assert type(optimiser) is kind
-    decay = {id(p): group["weight_decay"] for group in optimiser.param_groups for p in group["params"]}
+    optimizer = optimizers.create(byol, Optimizer(name=name, weight_decay=0.3))
+    assert type(optimizer) is kind
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     for module_name, module in byol.named_modules():
         for parameter_name, parameter in module.named_parameters(recurse=False):
-            if module_name.startswith("teacher"):
+            if module_name.startswith("target_"):
                 assert id(parameter) not in decay
             else:
                 plain = parameter_name == "bias" or isinstance(module, nn.GroupNorm | nn.BatchNorm1d)
@@ -36,12 +36,12 @@ def test_norms_and_biases_are_not_decayed_and_the_teacher_is_left_out(name: str,
 
 
 def test_the_rate_scales_with_the_global_batch() -> None:
-    assert optimisers.peak_rate(Optimiser(lr=0.3), 1024) == pytest.approx(1.2)
+    assert optimizers.peak_rate(Optimizer(lr=0.3), 1024) == pytest.approx(1.2)
 
 
 def test_the_rate_warms_up_and_follows_a_cosine_by_step() -> None:
-    rates = [optimisers.rate(step, 100, 10, 2.0) for step in range(100)]
+    rates = [optimizers.rate(step, 100, 10, 2.0) for step in range(100)]
     assert rates[:10] == pytest.approx([0.2 * (step + 1) for step in range(10)])
     assert rates[10:] == pytest.approx([1 + math.cos(math.pi * done / 90) for done in range(90)])
-    assert optimisers.rate(0, 10, 0, 2.0) == 2.0
-    assert optimisers.rate(4, 5, 10, 2.0) == pytest.approx(1.0)  # stopped within the warm-up
+    assert optimizers.rate(0, 10, 0, 2.0) == 2.0
+    assert optimizers.rate(4, 5, 10, 2.0) == pytest.approx(1.0)  # stopped within the warm-up
