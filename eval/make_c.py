@@ -14,8 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from jsonargparse import ArgumentParser
-
 from ssl_gradmix import command_line
 from ssl_gradmix.settings import Data
 
@@ -48,7 +46,7 @@ class Options:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = ArgumentParser(description=__doc__, formatter_class=command_line.Formatter, exit_on_error=False)
+    parser = command_line.Parser(description=__doc__)
     parser.add_argument("--config", action=command_line.ConfigFile, help="YAML file of these options.")
     parser.add_class_arguments(Options)
     parser.add_class_arguments(Data, "data", skip={"classes", "open_set"})  # images keep their numbers, hence noise

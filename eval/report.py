@@ -12,18 +12,11 @@ import sys
 from collections.abc import Sequence
 from typing import Literal
 
-from jsonargparse import ArgumentParser
-
 from ssl_gradmix import command_line
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = ArgumentParser(
-        description=__doc__,
-        usage="%(prog)s RUN [RUN ...] [options]",
-        formatter_class=command_line.Formatter,
-        exit_on_error=False,
-    )
+    parser = command_line.Parser(description=__doc__, usage="%(prog)s RUN [RUN ...] [options]")
     parser.add_argument(
         "runs", type=str, nargs="+", help="Run folders, or folders of results; differences are to the first."
     )

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
-from torch import nn
+from torch import Tensor, nn
 
-from ssl_gradmix.files import read_json
+from ssl_gradmix.files import read_json, write_whole
 
 SMALL = ("resnet10_tiny", "resnet18_small", "resnet34_small", "resnet50_small")
 
@@ -33,6 +36,11 @@ _CONFIG = {
 }
 _ELSEWHERE = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_model_args", "checkpoint_path"}
 """Arguments of timm.create_model by which settings could have it read other weights, from any file or address."""
+
+_LARGEST = 4096
+"""Side of an image, in pixels, above which a description is not believed."""
+
+_REAL = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 
 default_cfgs = generate_default_cfgs(dict.fromkeys(SMALL, _CONFIG))
 
@@ -90,39 +98,116 @@ def create(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
     Args:
         name: Any timm model name, `resnet18_small` and its like included, or `local-dir:PATH` of a saved one.
-        pretrained: Load timm's published weights, which downloads them.
+        pretrained: Load timm's published weights, which downloads them, or those of the saved one.
         **kwargs: The model's own arguments, for instance `drop_path_rate=0.1`.
 
     Raises:
-        ValueError: A name that timm does not know (near names are given), arguments that the model does not take or
-            that point to weights, weights that are not to be had, or pickled ones in a folder.
+        ValueError: A name that timm does not know (near names are given), arguments that the model does not take, with
+            which it gives no such features, or that point to weights, weights that are not to be had, or pickled ones
+            in a folder.
     """
-    if found := sorted(_ELSEWHERE & kwargs.keys()):
-        raise ValueError(f"backbone.kwargs must not have {', '.join(found)}: no weights are read from elsewhere")
     kind, _, rest = name.partition(":")
-    if pretrained and kind == "local-dir" and not Path(rest, "model.safetensors").is_file():
+    folder, saved = Path(rest), {}
+    if kind == "local-dir":
+        architecture, _, saved = read_description(folder)
+        check_name(architecture)
+    else:
+        check_name(name)
+    if found := sorted(_ELSEWHERE & (saved | kwargs).keys()):
+        raise ValueError(f"backbone.kwargs must not have {', '.join(found)}: no weights are read from elsewhere")
+    weights = folder / "model.safetensors"
+    if pretrained and kind == "local-dir" and not weights.is_file():
         raise ValueError(f"backbone.pretrained: {rest!r} has no model.safetensors, and other weights are not read")
-    if ":" not in name and not timm.is_model(name.split(".")[0]):
+    try:
+        model = timm.create_model(name, pretrained=pretrained, num_classes=0, **kwargs)
+        if not hasattr(model, "num_features") or any(parameter.is_meta for parameter in model.parameters()):
+            raise TypeError("it would give no features (N, D)")
+    except Exception as error:  # models and weights fail in ways of their own
+        said = " ".join(str(error).split())[:300] or type(error).__name__
+        if pretrained and isinstance(error, RuntimeError | OSError | SafetensorError):
+            hint = "is it a backbone of that kind" if kind == "local-dir" else "is there a network, or leave it false"
+            raise ValueError(f"backbone.pretrained: no weights to be had for {name} ({said}); {hint}") from error
+        if kwargs:
+            raise ValueError(f"backbone.kwargs: {name} does not take {kwargs} ({said})") from error
+        raise ValueError(f"backbone.name: {name} cannot be created ({said})") from error
+    if pretrained and kind == "local-dir" and (odd := of_other_kinds(load_file(weights), model.state_dict())):
+        raise ValueError(f"backbone.pretrained: {weights} has numbers of another kind than the model: {odd[0]}")
+    model.model_args = saved | kwargs  # for `save`
+    return model
+
+
+def check_name(name: str) -> None:
+    """Refuses what is no model of timm's, with or without the tag of published weights.
+
+    Raises:
+        ValueError: It is none; near names, or the model's tags, are given.
+    """
+    if ":" in name:
+        raise ValueError(f"backbone.name must be one of timm's own models, got {name!r}")
+    model, _, _ = name.partition(".")
+    if not timm.is_model(model):
         near = difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0.4) or SMALL
         raise ValueError(f"backbone.name: timm knows no model {name!r}; near names are {', '.join(near)}")
     try:
-        model = timm.create_model(name, pretrained=pretrained, num_classes=0, **kwargs)
-        model.model_args = (_model_args(Path(rest)) if kind == "local-dir" else {}) | kwargs  # for `save`
-        return model
-    except TypeError as error:
-        raise ValueError(f"backbone.kwargs: {name} does not take {kwargs} ({error})") from error
-    except (RuntimeError, OSError, SafetensorError) as error:
-        if not pretrained:
-            raise
-        raise ValueError(
-            f"backbone.pretrained: no weights to be had for {name} ({error}); is there a network, or leave it false"
-        ) from error
+        timm.get_pretrained_cfg(name)
+    except RuntimeError:
+        tags = ", ".join(sorted(timm.list_models(f"{model}.*", pretrained=True))) or "none of that model"
+        raise ValueError(f"backbone.name: timm has no weights {name!r}, but {tags}") from None
 
 
-def _model_args(folder: Path) -> dict[str, Any]:
-    """The arguments that a saved model was created with, which timm merges with those given."""
-    described = read_json(folder / "config.json").get("model_args") or {}
-    return {name: value for name, value in described.items() if name != "num_classes"}
+def read_description(folder: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """What config.json says of a saved model, in timm's layout.
+
+    Returns:
+        Its architecture, how its images are prepared (timm's pretrained_cfg), and the arguments that it was created
+        with.
+
+    Raises:
+        FileNotFoundError: There is no config.json.
+        ValueError: It is damaged.
+    """
+    path = folder / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{folder} is no folder in timm's layout: it has no config.json")
+    described = read_json(path)
+    try:
+        architecture, cfg = str(described["architecture"]), described["pretrained_cfg"]
+        arguments = {key: value for key, value in (described.get("model_args") or {}).items() if key != "num_classes"}
+        preparation(cfg)
+    except KeyError as error:
+        raise ValueError(f"{path} is damaged: it has no {error}") from error
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    return architecture, cfg, arguments
+
+
+def preparation(cfg: dict[str, Any]) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
+    """Image size, mean and standard deviation from timm's pretrained_cfg.
+
+    Raises:
+        ValueError: They are not those of square color images. What is of another type, or missing, raises TypeError or
+            KeyError.
+    """
+    channels, height, width = cfg["input_size"]
+    if channels != 3 or height != width:
+        raise ValueError(f"input_size must be 3 channels of a square image, got {cfg['input_size']}")
+    if not isinstance(height, int) or not 1 <= height <= _LARGEST:
+        raise ValueError(f"input_size must be whole pixels up to {_LARGEST}, got {cfg['input_size']}")
+    mean, std = tuple(map(float, cfg["mean"])), tuple(map(float, cfg["std"]))
+    if len(mean) != 3 or len(std) != 3 or not all(map(math.isfinite, mean + std)) or min(std) <= 0:
+        raise ValueError(f"mean and std must be 3 numbers each, std above 0, got {mean} and {std}")
+    return height, mean, std
+
+
+def of_other_kinds(weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:
+    """Names of weights that torch would convert without a word: complex or 8-bit ones, whole ones for real ones."""
+
+    def kind(tensor: Tensor) -> str:
+        if tensor.dtype in _REAL:
+            return "real"
+        return "other" if tensor.is_complex() or tensor.is_floating_point() else "whole"
+
+    return [name for name in wanted if name in weights and kind(weights[name]) != kind(wanted[name])]
 
 
 def num_features(backbone: nn.Module) -> int:
@@ -133,14 +218,13 @@ def num_features(backbone: nn.Module) -> int:
 def save(backbone: nn.Module, folder: Path, image_size: int) -> None:
     """Writes config.json and model.safetensors in timm's own layout, for `timm.create_model("local-dir:FOLDER")`.
 
-    Each file is written under a temporary name and renamed, so that a reader never sees half of one.
+    Each file is written whole or not at all, so that a reader never sees half of one.
 
     Args:
         backbone: A timm model, from `create` where it was made with arguments of its own.
         folder: Created where it is not there.
         image_size: Side of the images it was trained on, in pixels.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     known = backbone.pretrained_cfg
     config = {
         "architecture": known["architecture"],
@@ -157,8 +241,10 @@ def save(backbone: nn.Module, folder: Path, image_size: int) -> None:
         "model_args": getattr(backbone, "model_args", {}),
     }
     weights = {name: tensor.detach().contiguous().cpu().clone() for name, tensor in backbone.state_dict().items()}
-    # safetensors' own save_file writes beside it, under a random name that a kill would leave behind for ever.
-    (folder / ".model.safetensors.tmp").write_bytes(to_bytes(weights, {"format": "pt"}))
-    (folder / ".config.json.tmp").write_text(json.dumps(config, indent=2) + "\n")
-    for name in ("model.safetensors", "config.json"):
-        os.replace(folder / f".{name}.tmp", folder / name)
+    described = json.dumps(config, indent=2) + "\n"
+    # The weights last: a folder that has them is whole. safetensors' own save_file writes beside it, under a random
+    # name that a kill would leave behind for ever.
+    write_whole(folder / "config.json", lambda temporary: temporary.write_text(described))
+    write_whole(
+        folder / "model.safetensors", lambda temporary: temporary.write_bytes(to_bytes(weights, {"format": "pt"}))
+    )

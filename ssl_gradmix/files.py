@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,12 +37,25 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         ValueError: It is no such YAML, holds no settings, is nested too deeply, or is no regular file.
     """
     try:
-        settings = yaml.load(_text(path), _PlainLoader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        settings = parse_yaml(_text(path))
+        json.dumps(settings, ensure_ascii=False).encode()  # neither sets nor bytes, nor halves of characters
+    except (yaml.YAMLError, ValueError, TypeError) as error:
         raise ValueError(f"{path} is damaged: {_one_line(error)}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{path} is damaged: it holds no settings")
     return settings
+
+
+def parse_yaml(text: str) -> Any:
+    """What YAML says, read as `read_yaml` reads it. Any JSON will do.
+
+    Raises:
+        yaml.YAMLError: It is no such YAML.
+    """
+    try:
+        return yaml.load(text, _PlainLoader)
+    except RecursionError as error:
+        raise yaml.YAMLError(_one_line(error)) from error
 
 
 def write_whole(path: str | Path, write: Callable[[Path], object]) -> None:
@@ -53,6 +67,7 @@ def write_whole(path: str | Path, write: Callable[[Path], object]) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)  # in a folder of strangers it may be a link to any file
     try:
         write(temporary)
         os.replace(temporary, path)
@@ -66,12 +81,34 @@ def printable(name: str) -> str:
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Builds numbers, texts, lists and dictionaries, each of what is written there."""
+    """Builds numbers, texts, lists and dictionaries, each of what is written there.
+
+    YAML 1.1 has numbers that do not look it, such as 010, which would be eight: they are texts here, as are dates.
+    """
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError(f"it has an alias, *{self.peek_event().anchor}: write out what it stands for")
         return super().compose_node(parent, index)
+
+
+_PlainLoader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in forms if tag.rpartition(":")[2] not in ("int", "float", "timestamp")]
+    for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for kind, form in (
+    ("int", r"[-+]?(0|[1-9][0-9]*)"),
+    ("sexagesimal", r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?"),
+    ("float", r"[-+]?(([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.inf)|\.nan"),
+):
+    _PlainLoader.add_implicit_resolver(f"tag:yaml.org,2002:{kind}", re.compile(f"(?:{form})$"), list("-+.0123456789"))
+
+
+def _refuse_sexagesimal(loader: yaml.Loader, node: yaml.ScalarNode) -> None:
+    raise yaml.YAMLError(f"{node.value} is a number to the base of 60 in YAML: put it in quotes where it is a text")
+
+
+_PlainLoader.add_constructor("tag:yaml.org,2002:sexagesimal", _refuse_sexagesimal)
 
 
 def _text(path: str | Path) -> str:

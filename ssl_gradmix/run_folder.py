@@ -94,6 +94,7 @@ class RunFolder:
     def _left_by_kills(self) -> list[Path]:
         """Files that a training began to write, and did not live to rename."""
         patterns = (".config.yaml.*tmp", ".log.jsonl.*tmp", ".projector.safetensors.*tmp", "samples/.*.png.*tmp")
+        patterns += ("backbone/.*.tmp",)
         return [left for pattern in patterns for left in self.path.glob(pattern)]
 
     def append_log(self, entry: dict[str, Any]) -> None:

@@ -10,6 +10,9 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+WIDEST = 65536
+"""Of a projector's layers: far above what is in use (8192), and far below what no memory holds."""
+
 
 def _require(holds: bool, name: str, value: object, wanted: str) -> None:
     if not holds:
@@ -119,9 +122,9 @@ class Backbone:
 
     Args:
         name: A timm model, or one of this project's small-image ResNets (3x3 stem, no max-pooling, for 32 px):
-            `resnet10_tiny`, `resnet18_small`, `resnet34_small`, `resnet50_small`.
+            `resnet10_tiny`, `resnet18_small`, `resnet34_small`, `resnet50_small`. Or `local-dir:PATH`, a saved one.
         kwargs: Keyword arguments of that model, for instance `{"drop_path_rate": 0.1}`.
-        pretrained: Start from timm's published weights (downloads them).
+        pretrained: Start from timm's published weights (downloads them), or from those of the saved one.
     """
 
     name: str = "resnet10_tiny"
@@ -130,7 +133,10 @@ class Backbone:
 
     def __post_init__(self) -> None:
         _require(
-            "pretrained" not in (self.kwargs or {}), "backbone.kwargs", self.kwargs, "without pretrained, a setting"
+            all(isinstance(key, str) and key not in ("name", "pretrained") for key in self.kwargs or {}),
+            "backbone.kwargs",
+            self.kwargs,
+            "without pretrained and name, which are settings, and name arguments",
         )
 
 
@@ -154,10 +160,9 @@ class SimCLRSettings:
 
     def __post_init__(self) -> None:
         _require_between("method.temperature", self.temperature, 0, open_low=True)
-        _require(
-            self.hidden_dim is None or self.hidden_dim >= 1, "method.hidden_dim", self.hidden_dim, "at least 1 or null"
-        )
-        _require_between("method.output_dim", self.output_dim, 1)
+        if self.hidden_dim is not None:
+            _require_between("method.hidden_dim", self.hidden_dim, 1, WIDEST)
+        _require_between("method.output_dim", self.output_dim, 1, WIDEST)
         _require_between("method.weight", self.weight, 0)
 
 
@@ -178,8 +183,8 @@ class BYOLSettings:
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        _require_between("method.hidden_dim", self.hidden_dim, 1)
-        _require_between("method.output_dim", self.output_dim, 1)
+        _require_between("method.hidden_dim", self.hidden_dim, 1, WIDEST)
+        _require_between("method.output_dim", self.output_dim, 1, WIDEST)
         _require_between("method.momentum", self.momentum, 0, 1)
         _require_between("method.weight", self.weight, 0)
 
@@ -249,7 +254,8 @@ class Training:
             _require_between(f"training.{name}", getattr(self, name), 1)
         _require_between("training.batch_size", self.batch_size, 2)
         _require(self.threads is None or self.threads >= 1, "training.threads", self.threads, "at least 1 or null")
-        for name in ("seed", "workers", "knn_every", "samples_every"):
+        _require_between("training.seed", self.seed, 0, 2**63 - 1)
+        for name in ("workers", "knn_every", "samples_every"):
             _require_between(f"training.{name}", getattr(self, name), 0)
         _require(
             self.batch_size % self.accumulate == 0,

@@ -74,7 +74,7 @@ def test_the_map_is_on_by_default_and_may_be_left_out(run, tmp_path):
         (["{run}/.."], "is no run"),
         (["{run}/../empty"], "nothing to report: no evaluation in .*empty; run eval/linear_probe.py"),
         (["{run}", "{run}"], "given twice"),
-        (["{run}", "--map", "umap"], 'Parser key "map": Expected a .* Got value: umap'),
+        (["{run}", "--map", "umap"], "map must be one of .*, got umap"),
         (["{run}", "--out", "{run}/config.yaml"], "config.yaml"),
         (["{run}", "--lables", "3"], "lables"),
         ([], "runs"),

@@ -12,6 +12,7 @@ import os
 import pickle
 import re
 import struct
+import subprocess
 import sys
 import zipfile
 import zlib
@@ -28,7 +29,7 @@ from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
-from support import load_script, make_run
+from support import ROOT, load_script, make_run
 
 from ssl_gradmix import backbones, command_line
 from ssl_gradmix.data.corruption_sets import make_c, read_cifar_c
@@ -273,29 +274,142 @@ def test_tags_in_a_run_that_is_evaluated_reported_or_resumed(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("value", ["hostile_module.f", "{class_path: hostile_module.C, init_args: {x: 1}}"])
-def test_settings_import_no_module(
-    recipe: Callable[..., int],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    value: str,
-    capsys: pytest.CaptureFixture[str],
+SCRIPTS = {
+    "recipes/simclr_gradmix.py": ("data", "augmentation", "backbone", "method", "optimizer", "training", "gradmix"),
+    "recipes/byol_gradmix.py": ("data", "augmentation", "backbone", "method", "optimizer", "training", "gradmix"),
+    "eval/linear_probe.py": ("data",),
+    "eval/osr.py": ("data",),
+    "eval/corruption.py": ("data",),
+    "eval/make_c.py": ("data",),
+}
+OTHER_FILES = {
+    "recipes/simclr_gradmix.py": (
+        *("data: other.yaml", "data: [this.C]", "data: null", "data: {class_path: this.C, init_args: {x: 1}}"),
+        *("gradmix: {attribution: this.C}", "gradmix: {attribution: {class_path: this.C}}", "environment: this.C"),
+        *("training: {epochs: {class_path: this.C}}", "training: {trackers: {class_path: this.C}}", "run: [this.C]"),
+        *("data: {classes: {class_path: this.C}}", "backbone: {kwargs: this.C}", "config: other.yaml"),
+    ),
+    "eval/osr.py": (
+        *("unknown: this.C", "unknown: [this.C]", "unknown: [{class_path: this.C}]", "unknown: [other.yaml]"),
+        *("unknown: {class_path: this.C}", "unknown: [[this.C]]", "trials: {class_path: this.C}"),
+    ),
+}
+FILES = [
+    (script, f"{section}: {text}")
+    for script, sections in SCRIPTS.items()
+    for section in sections
+    for text in ("this.C", "{class_path: this.C}")
+] + [(script, text) for script, texts in OTHER_FILES.items() for text in texts]
+OPTIONS = [
+    *((script, "data", "this.C") for script in SCRIPTS),
+    *(("recipes/simclr_gradmix.py", section, "this.C") for section in SCRIPTS["recipes/simclr_gradmix.py"]),
+    ("recipes/simclr_gradmix.py", "data", "other.yaml"),
+    ("recipes/simclr_gradmix.py", "data.class_path", "this.C"),
+    ("recipes/simclr_gradmix.py", "gradmix.attribution", "this.C"),
+    ("recipes/simclr_gradmix.py", "environment", "other.yaml"),
+    ("recipes/simclr_gradmix.py", "backbone.kwargs", "other.yaml"),
+    ("recipes/simclr_gradmix.py", "config", "training: this.C"),
+    ("eval/osr.py", "unknown", "this.C"),
+    ("eval/osr.py", "unknown", "[this.C]"),
+    ("eval/osr.py", "unknown", "other.yaml"),
+    ("eval/osr.py", "unknown.class_path", "this.C"),
+]
+
+
+@pytest.fixture
+def refused(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., str]]:
+    """Calls a script, which has to say in one line why not, and imports and writes nothing.
+
+    `this` is a module of the standard library that prints when it is imported.
+    """
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other.yaml").write_text("size: 64\n")
+
+    def call(script: str, *arguments: str) -> str:
+        main = load_script(script).main
+        if script.startswith("eval") and "make_c" not in script:
+            arguments = (str(run), *arguments)
+            assert main(arguments) == 2
+        else:
+            assert command_line.run(main, arguments) == 2
+        output = capsys.readouterr()
+        assert output.out == ""
+        (line,) = output.err.splitlines()
+        assert line.startswith("error: ")
+        return line
+
+    before = sorted(tmp_path.rglob("*"))
+    yield call
+    assert "this" not in sys.modules
+    assert sorted(path for path in tmp_path.rglob("*") if path.name != "c.yaml") == before
+    importlib.import_module("this")
+    assert "Zen" in capsys.readouterr().out
+    del sys.modules["this"]
+
+
+@pytest.mark.parametrize(("script", "text"), FILES)
+def test_a_file_of_settings_has_no_module_imported_and_no_other_file_read(
+    refused: Callable[..., str], script: str, text: str
 ) -> None:
-    """A function that attributes can be given in Python; its name in a file would have its module imported."""
-    trace = tmp_path / "imported"
-    (tmp_path / "hostile_module.py").write_text(
-        f"open({str(trace)!r}, 'w').close()\n"
-        "def f(activation, gradient): ...\n"
-        "class C:\n    def __init__(self, x: int): ...\n    def __call__(self, activation, gradient): ...\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "hostile.yaml").write_text(f"gradmix: {{attribution: {value}}}\n")
-    assert recipe("--config", "hostile.yaml") == 2
-    assert "gradmix.attribution" in refusal(capsys)
-    assert not trace.exists()
-    importlib.import_module("hostile_module")
-    sys.modules.pop("hostile_module")
-    assert trace.exists()
+    Path("c.yaml").write_text(text)
+    assert text.partition(":")[0] in refused(script, "--config", "c.yaml")
+
+
+@pytest.mark.parametrize(("script", "option", "value"), OPTIONS)
+def test_nor_does_an_option(refused: Callable[..., str], script: str, option: str, value: str) -> None:
+    refused(script, f"--{option}", value)
+
+
+def test_what_the_command_line_does_with_a_real_module(tmp_path: Path) -> None:
+    """`antigravity` opens a browser when it is imported."""
+    browser = tmp_path / "browser"
+    browser.write_text(f"#!/bin/sh\ntouch '{tmp_path / 'opened'}'\n")
+    browser.chmod(0o755)
+    (tmp_path / "c.yaml").write_text("training: {class_path: antigravity.C}")
+    command = [sys.executable, str(ROOT / "recipes/simclr_gradmix.py"), "--config", "c.yaml"]
+    environment = os.environ | {"BROWSER": f"{browser} %s"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert not (tmp_path / "opened").exists()
+    subprocess.run([sys.executable, "-c", "import antigravity"], env=environment, check=True)
+    assert (tmp_path / "opened").exists()
+
+
+def test_a_class_path_of_plain_values_is_one(recipe: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    """jsonargparse tries to import it in any dictionary, and says nothing where it could not."""
+    assert recipe("--backbone.kwargs", "{class_path: this.C}") == 2
+    assert "resnet10_tiny does not take {'class_path': 'this.C'}" in refusal(capsys)
+    assert "this" not in sys.modules
+
+
+@pytest.mark.parametrize("text", ["overwrite: true", "overwrite: false"])
+def test_no_file_of_settings_empties_a_folder(refused: Callable[..., str], text: str) -> None:
+    Path("c.yaml").write_text(text)
+    assert "overwrite is for the command line alone" in refused("recipes/byol_gradmix.py", "--config", "c.yaml")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["data: {name: mnist, root: new, download: true}", "{data.name: mnist, data.root: new, data.download: true}"],
+)
+def test_no_file_of_settings_starts_a_download(
+    recipe: Callable[..., int], run: Path, tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    main = load_script("recipes/simclr_gradmix.py").main
+    assert command_line.run(main, ["--config", "c.yaml"]) == 2
+    assert "mnist is not in data.root 'new': --data.download true fetches it" in refusal(capsys)
+    (run / "config.yaml").write_text("data: {name: mnist, root: new, download: true}")
+    assert evaluate(run) == 2
+    assert "mnist is not in data.root 'new': --data.download true fetches it" in refusal(capsys)
+    assert not (tmp_path / "new").exists()
+
+
+def test_pipes_are_not_waited_for(refused: Callable[..., str], tmp_path: Path) -> None:
+    os.mkfifo("c.yaml")
+    assert "c.yaml is damaged: it is no regular file" in refused("recipes/simclr_gradmix.py", "--config", "c.yaml")
 
 
 LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 30))
@@ -311,9 +425,24 @@ LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] *
         ("? [a]\n: b", "unhashable key"),
         ("- a", "it holds no settings"),
         ("a: \x00", "not allowed"),
+        ("a: 1:30", "1:30 is a number to the base of 60"),
+        ("a: !!set {b, c}", "type set is not JSON"),
+        ('a: "\\ud800"', "surrogates not allowed"),
         (b"\xff\xfe\x00", "codec can't decode"),
     ],
-    ids=["deep", "in itself", "growing", "several", "keys", "list", "control", "bytes"],
+    ids=[
+        "deep",
+        "in itself",
+        "growing",
+        "several",
+        "keys",
+        "list",
+        "control",
+        "base 60",
+        "set",
+        "half a character",
+        "bytes",
+    ],
 )
 def test_strange_yaml(tmp_path: Path, text: str | bytes, message: str) -> None:
     path = tmp_path / "config.yaml"
@@ -383,23 +512,57 @@ def test_arguments_that_would_read_from_elsewhere(run: Path, tmp_path: Path, pla
         {"architecture": "local-dir:../elsewhere"},
         {"architecture": "../../elsewhere"},
         {"architecture": ["resnet10t"]},
+        {"architecture": 5},
         {"model_args": {"channels": "many"}},
         {"model_args": {"block": "os.system"}},
         {"model_args": {"act_layer": "os.system"}},
+        {"model_args": {"output_stride": 3}},
+        {"model_args": {"features_only": True}},
+        {"model_args": {"device": "meta"}},
         {"model_args": [1]},
+        {"pretrained_cfg": []},
+        {"pretrained_cfg": {"input_size": "x", "mean": [0.5] * 3, "std": [0.5] * 3}},
         {"pretrained_cfg": {"input_size": [3, 10**9, 10**9], "mean": [0.5] * 3, "std": [0.5] * 3}},
         {"pretrained_cfg": {"input_size": [3, 32.5, 32.5], "mean": [0.5] * 3, "std": [0.5] * 3}},
         {"pretrained_cfg": {"input_size": [3, 0, 0], "mean": [0.5] * 3, "std": [0.5] * 3}},
         {"pretrained_cfg": {"input_size": [3, 32, 32], "mean": [1e999] * 3, "std": [0.5] * 3}},
         {"pretrained_cfg": {"input_size": [3, 32, 32], "mean": [float("nan")] * 3, "std": [0.5] * 3}},
         {"pretrained_cfg": {"input_size": [3, 32, 32], "mean": ["nan"] * 3, "std": ["inf"] * 3}},
+        {"pretrained_cfg": {"input_size": [3, 32, 32], "mean": [0.5] * 2, "std": [0.5] * 3}},
     ],
     ids=str,
 )
+@pytest.mark.filterwarnings("ignore:for .*. copying from a non-meta parameter")
 def test_strange_descriptions(run: Path, changes: dict) -> None:
     described(run, **changes)
     with pytest.raises(ValueError, match=r"config\.json (is damaged|describes no model): [^\n]+$"):
         load_encoder(run)
+    with pytest.raises(ValueError, match=r"^(.*config\.json is damaged|backbone\.(name|pretrained|kwargs))[^\n]+$"):
+        backbones.create(f"local-dir:{run / 'backbone'}", pretrained=True)
+
+
+@pytest.mark.filterwarnings("ignore:Casting complex values")
+@pytest.mark.parametrize("kind", [torch.complex64, torch.int64, torch.float8_e4m3fn])
+def test_weights_are_not_converted_from_other_kinds_of_numbers(run: Path, kind: torch.dtype) -> None:
+    path = run / "backbone" / "model.safetensors"
+    weights = load_file(path)
+    save_file(weights | {"conv1.weight": weights["conv1.weight"].to(kind)}, path)
+    with pytest.raises(ValueError, match=r"1 \(conv1.weight\) of another kind of number$"):
+        load_encoder(run)
+    with pytest.raises(ValueError, match=r"model\.safetensors has numbers of another kind .*: conv1.weight$"):
+        backbones.create(f"local-dir:{run / 'backbone'}", pretrained=True)
+
+
+def test_links_in_a_run_that_is_resumed_are_not_followed(tmp_path: Path) -> None:
+    mine = tmp_path / "bashrc"
+    mine.write_text("mine")
+    (tmp_path / "backbone").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        for left in (f".{name}.tmp", f".{name}.{os.getpid()}.tmp"):
+            (tmp_path / "backbone" / left).symlink_to(mine)
+    backbones.save(backbones.create("resnet10_tiny"), tmp_path / "backbone", image_size=32)
+    assert mine.read_text() == "mine"
+    assert load_encoder(f"local-dir:{tmp_path / 'backbone'}").size == 32
 
 
 # Files that lie about their size
@@ -556,6 +719,8 @@ def test_strange_json_is_named_wherever_it_is_read(
     (run / "backbone" / "config.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"config\.json is damaged: [^\n]+$"):
         load_encoder(run)
+    with pytest.raises(ValueError, match=r"config\.json is damaged: [^\n]+$"):
+        backbones.create(f"local-dir:{run / 'backbone'}", pretrained=True)
 
     (tmp_path / "meta.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"meta\.json is damaged"):

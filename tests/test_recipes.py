@@ -77,8 +77,10 @@ def small(folder: Path) -> list[str]:
 
 
 BAD = {
-    "unknown data set": (["--data.name", "imagenet22k"], "data.name.*Expected .*'digits'.* Got value: imagenet22k"),
+    "unknown data set": (["--data.name", "imagenet22k"], "data.name must be one of 'digits', .*, got imagenet22k"),
     "unknown option": (["--trainin.epochs", "3"], r"(?i)unrecognized arguments: --trainin.epochs"),
+    "cut short": (["--training.epoch", "3"], r"unrecognized arguments: --training.epoch"),
+    "no list": (["--gradmix.layers", "layer3"], r"gradmix.layers must be a list such as \[a, b\] or null, got layer3$"),
     "unknown backbone": (["--backbone.name", "resnet1812"], "timm knows no model 'resnet1812'; near names are resnet"),
     "backbone's arguments": (
         ["--backbone.kwargs", "{depth: 3}"],

@@ -11,7 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 
 from ssl_gradmix import command_line
 from ssl_gradmix.settings import Data
@@ -57,12 +57,7 @@ def main(evaluate: Callable[..., None], options: type, description: str, argv: S
     Returns:
         The exit status: 0, or 2 with one line on stderr for bad input.
     """
-    parser = ArgumentParser(
-        description=description,
-        usage="%(prog)s ENCODER [options]",
-        formatter_class=command_line.Formatter,
-        exit_on_error=False,
-    )
+    parser = command_line.Parser(description=description, usage="%(prog)s ENCODER [options]")
     parser.add_argument("--config", action=command_line.ConfigFile, help="YAML file of these options.")
     parser.add_class_arguments(Subject, as_positional=True)
     parser.add_class_arguments(Data, "data")
@@ -78,7 +73,7 @@ def main(evaluate: Callable[..., None], options: type, description: str, argv: S
     return command_line.run(parse_and_evaluate, argv)
 
 
-def _resolve(parser: ArgumentParser, given: Namespace) -> tuple[Any, Namespace]:
+def _resolve(parser: command_line.Parser, given: Namespace) -> tuple[Any, Namespace]:
     """Fills in what was not given: the data from the run's config, the rest from the defaults."""
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
@@ -113,6 +108,9 @@ def _data(given: Namespace, of_run: dict) -> dict:
     given = vars(given)
     if given.get("name", of_run.get("name")) != of_run.get("name"):
         return given
+    left_out = {"download"}  # a run, which may be somebody else's, starts none
+    if of_run.get("name") == "digits":
+        left_out |= {"root"}  # which earlier versions wrote, though digits have none
     if {"classes", "open_set"} & given.keys():
-        of_run = {name: value for name, value in of_run.items() if name not in ("classes", "open_set")}
-    return of_run | given
+        left_out |= {"classes", "open_set"}
+    return {name: value for name, value in of_run.items() if name not in left_out} | given

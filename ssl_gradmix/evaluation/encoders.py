@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import math
+import logging
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -14,11 +15,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ssl_gradmix.files import read_json, read_yaml
+from ssl_gradmix.files import read_yaml
+
+logger = logging.getLogger("ssl_gradmix")
 
 _PICKLED = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".tar")
-_LARGEST = 4096
-"""Side of an image, in pixels, above which a description is not believed."""
+_NUMBERED = (
+    "; names that begin with numbers are those of nn.Sequential(*list(model.children())[:-1]): load them into that, "
+    "and save model.state_dict()"
+)
 
 _OF_ANY_MODULE = frozenset(vars(nn.Module()))
 """Attributes that say nothing of what a module does: whether it is training, and its hooks."""
@@ -146,20 +151,13 @@ def _from_folder(
     folder: Path, image_size: int | None, name: str, run: Path | None = None, config: dict | None = None
 ) -> Encoder:
     """Builds what timm's config.json describes and loads model.safetensors, strictly, which timm itself does not."""
-    description = folder / "config.json"
-    if not description.exists():
-        raise FileNotFoundError(f"{folder} is no folder in timm's layout: it has no config.json")
-    described = read_json(description)
-    try:
-        architecture, cfg = str(described["architecture"]), described["pretrained_cfg"]
-        kwargs = {key: value for key, value in (described.get("model_args") or {}).items() if key != "num_classes"}
-        _preparation(cfg)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{description} is damaged: {_one_line(error)}") from error
+    from ssl_gradmix import backbones
+
+    architecture, cfg, kwargs = backbones.read_description(folder)
     try:
         model = _create(architecture, **kwargs)
-    except Exception as error:  # models fail in ways of their own on arguments that mean nothing
-        raise ValueError(f"{description} describes no model: {_one_line(error)}") from error
+    except (TypeError, ValueError) as error:  # TypeErrors are of arguments called name or pretrained
+        raise ValueError(f"{folder / 'config.json'} describes no model: {error}") from error
     _load(model, folder / "model.safetensors")
     return _encoder(model, cfg, image_size, name, run, config)
 
@@ -173,8 +171,7 @@ def _from_file(architecture: str, weights: Path) -> nn.Module:
 def _create(architecture: str, **kwargs: object) -> nn.Module:
     from ssl_gradmix import backbones
 
-    if ":" in architecture:
-        raise ValueError(f"the architecture must be one of timm's own models, got {architecture!r}")
+    backbones.check_name(architecture)
     return backbones.create(architecture, False, **kwargs)  # which arguments called pretrained would make a download
 
 
@@ -182,13 +179,10 @@ def _published(name: str) -> nn.Module:
     """Lets timm load its own weights, but in safetensors only: its fallback is a pickle."""
     import timm
 
-    if ":" in name or not timm.is_model(name):
-        _create(name)  # raises, with near names
-    try:
-        published = timm.get_pretrained_cfg(name)
-    except RuntimeError:
-        tags = sorted(timm.list_models(f"{name.split('.')[0]}.*", pretrained=True))
-        raise ValueError(f"timm has no weights {name!r}, but {', '.join(tags) or 'none of that model'}") from None
+    from ssl_gradmix import backbones
+
+    backbones.check_name(name)
+    published = timm.get_pretrained_cfg(name)
     if published is None or not published.hf_hub_id:
         raise ValueError(f"timm publishes no safetensors for {name!r}: give a safetensors file as weights")
     try:
@@ -204,21 +198,39 @@ def _published(name: str) -> nn.Module:
 
 def _load(model: nn.Module, path: Path) -> None:
     """Loads a safetensors file into a model without classification head; every weight must fit."""
-    weights = _read_safetensors(path)
+    from ssl_gradmix.backbones import of_other_kinds
+
+    wanted = model.state_dict()
+    weights = _without_prefix(_read_safetensors(path), wanted, path)
     heads = model.pretrained_cfg.get("classifier") or ()
     heads = (heads,) if isinstance(heads, str) else heads
     weights = {key: value for key, value in weights.items() if key.rpartition(".")[0] not in heads}
-    wanted = model.state_dict()
-    missing = [key for key in wanted if key not in weights]
-    unexpected = [key for key in weights if key not in wanted]
-    misshapen = [key for key in wanted if key in weights and weights[key].shape != wanted[key].shape]
-    if missing or unexpected or misshapen:
-        kinds = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
-        raise ValueError(
-            f"{path} does not fit the model: "
-            + "; ".join(f"{_some(keys)} {kind}" for kind, keys in kinds.items() if keys)
-        )
+    kinds = {
+        "missing": [key for key in wanted if key not in weights],
+        "unexpected": [key for key in weights if key not in wanted],
+        "of another shape": [key for key in wanted if key in weights and weights[key].shape != wanted[key].shape],
+        "of another kind of number": of_other_kinds(weights, wanted),
+    }
+    if any(kinds.values()):
+        misfits = "; ".join(f"{_some(keys)} {kind}" for kind, keys in kinds.items() if keys)
+        numbered = not wanted.keys() & weights.keys() and any(re.match(r"(.+\.)?0\.", key) for key in weights)
+        raise ValueError(f"{path} does not fit the model: {misfits}{_NUMBERED if numbered else ''}")
     model.load_state_dict(weights)
+
+
+def _without_prefix(weights: dict[str, Tensor], wanted: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The weights of a model that others hold as a part of theirs, under `backbone.` or the like."""
+    if wanted.keys() & weights.keys():
+        return weights
+    first = next(iter(wanted))
+    prefixes = [key.removesuffix(first) for key in weights if key.endswith(f".{first}")]
+    prefixes = [prefix for prefix in prefixes if all(prefix + key in weights for key in wanted)]
+    if len(prefixes) > 1:
+        raise ValueError(f"{path} holds several such models, under {' and '.join(prefixes)}: keep the weights of one")
+    if not prefixes:
+        return weights
+    logger.info("%s: the weights under %s are read", path, prefixes[0])
+    return {key.removeprefix(prefixes[0]): value for key, value in weights.items() if key.startswith(prefixes[0])}
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -246,25 +258,14 @@ def _encoder(
     run: Path | None = None,
     config: dict | None = None,
 ) -> Encoder:
-    size, mean, std = _preparation(cfg)
+    from ssl_gradmix.backbones import preparation
+
+    size, mean, std = preparation(cfg)
     if image_size is not None and image_size != size:
         size = image_size
         if hasattr(model, "set_input_size"):
             model.set_input_size(img_size=size)
     return Encoder(model, size, mean, std, name, run, config)
-
-
-def _preparation(cfg: dict) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
-    """Image size, mean and standard deviation from timm's pretrained_cfg."""
-    channels, height, width = cfg["input_size"]
-    if channels != 3 or height != width:
-        raise ValueError(f"input_size must be 3 channels of a square image, got {cfg['input_size']}")
-    if not isinstance(height, int) or not 1 <= height <= _LARGEST:
-        raise ValueError(f"input_size must be whole pixels up to {_LARGEST}, got {cfg['input_size']}")
-    mean, std = tuple(map(float, cfg["mean"])), tuple(map(float, cfg["std"]))
-    if len(mean) != 3 or len(std) != 3 or not all(map(math.isfinite, mean + std)) or min(std) <= 0:
-        raise ValueError(f"mean and std must be 3 numbers each, std above 0, got {mean} and {std}")
-    return height, mean, std
 
 
 def _fingerprint(model: nn.Module) -> str:

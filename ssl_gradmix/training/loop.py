@@ -61,7 +61,8 @@ def check_images(method: nn.Module, size: int, device: torch.device) -> None:
             method(views)
     except (AssertionError, RuntimeError) as error:
         raise ValueError(
-            f"data.size, backbone.name: the method does not run on images of {size}x{size} ({error})"
+            f"data.size, backbone.name: the method does not run on images of {size}x{size} ({error}); "
+            f"a vision transformer is made for them by --backbone.kwargs '{{img_size: {size}}}'"
         ) from error
     finally:
         method.train()

@@ -109,6 +109,35 @@ class TestWeights:
         ):
             load_encoder("timm:resnet10_tiny", weights=tmp_path / "w.safetensors")
 
+    @pytest.mark.parametrize("prefix", ["backbone.", "module.", "student.backbone."])
+    def test_of_a_part_of_another_model(self, tmp_path, backbone, prefix, caplog):
+        weights = {f"{prefix}{key}": value for key, value in backbone.state_dict().items()}
+        save_file(weights | {"head.weight": torch.ones(2)}, tmp_path / "w.safetensors")
+        with caplog.at_level("INFO"):
+            encoder = load_encoder("timm:resnet10_tiny", weights=tmp_path / "w.safetensors")
+        assert torch.equal(encoder.model(IMAGES), backbone(IMAGES))
+        assert f"the weights under {prefix} are read" in caplog.text
+
+    def test_of_two_parts_are_not_guessed(self, tmp_path, backbone):
+        own = backbone.state_dict()
+        weights = {f"{part}.{key}": own[key].clone() for part in ("student", "teacher") for key in own}
+        save_file(weights, tmp_path / "w.safetensors")
+        with pytest.raises(ValueError, match=r"several such models, under (student\.|teacher\.) and"):
+            load_encoder("timm:resnet10_tiny", weights=tmp_path / "w.safetensors")
+
+    @pytest.mark.parametrize("prefix", ["", "backbone."])
+    def test_of_numbered_modules_say_how_to_name_them(self, tmp_path, prefix):
+        model = perturbed(timm.create_model("resnet10t"))
+        numbered = torch.nn.Sequential(*list(model.children())[:-1])
+        save_file({f"{prefix}{key}": value for key, value in numbered.state_dict().items()}, tmp_path / "w.safetensors")
+        with pytest.raises(ValueError, match=r"nn\.Sequential.* save model\.state_dict\(\)$"):
+            load_encoder("timm:resnet10t", weights=tmp_path / "w.safetensors")
+        again = timm.create_model("resnet10t")  # what the message says
+        torch.nn.Sequential(*list(again.children())[:-1]).load_state_dict(numbered.state_dict())
+        save_file(again.state_dict(), tmp_path / "named.safetensors")
+        encoder = load_encoder("timm:resnet10t", weights=tmp_path / "named.safetensors")
+        assert torch.equal(encoder.model(IMAGES), model.forward_head(model.forward_features(IMAGES), pre_logits=True))
+
     def test_many_misfits_are_cut_short(self, tmp_path, backbone):
         save_file({"x": torch.zeros(1)}, tmp_path / "w.safetensors")
         with pytest.raises(ValueError, match=r"\d\d \(conv1.weight, bn1.weight, bn1.bias, ...\) missing; 1 \(x\)"):
