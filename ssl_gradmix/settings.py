@@ -38,13 +38,13 @@ class Data:
     Args:
         name: `digits` (in scikit-learn, nothing to download), `cifar10`, `cifar100`, `svhn`, `mnist`, `stl10` (by
             torchvision), or `folder`.
-        root: Folder of the images. For `folder`: `root/train/<class>/*` and `root/test/<class>/*`, or `root/<class>/*`
-            (split by `test_fraction`), or images without class folders (unlabeled). For the named sets: where
-            torchvision keeps its files.
+        root: Folder of the images. For `folder`: `root/train/<class>/*` and `root/test/<class>/*` (or `val/`), or
+            `root/<class>/*` (split by `test_fraction`), or images without class folders (unlabeled). For torchvision's
+            sets: where it keeps its files, null for `data`. `digits` has none.
         size: Side of the square images that the encoder sees, in pixels.
-        download: Let torchvision download a named set that is not in `root`.
-        classes: Use only these classes, by name or by number (a name wins), such as the known ones of an open-set
-            split. Null uses all.
+        download: Let torchvision download a set of its own that is not in `root`.
+        classes: Use only these classes, by name or by number (a name wins; quote names that are numbers, such as
+            `'01'`), for instance the known ones of an open-set split. Null uses all.
         open_set: Use only the known classes of an open-set trial: `cifar10:2` is trial 2 of the literature's five,
             `random:6:0` draws six classes with seed 0. Not together with `classes`.
         test_fraction: Share of each class held out as test images, for folders that have no train/ and test/.
@@ -54,17 +54,39 @@ class Data:
     """
 
     name: Literal["digits", "cifar10", "cifar100", "svhn", "mnist", "stl10", "folder"] = "digits"
-    root: str = "data"
+    root: str | None = None
     size: int = 32
     download: bool = False
-    classes: list[int | str] | None = None
+    classes: list[str | int] | None = None  # text first: tried the other way round, '01' becomes 1
     open_set: str | None = None
     test_fraction: float = 0.2
     split_seed: int = 0
     broken: Literal["stop", "skip"] = "stop"
 
     def __post_init__(self) -> None:
-        _require_between("data.size", self.size, 8)
+        _require_between("data.size", self.size, 8, 4096)
+        _require(
+            self.root is None or bool(self.root.strip()),
+            "data.root",
+            self.root,
+            "a folder (a variable of the shell that is not set gives none)",
+        )
+        if self.name == "digits":
+            _require(
+                self.root is None,
+                "data.root",
+                self.root,
+                "left out where data.name is digits, which has no files: remove it, or add --data.name folder to read "
+                "a folder of images",
+            )
+        elif self.name == "folder":
+            _require(self.root is not None, "data.root", self.root, "given where data.name is folder")
+        _require(
+            not self.download or self.name not in ("digits", "folder"),
+            "data.download",
+            self.download,
+            f"left out where data.name is {self.name}, as there is nothing to download",
+        )
         _require_between("data.test_fraction", self.test_fraction, 0, 0.9, open_low=True)
         _require(
             self.classes is None or self.open_set is None,
@@ -79,9 +101,9 @@ class Augmentation:
     """The random changes that make views of an image. The same settings hold on the device and in workers.
 
     Args:
-        where: `device` makes the views of a batch at once where the encoder runs (kornia), `workers` image by image in
-            loader processes (lightly's transforms), `auto` takes the device where the decoded training images fit in 4
-            GiB.
+        where: `device` makes the views of a batch where the encoder runs, from images that stay there, `workers` image
+            by image in loader processes (lightly's transforms). Both crop from the whole image at its own resolution.
+            `auto` takes the device where the training images fit in 4 GiB, decoded.
         min_scale: Smallest share of the image's area that a random resized crop keeps, in (0, 1].
         flip: Probability of a horizontal flip. Null is 0.5; on the command line, where it is the default, it is 0 for
             `digits`, `mnist` and `svhn`: mirror images of digits are none.

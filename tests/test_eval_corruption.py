@@ -445,7 +445,7 @@ def test_a_baseline_of_other_images_or_corruptions(run, tmp_path, capsys):
         ("--out {new} --corruptions [smog]", "unknown corruption 'smog'"),
         ("--out {new} --seed -1", "seed must be 0 or larger, got -1"),
         ("--out {new} --workers 0", "workers must be at least 1 or null, got 0"),
-        ("--out {new} --data.size 4", "data.size must be at least 8, got 4"),
+        ("--out {new} --data.size 4", "data.size must be at least 8 and at most 4096, got 4"),
         ("--out {new} --data.name folder --data.root {full}", "images without label"),
         ("--out {full}", "must be a new or empty folder, or one that make_c wrote"),
     ],

@@ -174,7 +174,7 @@ def test_options_may_come_from_a_file(run, tmp_path):
         (["{run}", "--feature", "logits"], "feature must be one of 'backbone', 'projector', got logits"),
         (["timm:resnet1o", "--out", "{run}/eval"], "knows no model 'resnet1o'"),
         (["{run}", "--data.name", "cifar11"], "data.name must be one of .*, got cifar11"),
-        (["{run}", "--data.size", "2"], "data.size must be at least 8, got 2"),
+        (["{run}", "--data.size", "2"], "data.size must be at least 8 and at most 4096, got 2"),
         (["{run}", "--data.classes", "[ten]"], "data.classes has 'ten'"),
         (["{run}", "--data.classes", "[4]"], r"digits/train must have .* at least two classes, got \['4'\]"),
         (["{run}", "--data.name", "mnist", "--data.root", "{run}"], "mnist is not in data.root"),

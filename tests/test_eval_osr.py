@@ -272,7 +272,10 @@ def test_projectors_compare_with_projectors(run, tmp_path, capsys):
         (["--unknown.name", "digits"], "unknown: digits/test has images of the known classes"),
         (["--unknown.name", "mnist", "--unknown.root", "{run}"], "unknown: mnist is not in data.root"),
         (["--unknown.name", "folder", "--unknown.root", "{empty}"], "unknown: no image in the folder '.*empty'"),
-        (["--unknown.name", "folder", "--protocol", "random"], "unknown goes with protocol cifar"),
+        (
+            ["--unknown.name", "folder", "--unknown.root", "x", "--protocol", "random"],
+            "unknown goes with protocol cifar",
+        ),
         (["--compare", "{run}"], "there is no .*/eval/osr_samples.safetensors: evaluate that run in the same"),
         (["--data.name", "folder", "--data.root", "{flat}"], "has no labels"),
     ],

@@ -1,7 +1,8 @@
 """Random views of images: batch by batch on the device, or image by image in loader workers.
 
-Both follow the same settings and the same chain, SimCLR's [0] with BYOL's [1] solarization: random resized crop,
-horizontal flip, color jitter, gray, Gaussian blur, solarization (second view only), normalization.
+Both follow the same settings and the same chain, SimCLR's [0] with BYOL's [1] solarization: random resized crop of the
+whole image at its own resolution, horizontal flip, color jitter, gray, Gaussian blur, solarization (second view only),
+normalization.
 
 - [0]: SimCLR, 2020, https://arxiv.org/abs/2002.05709
 - [1]: BYOL, 2020, https://arxiv.org/abs/2006.07733
@@ -30,7 +31,9 @@ SOLARIZE_FROM = 128 / 255
 """Solarization inverts values from here on (Pillow's default)."""
 
 _CROP_TRIES = 10
-_CPU_CHUNK = 64  # images at a time: their intermediate results stay in the processor's cache, which saves a third
+_CPU_PIXELS, _DEVICE_PIXELS = 2**16, 2**26
+"""So many pixels of a batch are worked on at a time: on a CPU the intermediate results then stay in its cache, which
+saves a third, and elsewhere they stay within a few GiB, whatever the size of the images."""
 
 
 class Draws(NamedTuple):
@@ -84,32 +87,32 @@ class DeviceViews(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
     @torch.no_grad()
-    def forward(self, images: Tensor, n_views: int) -> list[Tensor]:
+    def forward(self, images: Tensor | Sequence[Tensor], n_views: int) -> list[Tensor]:
         """Draws `n_views` views of every image.
 
         Args:
-            images: uint8 (N, 3, H, W), on this module's device.
+            images: uint8 (N, 3, H, W), or N of (3, H, W) each of its own size, on this module's device.
             n_views: How many; only the second (index 1) is ever solarized.
 
         Returns:
             `n_views` float32 tensors (N, 3, size, size), normalized.
 
         Raises:
-            ValueError: The images are not uint8 (N, 3, H, W).
+            ValueError: A tensor is not uint8 (N, 3, H, W).
         """
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+        if isinstance(images, Tensor) and (images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3):
             raise ValueError(f"images must be uint8 (N, 3, H, W), got {images.dtype} {tuple(images.shape)}")
-        with torch.autocast(images.device.type, enabled=False):
+        with torch.autocast(images[0].device.type, enabled=False):
             return [self.apply_draws(images, self.draw(images, second=view == 1)) for view in range(n_views)]
 
-    def draw(self, images: Tensor, second: bool) -> Draws:
+    def draw(self, images: Tensor | Sequence[Tensor], second: bool) -> Draws:
         """Draws the random numbers of one view, on the CPU."""
         settings, n = self.augmentation, len(images)
         strengths = torch.tensor([settings.brightness, settings.contrast, settings.saturation, settings.hue])
         chances = [settings.flip, settings.jitter, settings.gray, settings.blur, settings.solarize if second else 0.0]
         flip, jittered, gray, blur, solarize = (torch.rand(n, 5) < torch.tensor(chances)).float().split(1, dim=1)
         return Draws(
-            boxes=crop_boxes(n, images.shape[-2], images.shape[-1], settings.min_scale),
+            boxes=crop_boxes(_extents(images), settings.min_scale),
             flip=flip,
             jitter=torch.empty(n, 4).uniform_(-1, 1) * strengths * jittered,
             gray=gray,
@@ -119,19 +122,26 @@ class DeviceViews(nn.Module):
             order=torch.randperm(4).tolist(),
         )
 
-    def apply_draws(self, images: Tensor, draws: Draws) -> Tensor:
+    def apply_draws(self, images: Tensor | Sequence[Tensor], draws: Draws) -> Tensor:
         """Makes the view that `draws` describe, float32 (N, 3, size, size)."""
         *tensors, order = draws
-        chunk = _CPU_CHUNK if images.device.type == "cpu" else len(images)
-        parts = zip(images.split(chunk), *(numbers.split(chunk) for numbers in tensors), strict=True)
-        return torch.cat([self._augment(part, Draws(*numbers, order)) for part, *numbers in parts])
+        # Images of different sizes are cropped one by one: what is worked on together are their views.
+        of_image = images.shape[-2] * images.shape[-1] if isinstance(images, Tensor) else 0
+        limit = _CPU_PIXELS if images[0].device.type == "cpu" else _DEVICE_PIXELS
+        chunk = max(1, limit // max(of_image, self.size**2))
+        parts = (slice(start, start + chunk) for start in range(0, len(images), chunk))
+        return torch.cat(
+            [self._augment(images[part], Draws(*(numbers[part] for numbers in tensors), order)) for part in parts]
+        )
 
-    def _augment(self, images: Tensor, draws: Draws) -> Tensor:
+    def _augment(self, images: Tensor | Sequence[Tensor], draws: Draws) -> Tensor:
         settings = self.augmentation
-        packed = torch.cat(draws[:6], dim=1).to(images.device, non_blocking=True)  # one copy in place of six
+        packed = torch.cat(draws[:6], dim=1).to(images[0].device, non_blocking=True)  # one copy in place of six
         boxes, flip, jitter, *masks = packed.split([4, 1, 4, 1, 1, 1], dim=1)
         gray, blur, solarize = (mask.view(-1, 1, 1, 1) for mask in masks)
-        views = resized_crop(images, boxes, flip, self.size).div_(255)
+        # Images of different sizes are cut by boxes that lie on the CPU: nothing waits for the device.
+        where = (boxes, flip) if isinstance(images, Tensor) else (draws.boxes, draws.flip)
+        views = resized_crop(images, *where, self.size).div_(255)
         views = color_jitter(views, jitter, draws.order)
         # lerp with a weight of 0 or 1 chooses as torch.where does, in a fraction of its time on the CPU.
         if settings.gray > 0:
@@ -143,7 +153,14 @@ class DeviceViews(nn.Module):
         return views.sub_(self.mean).div_(self.std)
 
 
-def crop_boxes(n: int, height: int, width: int, min_scale: float) -> Tensor:
+def _extents(images: Tensor | Sequence[Tensor]) -> Tensor:
+    """Height and width of each image, (N, 2), on the CPU."""
+    if isinstance(images, Tensor):
+        return torch.tensor(images.shape[-2:]).expand(len(images), 2)
+    return torch.tensor([image.shape[-2:] for image in images])
+
+
+def crop_boxes(extents: Tensor, min_scale: float) -> Tensor:
     """Draws crops as torchvision's `RandomResizedCrop` does.
 
     The area is uniform in [min_scale, 1] of the image's, the logarithm of the aspect ratio in [log 3/4, log 4/3]. The
@@ -151,41 +168,50 @@ def crop_boxes(n: int, height: int, width: int, min_scale: float) -> Tensor:
     such a ratio.
 
     Args:
-        n: How many.
-        height: Of the images, in pixels.
-        width: Likewise.
+        extents: (N, 2), height and width of each image in pixels.
         min_scale: In (0, 1].
 
     Returns:
-        (n, 4), top, left, height and width in whole pixels.
+        (N, 4), top, left, height and width in whole pixels.
     """
+    n = len(extents)
+    height, width = extents.float().split(1, dim=1)
     area = height * width * torch.empty(n, _CROP_TRIES).uniform_(min_scale, 1)
     ratio = torch.empty(n, _CROP_TRIES).uniform_(math.log(3 / 4), math.log(4 / 3)).exp()
     heights, widths = (area / ratio).sqrt().round(), (area * ratio).sqrt().round()
     fits = (heights >= 1) & (heights <= height) & (widths >= 1) & (widths <= width)
     found, first = fits.any(1, keepdim=True), fits.int().argmax(1, keepdim=True)
-    box_height = torch.where(found, heights.gather(1, first), min(height, round(width * 4 / 3)))
-    box_width = torch.where(found, widths.gather(1, first), min(width, round(height * 4 / 3)))
+    box_height = torch.where(found, heights.gather(1, first), torch.minimum(height, (width * 4 / 3).round()))
+    box_width = torch.where(found, widths.gather(1, first), torch.minimum(width, (height * 4 / 3).round()))
     top = torch.where(found, torch.rand(n, 1) * (height - box_height + 1), (height - box_height) / 2).floor()
     left = torch.where(found, torch.rand(n, 1) * (width - box_width + 1), (width - box_width) / 2).floor()
     return torch.cat([top, left, box_height, box_width], dim=1)
 
 
-def resized_crop(images: Tensor, boxes: Tensor, flip: Tensor, size: int) -> Tensor:
+def resized_crop(images: Tensor | Sequence[Tensor], boxes: Tensor, flip: Tensor, size: int) -> Tensor:
     """Crops each image to its own box, resizes and flips it: bilinear, antialiased where it shrinks, as torchvision.
 
-    Bilinear resampling is linear and separable, so each image is multiplied by one matrix for its rows and one for its
-    columns. `grid_sample` would alias where a crop shrinks.
+    Bilinear resampling is linear and separable, so each image of a batch is multiplied by one matrix for its rows and
+    one for its columns. `grid_sample` would alias where a crop shrinks.
 
     Args:
-        images: (N, 3, H, W).
-        boxes: (N, 4), top, left, height and width in whole pixels.
-        flip: (N, 1), 1 where the crop is flipped from left to right, else 0.
+        images: (N, 3, H, W), or N of (3, H, W) each of its own size.
+        boxes: (N, 4), top, left, height and width in whole pixels; on the CPU for images of different sizes, else where
+            the images are.
+        flip: (N, 1), 1 where the crop is flipped from left to right, else 0; there too.
         size: Side of the result in pixels.
 
     Returns:
         float32 (N, 3, size, size), in the range of `images`.
     """
+    if not isinstance(images, Tensor):
+        crops = []
+        for image, box, flipped in zip(images, boxes.int().tolist(), flip.view(-1).tolist(), strict=True):
+            top, left, height, width = box
+            crop = image[None, :, top : top + height, left : left + width].float()
+            crop = nn.functional.interpolate(crop, (size, size), mode="bilinear", antialias=True)
+            crops.append(crop.flip(-1) if flipped else crop)
+        return torch.cat(crops)
     n, channels, height, width = images.shape
     top, left, box_height, box_width = boxes.view(n, 4, 1, 1).unbind(1)
     target = torch.arange(size, device=images.device).view(1, size, 1)
@@ -292,8 +318,7 @@ def worker_transform(
     """Builds lightly's transform of one image into `n_views` views, of which only the second is ever solarized.
 
     It draws from torch's and numpy's global generators. Unlike `DeviceViews`, it works on 8-bit images, draws the order
-    of the color changes for each image, blurs with Pillow's approximation of a Gaussian, and crops from the image at
-    its own resolution and shape.
+    of the color changes for each image, and blurs with Pillow's approximation of a Gaussian.
 
     Args:
         augmentation: The settings.

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
+import unicodedata
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +24,15 @@ from ssl_gradmix.settings import Data
 logger = logging.getLogger("ssl_gradmix")
 
 DIGITS = tuple("0123456789")
+
+MEMORY = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+"""Of the machine, in bytes."""
+
+_SPLITS = {
+    "train": (("train", "training"),),
+    "test": (("test", "testing"), ("val", "valid", "validation")),
+}
+"""What the folder of a split is called, in upper or lower case. Where there are both, test/ is taken before val/."""
 
 
 @dataclass(eq=False)
@@ -76,8 +88,74 @@ class ImageSet(torch.utils.data.Dataset):
             )
         return self.subset(kept)
 
+    def describe(self) -> str:
+        """One line for the user, such as `digits/train: 1,438 images of 10 classes (0, 1, 2, ...)`."""
+        present = [self.classes[label] for label in np.unique(self.labels[self.labels >= 0])]
+        unlabeled = int((self.labels < 0).sum())
+        if not present:
+            return f"{self.name}: {len(self):,} images without labels"
+        few = ", ".join([*present[:3], *(["..."] if len(present) > 3 else [])])
+        return (
+            f"{self.name}: {len(self):,} images of {len(present)} class{'es' * (len(present) > 1)} ({few})"
+            + f", {unlabeled:,} of them without labels" * (unlabeled > 0)
+        )
+
+    def fingerprint(self) -> str:
+        """What the images are, as 16 hex digits: the same for a copy elsewhere, another for any image more or less.
+
+        Files go by their path below the folder that holds them all and by their size, images in memory by their pixels.
+
+        Raises:
+            OSError: A file is gone.
+        """
+        digest = hashlib.sha256(np.ascontiguousarray(self.labels))
+        if isinstance(self.images, np.ndarray):
+            digest.update(repr(self.images.shape).encode())
+            digest.update(np.ascontiguousarray(self.images))
+        else:
+            common = len(os.path.commonpath([path.parent for path in self.images]))
+            for path in self.images:
+                below = str(path)[common:].lstrip(os.sep)
+                digest.update(os.fsencode(f"{below}\0{os.stat(path).st_size}\0"))
+        return digest.hexdigest()[:16]
+
+    def originals(self, limit: int) -> torch.Tensor | list[torch.Tensor] | None:
+        """Decodes all images at their own sizes.
+
+        Args:
+            limit: How many bytes they may take. Of files the headers are read first, so no more than that is decoded.
+
+        Returns:
+            uint8 (N, 3, H, W) where all are of one size, else N tensors (3, H, W). None where they take more.
+
+        Raises:
+            ValueError: A file cannot be read; the message names its path.
+        """
+        if isinstance(self.images, np.ndarray):
+            if self.images.nbytes > limit:
+                return None
+            return torch.from_numpy(self.images).permute(0, 3, 1, 2).contiguous()
+        total = 0
+        for path in self.images:
+            width, height = image_files.stored_size(path)
+            total += 3 * width * height
+            if total > limit:
+                return None
+        decoded: list[torch.Tensor] = [torch.empty(0)] * len(self)
+
+        def fill(i: int) -> None:
+            decoded[i] = torch.from_numpy(np.array(self[i][0]).transpose(2, 0, 1).copy())
+
+        image_files.for_each(len(self), fill, f"decoding {self.name}")
+        if len({image.shape for image in decoded}) > 1:
+            return decoded
+        together = torch.empty(len(self), *decoded[0].shape, dtype=torch.uint8)
+        for i in range(len(self)):  # one by one, each freed at once: both at a time may be more than the memory
+            together[i], decoded[i] = decoded[i], together[i]
+        return together
+
     def pixels(self, size: int, progress: bool = True) -> torch.Tensor:
-        """Decodes all images to one size: what is kept on the device.
+        """Decodes the center square of all images to one size: what an encoder is evaluated on.
 
         Args:
             size: The shorter side is resized to it (bilinear, antialiased), and the center square kept.
@@ -92,12 +170,11 @@ class ImageSet(torch.utils.data.Dataset):
         """
         if isinstance(self.images, np.ndarray) and self.images.shape[1:3] == (size, size):
             return torch.from_numpy(self.images).permute(0, 3, 1, 2).contiguous()
-        needed, has = len(self) * 3 * size * size, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        if needed > has:
+        needed = len(self) * 3 * size * size
+        if needed > MEMORY:
             raise ValueError(
                 f"{self.name}: {len(self):,} images of {size}x{size} take {needed / 2**30:,.0f} GiB decoded, and this "
-                f"machine has {has / 2**30:,.0f}: choose a smaller data.size, or in a training "
-                "--augmentation.where workers, which decodes as it goes"
+                f"machine has {MEMORY / 2**30:,.0f}: choose a smaller data.size"
             )
         pixels = np.empty((len(self), 3, size, size), np.uint8)
 
@@ -115,9 +192,10 @@ def load(data: Data, split: Literal["train", "test"]) -> ImageSet:
     too; `load_known` applies them.
 
     The splits are the data set's own, with these exceptions. `digits` has none: a fifth of each class, drawn with a
-    fixed seed, is its test split. The train split of `stl10` is its 5,000 labeled and 100,000 unlabeled images. A
-    `folder` of class folders without train/ and test/ is split by `data.test_fraction` and `data.split_seed`; images
-    without class folders are unlabeled and all in train.
+    fixed seed, is its test split. The train split of `stl10` is its 5,000 labeled and 100,000 unlabeled images. The
+    test split of a `folder` is its test/, or its val/ where there is no test/; one of class folders without such
+    folders is split by `data.test_fraction` and `data.split_seed`; images without class folders are unlabeled and all
+    in train.
 
     Args:
         data: The settings.
@@ -131,7 +209,8 @@ def load(data: Data, split: Literal["train", "test"]) -> ImageSet:
     Raises:
         FileNotFoundError: The files are not there, or a split does not exist; the message says what would help.
         ConnectionError: A download failed.
-        ValueError: A folder whose layout is ambiguous or has no images, or fewer than two images.
+        ValueError: A folder whose layout is ambiguous, which has no images, or the same file in two classes or splits;
+            or fewer than two images.
     """
     if data.name == "digits":
         images = _digits(split)
@@ -160,8 +239,9 @@ def known_classes(data: Data, classes: Sequence[str]) -> list[int] | None:
 
     Args:
         data: The settings. `data.classes` holds names or label numbers; what could be either, as 7 where there is a
-            class folder `7`, is the name. `data.open_set` is `<split>:<trial>`, with a split of `open_set.split` whose
-            label numbers hold for these classes, or `random:<number of known classes>:<seed>`.
+            class folder `7`, is the name, and 1 where there is a class folder `01` is refused. `data.open_set` is
+            `<split>:<trial>`, with a split of `open_set.split` whose label numbers hold for these classes, or
+            `random:<number of known classes>:<seed>`.
         classes: All classes of the data set.
 
     Returns:
@@ -187,8 +267,14 @@ def known_classes(data: Data, classes: Sequence[str]) -> list[int] | None:
 def _label(wanted: int | str, classes: Sequence[str]) -> int:
     if str(wanted) in classes:
         return classes.index(str(wanted))
-    if isinstance(wanted, int) and 0 <= wanted < len(classes):
-        return wanted
+    alike = [name for name in classes if name.isdecimal() and name.isascii() and str(int(name)) == str(wanted)]
+    if alike:  # YAML reads 01 as 1, unless it is quoted
+        raise ValueError(
+            f"data.classes has {wanted!r}, the class {alike[0]!r} or the one of that number? Give it by its name, in "
+            "quotes"
+        )
+    if str(wanted) in map(str, range(len(classes))):
+        return int(wanted)
     names = ", ".join(classes[:20]) + (" ..." if len(classes) > 20 else "")
     raise ValueError(f"data.classes has {wanted!r}, neither a class nor its number; the classes are {names or 'none'}")
 
@@ -231,7 +317,7 @@ def _digits(split: str) -> ImageSet:
 def _torchvision(data: Data, split: str) -> ImageSet:
     from torchvision import datasets
 
-    root, train = Path(data.root).expanduser(), split == "train"
+    root, train = Path(data.root or "data").expanduser(), split == "train"
     try:
         match data.name:
             case "cifar10" | "cifar100":
@@ -263,19 +349,14 @@ def _folder(data: Data, split: str) -> ImageSet:
     root = Path(data.root).expanduser()
     if not root.is_dir():
         raise FileNotFoundError(f"data.root {str(root)!r} is not a folder")
-    inside = _class_folders(root)
-    if len(inside) == 1 and (root / inside[0] / "train").is_dir():
-        raise ValueError(
-            f"data.root {str(root)!r} holds one folder with train/ in it: set data.root to {str(root / inside[0])!r}"
-        )
     name = f"folder:{printable(root.resolve().name)}/{split}"
-    if (root / "train").is_dir() or (root / "test").is_dir():
-        _check_split_folders(root, split)
-        images = _list_folder(root / split, name)
+    if has_splits(root):
+        images = _list_split(root, split, name)
     else:
         images = _list_folder(root, name)
         if images.classes:
             held_out = _held_out(images.labels, data.test_fraction, data.split_seed)
+            _refuse_links(images.images, [*zip(images.labels.tolist(), held_out.tolist(), strict=True)])
             images = images.subset(held_out == (split == "test"))
         elif split == "test":
             raise FileNotFoundError(
@@ -284,56 +365,129 @@ def _folder(data: Data, split: str) -> ImageSet:
     return _without_broken(images) if data.broken == "skip" else images
 
 
-def _check_split_folders(root: Path, split: str) -> None:
-    """Refuses where `root/<split>` is missing, may be a class, or has other classes than the other split."""
-    folder, other = root / split, root / ("test" if split == "train" else "train")
-    if not folder.is_dir():
+def split_folder(root: Path, split: str) -> Path | None:
+    """Where the images of a split lie: `root/train`, `root/Test`, or `root/val` where there is no test/.
+
+    Raises:
+        ValueError: Several folders could be that split.
+    """
+    for names in _SPLITS[split]:
+        found = [name for name in _class_folders(root) if name.casefold() in names]
+        if len(found) > 1:
+            raise ValueError(f"data.root {str(root)!r} has {found}, any of which may hold the {split} images: keep one")
+        if found:
+            return root / found[0]
+    return None
+
+
+def has_splits(root: Path) -> bool:
+    """Whether a folder has train/ or test/, by any of their names, in place of class folders."""
+    return root.is_dir() and any(split_folder(root, split) for split in _SPLITS)
+
+
+def _list_split(root: Path, split: str, name: str) -> ImageSet:
+    """Lists one of the split folders; refuses where it is missing, may be a class, or does not fit the other one."""
+    other_split = "test" if split == "train" else "train"
+    folder, other = split_folder(root, split), split_folder(root, other_split)
+    if folder is None:
         raise FileNotFoundError(
             f"data.root {str(root)!r} has a folder {other.name}/ but no {split}/: add it, or move the class folders to "
             "data.root itself, where data.test_fraction of each is held out"
         )
     classes = _class_folders(folder)
-    other_classes = _class_folders(other) if other.is_dir() else []
+    other_classes = _class_folders(other) if other else []
     if classes and other_classes and classes != other_classes:
         raise ValueError(
             f"the class folders of {str(folder)!r} and {str(other)!r} differ: "
-            f"only in {split}/ are {sorted(set(classes) - set(other_classes))}, "
+            f"only in {folder.name}/ are {sorted(set(classes) - set(other_classes))}, "
             f"only in {other.name}/ are {sorted(set(other_classes) - set(classes))}"
         )
-    beside = [name for name in _class_folders(root) if name not in ("train", "test")]
-    if not classes and beside and not other.is_dir():
+    beside = [place for place in _class_folders(root) if root / place != folder]
+    if not classes and beside and other is None:
         raise ValueError(
-            f"{str(folder)!r} has images without class folders and lies beside {beside}: if {split!r} is a class, move "
-            f"all class folders into a folder train/; if its images are unlabeled, set data.root to {str(folder)!r}"
+            f"{str(folder)!r} has images without class folders and lies beside {beside}: if {folder.name!r} is a "
+            f"class, move all class folders into a folder train/; if its images are unlabeled, set data.root to "
+            f"{str(folder)!r}"
         )
+    images = _list_folder(folder, name)
+    paths, groups = list(images.images), [(split, label) for label in images.labels.tolist()]
+    if split == "test" and other:
+        paths += [path for place in other_classes or [""] for path in image_files.find(other / place)]
+        groups += [(other_split, None)] * (len(paths) - len(groups))
+    _refuse_links(paths, groups)
+    return images
+
+
+def _refuse_links(paths: Sequence[Path], groups: Sequence[object]) -> None:
+    """Refuses where images of two groups, such as classes, are the same file: by a link to it, or to its folder."""
+    first: dict[tuple[int, int], tuple[Path, object]] = {}
+    for path, group in zip(paths, groups, strict=True):
+        try:
+            status = os.stat(path)
+        except OSError:  # decoding it says so
+            continue
+        other, its_group = first.setdefault((status.st_dev, status.st_ino), (path, group))
+        if its_group != group:
+            raise ValueError(
+                f"{str(other)!r} and {str(path)!r} are the same file, by a link: an image cannot be in two classes, "
+                "nor in both the training and the test images"
+            )
 
 
 def _list_folder(folder: Path, name: str) -> ImageSet:
     """Lists `folder/<class>/*` at any depth, or where there are no class folders the unlabeled images of `folder`."""
+    others: Counter[str] = Counter()
     classes = _class_folders(folder)
     if not classes:
-        paths = _images_in(folder)
-        return ImageSet(paths, np.full(len(paths), -1, np.int64), (), name)
-    by_case: dict[str, str] = {}
-    for label in classes:
-        if (same := by_case.setdefault(label.casefold(), label)) != label:
-            raise ValueError(
-                f"the class folders {same!r} and {label!r} in {str(folder)!r} differ in case alone: rename or merge one"
+        paths = _images_in(folder, others)
+        labels = np.full(len(paths), -1, np.int64)
+    else:
+        alike: dict[str, str] = {}
+        for label in classes:
+            key = unicodedata.normalize("NFC", label).strip().casefold()
+            if (same := alike.setdefault(key, label)) != label:
+                raise ValueError(
+                    f"the class folders {same!r} and {label!r} in {str(folder)!r} differ in case alone, in spaces "
+                    "around them, or in the Unicode form of their letters: rename or merge one"
+                )
+        if loose := _loose_images(folder):
+            warnings.warn(
+                f"{name}: {loose} images beside the class folders of {str(folder)!r} are left out", stacklevel=2
             )
-    loose = sum(image_files.is_image(entry.name) and not entry.is_dir() for entry in folder.iterdir())
-    if loose:
-        warnings.warn(f"{name}: {loose} images beside the class folders of {str(folder)!r} are left out", stacklevel=2)
-    members = [_images_in(folder / label) for label in classes]
-    labels = np.repeat(np.arange(len(classes)), [len(paths) for paths in members])
-    return ImageSet([path for paths in members for path in paths], labels, tuple(map(printable, classes)), name)
+        members = [_images_in(folder / label, others) for label in classes]
+        _refuse_wrapping(folder)
+        paths = [path for each in members for path in each]
+        labels = np.repeat(np.arange(len(classes)), [len(each) for each in members])
+    if others:
+        counts = [f"{count:,} {f'in {ending}' if ending else 'without any'}" for ending, count in others.most_common(5)]
+        logger.info("%s: passed over are files by their endings: %s", name, printable(", ".join(counts)))
+    return ImageSet(paths, labels, tuple(map(printable, classes)), name)
+
+
+def _refuse_wrapping(folder: Path) -> None:
+    """Refuses a single folder around the class folders, or around train/ and test/: it would be the only class."""
+    inner = folder
+    while len(inside := _class_folders(inner)) == 1 and not has_splits(inner) and not _loose_images(inner):
+        inner = inner / inside[0]
+    if not inside or _loose_images(inner):
+        inner = inner.parent  # a class, and the only one
+    if inner not in (folder, folder.parent):
+        raise ValueError(
+            f"{str(folder)!r} holds one folder around all others: set data.root to {str(inner)!r}, or move what is in "
+            "there up"
+        )
+
+
+def _loose_images(folder: Path) -> int:
+    return sum(image_files.is_image(entry.name) and not entry.is_dir() for entry in folder.iterdir())
 
 
 def _class_folders(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
-def _images_in(folder: Path) -> list[Path]:
-    paths = image_files.find(folder)
+def _images_in(folder: Path, others: Counter[str]) -> list[Path]:
+    paths = image_files.find(folder, others)
     if not paths:
         raise ValueError(f"no image in the folder {str(folder)!r}; looked for {' '.join(image_files.ENDINGS)}")
     return paths

@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 from tqdm import tqdm
 
-ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+ENDINGS = (
+    *(".apng", ".bmp", ".dib", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg"),
+    *(".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"),
+)
 """What names of images end in, upper or lower case."""
 
 UNREAD = (".avif", ".heic", ".heif", ".jp2", ".jxl")
 """Images too, but decoded nowhere: they are listed, so that `decode` names them, rather than passed over in silence."""
 
-_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP", "DIB")
 """What a file may hold, whatever its name. Pillow knows more, and hands PostScript to another program."""
+
+_SCANS = 100
+"""Of a progressive JPEG at most; encoders write about ten. A file of thousands would take minutes to decode."""
 
 _THREADS = min(8, os.cpu_count() or 1)
 _CHUNK = 64
@@ -30,7 +38,7 @@ def is_image(name: str) -> bool:
     return name.lower().endswith(ENDINGS + UNREAD) and not name.startswith(".")
 
 
-def find(folder: Path) -> list[Path]:
+def find(folder: Path, others: Counter[str] | None = None) -> list[Path]:
     """Lists the image files in a folder, at any depth, in the order of their names, those of sub-folders last.
 
     Hidden files and folders and other endings are passed over. Links are followed; a folder that is reached twice, as
@@ -38,6 +46,7 @@ def find(folder: Path) -> list[Path]:
 
     Args:
         folder: Where to look.
+        others: The endings of files that are no images are counted here, hidden files apart.
 
     Returns:
         Paths that begin with `folder`, ending as one of `ENDINGS` or `UNREAD`; empty where there is none.
@@ -57,7 +66,11 @@ def find(folder: Path) -> list[Path]:
             continue
         seen.add((status.st_dev, status.st_ino))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [Path(place, name) for name in sorted(files) if is_image(name)]
+        files.sort()
+        found += [Path(place, name) for name in files if is_image(name)]
+        if others is not None:
+            visible = (name for name in files if not is_image(name) and not name.startswith("."))
+            others.update(os.path.splitext(name)[1].lower() for name in visible)
     return found
 
 
@@ -75,9 +88,30 @@ def decode(path: Path) -> Image.Image:
 
     Raises:
         ValueError: The file cannot be read, is truncated, is none of these formats, has more pixels than
-            `PIL.Image.MAX_IMAGE_PIXELS`, or is no regular file (opening a pipe would wait for ever); the message names
-            the path.
+            `PIL.Image.MAX_IMAGE_PIXELS`, has more than 100 progressive scans, or is no regular file (opening a pipe
+            would wait for ever); the message names the path. Damage within a JPEG that keeps its length may go
+            unnoticed: Pillow does not pass libjpeg's warnings on.
     """
+    with _opened(path) as image:
+        if image.info.get("progressive") and (scans := path.read_bytes().count(b"\xff\xda")) > _SCANS:
+            raise ValueError(f"a progressive JPEG of {scans} scans, more than {_SCANS}")
+        ImageOps.exif_transpose(image, in_place=True)
+        return _to_rgb(image)
+
+
+def stored_size(path: Path) -> tuple[int, int]:
+    """Width and height by the file's header, without decoding: before the EXIF orientation may exchange them.
+
+    Raises:
+        ValueError: As `decode`, for what the header shows.
+    """
+    with _opened(path) as image:
+        return image.size
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """Opens an image file; whatever fails, also in the block, becomes a ValueError that names the path."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise ValueError("it is no regular file")
@@ -85,14 +119,16 @@ def decode(path: Path) -> Image.Image:
             limit = Image.MAX_IMAGE_PIXELS
             if limit and image.width * image.height > limit:
                 raise ValueError(f"{image.width}x{image.height} pixels, more than PIL.Image.MAX_IMAGE_PIXELS = {limit}")
-            ImageOps.exif_transpose(image, in_place=True)
-            return _to_rgb(image)
-    except UnidentifiedImageError as error:
-        raise ValueError(
-            f"cannot read the image {str(path)!r}: damaged, or none of {', '.join(_FORMATS)}; convert or remove it"
-        ) from error
+            yield image
     except Exception as error:  # Pillow's decoders raise nearly every type there is on a broken file
-        raise ValueError(f"cannot read the image {str(path)!r}: {error or type(error).__name__}") from error
+        if isinstance(error, UnidentifiedImageError):
+            reason = f"damaged, or none of {', '.join(_FORMATS)}"
+        else:
+            reason = str(error) or type(error).__name__
+        raise ValueError(
+            f"cannot read the image {str(path)!r}: {reason}; convert or remove it, or leave such images out with "
+            "--data.broken skip"
+        ) from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -101,11 +137,17 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     Raises:
         ValueError: The values have no fixed range (floating point, 32-bit or signed integers) or no conversion.
     """
-    if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
+    tags = image.tag_v2 if image.format == "TIFF" else {}
+    signed = 2 in tags.get(TiffImagePlugin.SAMPLEFORMAT, ())
+    if image.mode == "F" or signed or (image.mode == "I" and image.format == "TIFF"):
         kind = "floating-point" if image.mode == "F" else "32-bit or signed"
         raise ValueError(f"{kind} pixels have no fixed range, save it with 8 or 16 bits")
     if image.mode == "I" or image.mode.startswith("I;16"):  # PNG and PGM have 16 bits in mode I too
-        image = Image.fromarray(np.round(np.asarray(image).astype(np.int64) / 257).astype(np.uint8))
+        white = 2 ** tags.get(TiffImagePlugin.BITSPERSAMPLE, (16,))[0] - 1  # of 12 bits too
+        gray = np.asarray(image).astype(np.int64)
+        if tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0:  # white is zero, which Pillow heeds at 8 bits
+            gray = white - gray
+        image = Image.fromarray(np.round(gray * (255 / white)).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

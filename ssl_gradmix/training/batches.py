@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ssl_gradmix.data.augmentation import DeviceViews, WorkerViews
-from ssl_gradmix.data.datasets import ImageSet
+from ssl_gradmix.data.datasets import MEMORY, ImageSet
 from ssl_gradmix.settings import Augmentation
 from ssl_gradmix.training import signals
 
@@ -61,20 +61,37 @@ class BatchIndices:
 
 
 class DeviceBatches:
-    """Views made in batches on the device, of images that stay there."""
+    """Views made in batches on the device, of images that stay there at their own sizes.
+
+    Args:
+        images: uint8 (N, 3, H, W), or N of (3, H, W) each of its own size.
+        make_views: Makes the views.
+        indices: Which images make a batch.
+        n_views: Of each image.
+        device: Where they lie.
+    """
 
     def __init__(
-        self, images: ImageSet, make_views: DeviceViews, indices: BatchIndices, n_views: int, device: torch.device
+        self,
+        images: Tensor | Sequence[Tensor],
+        make_views: DeviceViews,
+        indices: BatchIndices,
+        n_views: int,
+        device: torch.device,
     ) -> None:
         self.make_views, self.indices, self.n_views = make_views.to(device), indices, n_views
-        self.pixels = images.pixels(make_views.size).to(device)
+        alike = isinstance(images, Tensor)
+        self.images = images.to(device) if alike else [image.to(device) for image in images]
 
-    def epoch(self, epoch: int, first: int) -> Iterator[Tensor]:
+    def epoch(self, epoch: int, first: int) -> Iterator[Tensor | list[Tensor]]:
         """uint8 batches of an epoch, from batch `first` on."""
-        for chosen in self.indices.epoch(epoch)[first:].to(self.pixels.device):
-            yield self.pixels[chosen]
+        for chosen in self.indices.epoch(epoch)[first:]:
+            if isinstance(self.images, Tensor):
+                yield self.images[chosen.to(self.images.device)]
+            else:
+                yield [self.images[i] for i in chosen.tolist()]
 
-    def views(self, batch: Tensor) -> list[Tensor]:
+    def views(self, batch: Tensor | Sequence[Tensor]) -> list[Tensor]:
         """Draws the views of a batch from torch's global generator."""
         return self.make_views(batch, self.n_views)
 
@@ -103,9 +120,19 @@ class WorkerBatches:
             yield [(self._epoch, image) for image in chosen]
 
     def epoch(self, epoch: int, first: int) -> Iterator[list[Tensor]]:
-        """Batches of views of an epoch, from batch `first` on."""
+        """Batches of views of an epoch, from batch `first` on.
+
+        Raises:
+            ValueError: An image cannot be read; the message names its path.
+        """
         self._epoch, self._first = epoch, first
-        yield from self.loader
+        try:
+            yield from self.loader
+        except ValueError as error:
+            if not self.loader.num_workers:
+                raise
+            # The message is the worker's traceback, whose last line is the error.
+            raise ValueError(str(error).rstrip().splitlines()[-1].removeprefix("ValueError: ")) from error
 
     def views(self, batch: list[Tensor]) -> list[Tensor]:
         """Moves the views to the device."""
@@ -123,10 +150,21 @@ def create(
     workers: int,
     device: torch.device,
 ) -> DeviceBatches | WorkerBatches:
-    """Makes views where `augmentation.where` says; `auto` is on the device where the decoded images fit."""
-    fits = len(images) * 3 * size * size <= RESIDENT_BYTES
-    if augmentation.where == "device" or (augmentation.where == "auto" and fits):
-        return DeviceBatches(images, DeviceViews(augmentation, size, mean, std), indices, n_views, device)
+    """Makes views where `augmentation.where` says; `auto` is on the device where the decoded images fit.
+
+    Raises:
+        ValueError: The device is asked for, and the images take more memory than the machine has; or a file cannot be
+            read.
+    """
+    if augmentation.where != "workers":
+        resident = images.originals(MEMORY if augmentation.where == "device" else min(RESIDENT_BYTES, MEMORY))
+        if resident is not None:
+            return DeviceBatches(resident, DeviceViews(augmentation, size, mean, std), indices, n_views, device)
+        if augmentation.where == "device":
+            raise ValueError(
+                f"augmentation.where device: the images of {images.name} take more than the {MEMORY / 2**30:,.0f} GiB "
+                "that this machine has, decoded; workers decode as they go"
+            )
     return WorkerBatches(
         WorkerViews(images, augmentation, size, mean, std, n_views, indices.seed), indices, workers, device
     )

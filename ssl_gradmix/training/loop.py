@@ -54,9 +54,9 @@ def check_images(method: nn.Module, size: int, device: torch.device) -> None:
         ValueError: The backbone does not take such images.
         KeyError: GradMix's layers are not the backbone's.
     """
-    views = [torch.randn(4, 3, size, size, device=device) for _ in range(2)]
     method.to(device).eval()
     try:
+        views = [torch.randn(4, 3, size, size, device=device) for _ in range(2)]
         with torch.enable_grad():
             method(views)
     except (AssertionError, RuntimeError) as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 import torch
 from sklearn.model_selection import train_test_split
@@ -12,9 +14,11 @@ from ssl_gradmix.data.datasets import ImageSet
 from ssl_gradmix.evaluation.knn import knn_accuracy
 from ssl_gradmix.evaluation.rank import rankme
 
+logger = logging.getLogger("ssl_gradmix")
+
 
 class Monitor:
-    """Reads the effective rank of features, and how well neighbors classify them where images are labeled.
+    """Reads the effective rank of features, and how well neighbors classify them where images have labels that differ.
 
     Held-out training images are classified by their neighbors among other training images; the rank is that of all of
     their features together. Features of the backbone are what is used after the training, and there are more of them
@@ -52,7 +56,9 @@ class Monitor:
         voting, asked = train_test_split(
             order, test_size=queries, random_state=seed, stratify=labels if divisible else None
         )
-        self.labeled = images.labeled
+        self.labeled = images.labeled and len(np.unique(labels)) > 1
+        if images.labeled and not self.labeled:
+            logger.info("%s: all images are of one class, which kNN cannot be wrong about: it is left out", images.name)
         self.bank, self.bank_labels = images.subset(voting).pixels(size), torch.from_numpy(images.labels[voting])
         self.queries, self.query_labels = images.subset(asked).pixels(size), torch.from_numpy(images.labels[asked])
         self.normalize = eval_transform(size, mean, std)
@@ -62,7 +68,7 @@ class Monitor:
         """The readings for the log; the backbone is left as it was found, BatchNorm statistics included.
 
         Returns:
-            `rankme` from 1 to the number of dimensions, and `knn`, an accuracy in [0, 1], where labeled.
+            `rankme` from 1 to the number of dimensions, and `knn`, an accuracy in [0, 1], where labels differ.
         """
         training = backbone.training
         backbone.eval()

@@ -52,7 +52,7 @@ def image_set(n: int, height: int = 32, width: int = 32) -> ImageSet:
 def test_resized_crop_is_torchvisions_antialiased_one(height: int, width: int, size: int) -> None:
     images = photographs(12, height, width)
     torch.manual_seed(1)
-    boxes = augmentation.crop_boxes(12, height, width, 0.05)
+    boxes = augmentation.crop_boxes(torch.tensor([[height, width]]).expand(12, 2), 0.05)
     boxes[0], boxes[1] = torch.tensor([0, 0, height, width]), torch.tensor([height - 1, 3, 1, 2])
     flip = torch.tensor([0.0, 1.0]).repeat(6).view(12, 1)
 
@@ -63,6 +63,19 @@ def test_resized_crop_is_torchvisions_antialiased_one(height: int, width: int, s
     for crop, image, box, flipped in zip(crops, images, boxes.int().tolist(), flip.view(-1), strict=True):
         expected = F.resized_crop(image.float(), *box, [size, size], InterpolationMode.BILINEAR, antialias=True)
         torch.testing.assert_close(crop, F.hflip(expected) if flipped else expected, rtol=0, atol=1e-3)
+
+
+def test_images_of_different_sizes_are_cropped_as_each_alone() -> None:
+    images = [photographs(1, *size)[0] for size in [(96, 64), (40, 120), (33, 33), (8, 300)]]
+    torch.manual_seed(1)
+    boxes = augmentation.crop_boxes(torch.tensor([image.shape[1:] for image in images]), 0.05)
+    flip = torch.tensor([[0.0], [1.0], [0.0], [1.0]])
+    crops = augmentation.resized_crop(images, boxes, flip, 24)
+    for i, (image, (top, left, height, width)) in enumerate(zip(images, boxes.tolist(), strict=True)):
+        assert 0 <= top <= image.shape[1] - height
+        assert 0 <= left <= image.shape[2] - width
+        alone = augmentation.resized_crop(image[None], boxes[i : i + 1], flip[i : i + 1], 24)
+        torch.testing.assert_close(crops[i : i + 1], alone, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("order", ORDERS[::5])
@@ -137,7 +150,9 @@ def test_a_view_is_torchvisions_chain_with_the_drawn_numbers() -> None:
 @pytest.mark.parametrize(("height", "width", "min_scale"), [(32, 32, 0.2), (224, 224, 0.08), (40, 16, 0.7)])
 def test_crops_are_distributed_as_torchvisions(height: int, width: int, min_scale: float) -> None:
     torch.manual_seed(4)
-    boxes = augmentation.crop_boxes(3000, height, width, min_scale)
+    # Every other image is of another size, which draws of this one must not depend on.
+    extents = torch.tensor([[height, width], [7, 90]]).repeat(3000, 1)
+    boxes = augmentation.crop_boxes(extents, min_scale)[::2]
     image = torch.empty(3, height, width)
     expected = torch.tensor(
         [RandomResizedCrop.get_params(image, [min_scale, 1.0], [3 / 4, 4 / 3]) for _ in range(3000)]
@@ -226,6 +241,13 @@ def test_views_differ_between_images_and_between_views_but_not_between_equal_see
     assert apart.min() > 1
     assert torch.equal(torch.stack(view_of(images, STRONG, n_views=3)).flatten(0, 1), views)
     assert not torch.equal(torch.stack(view_of(images, STRONG, n_views=3, seed=1)).flatten(0, 1), views)
+
+
+def test_views_of_a_list_are_those_of_a_batch() -> None:
+    images = photographs(70, 40, 56)
+    together, one_by_one = (view_of(given, STRONG, 24, n_views=2) for given in (images, list(images)))
+    for first, second in zip(together, one_by_one, strict=True):
+        torch.testing.assert_close(first, second, rtol=0, atol=1e-3)
 
 
 def test_batch_of_one_at_another_size() -> None:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import pickle
+import re
+import shutil
 import struct
 import urllib.error
 import urllib.request
 import warnings
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +23,10 @@ import torchvision
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from ssl_gradmix import command_line
 from ssl_gradmix.data import open_set
 from ssl_gradmix.data.datasets import ImageSet, known_classes, load, load_known
-from ssl_gradmix.settings import Data
+from ssl_gradmix.settings import Data, SimCLRSettings
 
 
 def save(path: Path, value: int = 0, size: tuple[int, int] = (4, 4)) -> Path:
@@ -107,7 +113,7 @@ def test_pixels_of_that_size_are_the_images_themselves() -> None:
 
 
 def test_pixels_that_no_memory_holds_are_refused_with_the_way_out(in_memory: ImageSet) -> None:
-    with pytest.raises(ValueError, match=r"1000000x1000000 take 16,764 GiB .* --augmentation.where workers"):
+    with pytest.raises(ValueError, match=r"1000000x1000000 take 16,764 GiB .* choose a smaller data.size"):
         in_memory.pixels(1_000_000)
 
 
@@ -336,16 +342,111 @@ def test_a_class_called_train_is_not_taken_for_the_split(tmp_path: Path) -> None
         in_folder(tmp_path)
 
 
-def test_class_names_that_differ_in_case_alone(tmp_path: Path) -> None:
-    folder_of(tmp_path, cat=2, Cat=2)
+@pytest.mark.parametrize("names", [("Cat", "cat"), ("cat", "cat "), ("cafe\u0301", "caf\xe9")])
+def test_class_names_that_look_alike(names: tuple[str, str], tmp_path: Path) -> None:
+    folder_of(tmp_path, **dict.fromkeys(names, 2))
     if len(list(tmp_path.iterdir())) < 2:
-        pytest.skip("this file system does not tell case apart")
-    with pytest.raises(ValueError, match=r"'Cat' and 'cat' in .* differ in case alone"):
+        pytest.skip("this file system does not tell them apart")
+    with pytest.raises(ValueError, match=rf"'{names[0]}' and '{names[1]}' in .* differ in case alone, in spaces"):
         in_folder(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [("Train", "Test"), ("training", "testing"), ("train", "val"), ("TRAIN", "Validation"), ("train", "valid")],
+)
+def test_splits_by_their_other_names(train: str, test: str, tmp_path: Path) -> None:
+    folder_of(tmp_path, **{f"{train}__a": 2, f"{train}__b": 2, f"{test}__a": 3, f"{test}__b": 1})
+    images = [in_folder(tmp_path, split) for split in ("train", "test")]
+    assert [each.name for each in images] == [f"folder:{tmp_path.name}/train", f"folder:{tmp_path.name}/test"]
+    assert [each.classes for each in images] == [("a", "b")] * 2
+    assert [np.bincount(each.labels).tolist() for each in images] == [[2, 2], [3, 1]]
+
+
+def test_of_val_and_test_the_latter_is_read_and_of_two_names_of_one_split_none(tmp_path: Path) -> None:
+    folder_of(tmp_path, train__a=2, val__a=3, test__a=4)
+    assert len(in_folder(tmp_path, "test")) == 4
+    folder_of(tmp_path, testing__a=4)
+    with pytest.raises(ValueError, match=r"has \['test', 'testing'\], any of which may hold the test images"):
+        in_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("folders", "right"),
+    [
+        (["x/a", "x/b"], "x"),
+        (["x/y/a", "x/y/b"], "x/y"),
+        (["x/y/a"], "x/y"),
+        (["x/train/a", "x/test/a"], "x"),
+        (["train/x/a", "train/x/b", "test/x/a"], "train/x"),
+    ],
+)
+def test_a_folder_around_the_classes_is_not_taken_for_one(folders: list[str], right: str, tmp_path: Path) -> None:
+    for name in folders:
+        folder_of(tmp_path / name, inside=0)
+        save(tmp_path / name / "0.png")
+        save(tmp_path / name / "1.png", 1)
+        save(tmp_path / name / "2.png", 2)
+    with pytest.raises(ValueError, match=rf"one folder around all others: set data.root to '{tmp_path / right}', or"):
+        in_folder(tmp_path)
+    if right != "train/x":
+        assert in_folder(tmp_path / right).classes == tuple(sorted({Path(name).name for name in folders}))
+
+
+def link(source: Path, target: Path) -> None:
+    target.symlink_to(source)
+
+
+@pytest.mark.parametrize(
+    ("whole", "make", "split"),
+    [
+        ("train", link, "test"),
+        ("train/a", link, "test"),
+        ("train/a/0.png", link, "test"),
+        ("train/a/0.png", os.link, "test"),
+        ("train/a", link, "train"),
+        ("train/a/0.png", os.link, "train"),
+    ],
+)
+def test_a_file_in_two_classes_or_splits(
+    whole: str, make: Callable[[Path, Path], None], split: str, tmp_path: Path
+) -> None:
+    folder_of(tmp_path, train__a=2, train__b=2, test__a=2, test__b=2)
+    made = tmp_path / (
+        whole.replace("train", "test") if split == "test" else whole.replace("a", "b").replace("trbin", "train")
+    )
+    if make is link and made.is_dir():
+        shutil.rmtree(made)
+    else:
+        made.unlink()
+    make(tmp_path / whole, made)
+    with pytest.raises(ValueError, match=r"train/a/0\.png' (and .*)?are the same file, by a link"):
+        in_folder(tmp_path, split)
+
+
+def test_a_file_on_both_sides_of_a_drawn_split(tmp_path: Path) -> None:
+    folder_of(tmp_path, a=10)
+    assert len(in_folder(tmp_path)) == 8
+    for i in range(10):
+        os.link(tmp_path / f"a/{i}.png", tmp_path / f"a/again-{i}.png")
+    with pytest.raises(ValueError, match="are the same file, by a link"):
+        in_folder(tmp_path)
+
+
+def test_files_that_are_passed_over_are_counted_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder_of(tmp_path, train__a=2, train__b=2)
+    for name in ("a/1.tga", "a/2.TGA", "b/3.tga", "b/deep/notes.txt", "b/README", "a/.hidden.xyz"):
+        (tmp_path / "train" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "train" / name).write_bytes(b"")
+    caplog.set_level("INFO", logger="ssl_gradmix")
+    in_folder(tmp_path)
+    assert caplog.messages == [
+        f"folder:{tmp_path.name}/train: passed over are files by their endings: 3 in .tga, 1 without any, 1 in .txt"
+    ]
+
+
 def test_folder_without_images_names_itself_and_the_endings(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=rf"no image in the folder '{tmp_path}'; looked for \.bmp .*\.jpg"):
+    with pytest.raises(ValueError, match=rf"no image in the folder '{tmp_path}'; looked for \.apng .*\.jpg"):
         in_folder(tmp_path)
     folder_of(tmp_path, cat=2)
     (tmp_path / "dog").mkdir()
@@ -459,7 +560,10 @@ def test_classes_by_name_and_number(wanted: list | None, classes: tuple[str, ...
         ({"open_set": "cifar10"}, r"must be like 'cifar10:2' or 'random:6:0', got 'cifar10'"),
         ({"open_set": "random:six:0"}, r"must be like 'cifar10:2' or 'random:6:0', got 'random:six:0'"),
         ({"open_set": "cifar10:-1"}, r"must be like"),
-        ({"open_set": "cifar10:0", "name": "folder"}, r"does not fit: cifar10 is for 10 classes, the data set has 4"),
+        (
+            {"open_set": "cifar10:0", "name": "folder", "root": "x"},
+            r"does not fit: cifar10 is for 10 classes, the data set has 4",
+        ),
         ({"open_set": "cifar10:2", "name": "digits"}, r"digits does not number its classes as cifar10 does; random"),
         ({"open_set": "tinyimagenet:0", "name": "cifar100"}, r"cifar100 does not number its classes as tinyimagenet"),
     ],
@@ -478,8 +582,8 @@ def test_long_lists_of_classes_are_cut_short_and_unlabeled_data_have_none() -> N
 
 def test_open_set_trials_of_the_literature_and_random_ones() -> None:
     # Trial 2 of CIFAR-10's five, as in https://github.com/sgvaze/osr_closed_set_all_you_need
-    for name in ("cifar10", "folder"):
-        assert known_classes(Data(name, open_set="cifar10:2"), tuple("abcdefghij")) == [1, 5, 7, 3, 9, 4]
+    for data in (Data("cifar10", open_set="cifar10:2"), Data("folder", "x", open_set="cifar10:2")):
+        assert known_classes(data, tuple("abcdefghij")) == [1, 5, 7, 3, 9, 4]
     known, unknown = open_set.random_split(10, 6, 3)
     drawn = known_classes(Data(open_set="random:6:3"), tuple("abcdefghij"))
     assert drawn == list(known)
@@ -494,8 +598,108 @@ def test_known_part_of_a_set_keeps_its_label_numbers() -> None:
     assert len(load_known(Data(), "test")) == len(digits)
 
 
-def test_a_folder_around_the_data_set_is_not_taken_for_a_class(tmp_path: Path) -> None:
-    for split in ("train", "test"):
-        (tmp_path / "cifar10" / split / "cat").mkdir(parents=True)
-    with pytest.raises(ValueError, match=r"holds one folder with train/ in it: set data.root to '.*cifar10'"):
-        load(Data(name="folder", root=str(tmp_path)), "train")
+@pytest.mark.parametrize("given", ["['01']", "[03]", "['2']", "[2]", "['010']", "['1_0']", "['0x1']"])
+@pytest.mark.parametrize("by", ["command line", "file"])
+def test_classes_that_look_like_numbers(given: str, by: str, tmp_path: Path) -> None:
+    """A name is never taken for the number of another class; YAML reads 03 as 3."""
+    parser = command_line.recipe_parser(SimCLRSettings, "", "test")
+    (tmp_path / "c.yaml").write_text(f"data: {{classes: {given}}}")
+    argv = ["--data.classes", given] if by == "command line" else ["--config", str(tmp_path / "c.yaml")]
+    settings, plain = command_line.read(parser, argv)
+    folders = ("01", "02", "03", "10")
+    if given == "['01']":
+        assert known_classes(settings.data, folders) == [0]
+        assert plain["data"]["classes"] == ["01"]
+    else:
+        with pytest.raises(ValueError, match=r"data.classes has '?[0-9x_]+'?, (the class '0|neither a class)"):
+            known_classes(settings.data, folders)
+    if given in ("['2']", "[2]"):
+        assert known_classes(settings.data, ("a", "b", "c")) == [2]
+
+
+# What was asked for, and what it is
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"root": "images"},
+            "data.root must be left out where data.name is digits.* add --data.name folder .*'images'",
+        ),
+        ({"root": ""}, "data.root must be a folder .*, got ''"),
+        ({"name": "folder", "root": ""}, "data.root must be a folder .*, got ''"),
+        ({"name": "folder"}, "data.root must be given where data.name is folder, got None"),
+        ({"download": True}, "data.download must be left out where data.name is digits"),
+        ({"name": "folder", "root": "x", "download": True}, "data.download must be left out where data.name is folder"),
+        ({"size": 10**10}, "data.size must be at least 8 and at most 4096, got 10000000000"),
+    ],
+)
+def test_settings_that_would_be_ignored_or_read_the_wrong_images(settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as refusal:
+        Data(**settings)
+    assert len(str(refusal.value).splitlines()) == 1
+
+
+def test_torchvisions_sets_lie_in_data_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="mnist is not in data.root 'data'"):
+        load(Data("mnist"), "train")
+
+
+def test_a_line_that_describes_the_images(tmp_path: Path, in_memory: ImageSet) -> None:
+    folder_of(tmp_path, train__cat=2, train__dog=1, flat=2)
+    assert in_folder(tmp_path).describe() == f"folder:{tmp_path.name}/train: 3 images of 2 classes (cat, dog)"
+    assert in_folder(tmp_path).only([0]).describe().endswith("/train: 2 images of 1 class (cat)")
+    assert in_folder(tmp_path / "flat").describe() == "folder:flat/train: 2 images without labels"
+    assert in_memory.describe() == "test: 6 images of 3 classes (a, b, c), 1 of them without labels"
+    assert load(Data(), "train").describe() == "digits/train: 1,438 images of 10 classes (0, 1, 2, ...)"
+
+
+def test_a_fingerprint_tells_other_images_and_knows_a_copy(
+    tmp_path: Path, in_memory: ImageSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder_of(tmp_path / "one", train__a=3, train__b=3)
+    before = in_folder(tmp_path / "one").fingerprint()
+    assert re.fullmatch("[0-9a-f]{16}", before)
+    shutil.copytree(tmp_path / "one", tmp_path / "elsewhere/two")
+    assert in_folder(tmp_path / "elsewhere/two").fingerprint() == before
+    monkeypatch.chdir(tmp_path / "one")
+    assert load(Data("folder", "."), "train").fingerprint() == before
+
+    seen = {before, in_folder(tmp_path / "one").only([0]).fingerprint()}
+    save(tmp_path / "one/train/a/more.png")
+    seen.add(in_folder(tmp_path / "one").fingerprint())
+    (tmp_path / "one/train/a/more.png").rename(tmp_path / "one/train/b/more.png")
+    seen.add(in_folder(tmp_path / "one").fingerprint())
+    save(tmp_path / "one/train/b/more.png", size=(40, 40))
+    seen.add(in_folder(tmp_path / "one").fingerprint())
+    assert len(seen) == 5
+
+    changed = replace(in_memory, images=in_memory.images.copy())
+    assert changed.fingerprint() == in_memory.fingerprint()
+    changed.images[3, 2, 1, 0] ^= 1
+    other_labels = replace(in_memory, labels=in_memory.labels[::-1])
+    assert len({images.fingerprint() for images in (in_memory, changed, other_labels)}) == 3
+
+
+def test_originals_keep_their_sizes(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    pixels = [rng.integers(0, 256, (*size, 3), np.uint8) for size in [(4, 6), (6, 4), (4, 6)]]
+    exif = Image.Exif()
+    exif[0x0112] = 6  # lies on its side: upright it has the sides of the others exchanged
+    paths = [tmp_path / f"{i}.png" for i in range(4)]
+    for path, image, options in zip(paths, [*pixels, pixels[0]], [{}] * 3 + [{"exif": exif}], strict=True):
+        Image.fromarray(image).save(path, **options)
+    images = ImageSet(paths, np.full(4, -1), (), "test")
+
+    originals = images.originals(4 * 4 * 6 * 3)
+    expected = [*pixels, np.rot90(pixels[0], -1)]
+    assert all(np.array_equal(image.permute(1, 2, 0), want) for image, want in zip(originals, expected, strict=True))
+    assert images.originals(4 * 4 * 6 * 3 - 1) is None
+    alike = images.subset([0, 2]).originals(1000)
+    assert alike.shape == (2, 3, 4, 6)
+    assert np.array_equal(alike[1].permute(1, 2, 0), pixels[2])
+    in_memory = ImageSet(np.stack(pixels[::2]), np.zeros(2, np.int64), ("a",), "test")
+    assert torch.equal(in_memory.originals(1000), alike)
+    assert in_memory.originals(100) is None

@@ -114,6 +114,59 @@ def test_big_endian_16_bit_gray_is_read_alike(tmp_path: Path) -> None:
     assert pixels(path)[0, :, 0].tolist() == [1, 255]
 
 
+def tiff(path: Path, width: int, data: bytes, bits: int, photometric: int, sample_format: int) -> Path:
+    """A gray image of one row, by hand: Pillow writes neither of these."""
+    tags = {256: width, 257: 1, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1, 278: 1, 279: len(data)}
+    tags |= {339: sample_format}
+    data += b"\0" * (len(data) % 2)
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    directory = struct.pack("<H", len(tags)) + entries + struct.pack("<I", 0)
+    path.write_bytes(b"II" + struct.pack("<HI", 42, 8 + len(data)) + data + directory)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("data", "bits", "photometric", "shown"),
+    [
+        (struct.pack("<3H", 0, 257, 65535), 16, 0, [255, 254, 0]),  # white is zero
+        (struct.pack("<3H", 0, 257, 65535), 16, 1, [0, 1, 255]),
+        (bytes([0, 1, 255]), 8, 0, [255, 254, 0]),
+        (bytes([0x00, 0x08, 0x00, 0xFF, 0xF0]), 12, 1, [0, 128, 255]),
+    ],
+)
+def test_gray_tiffs_of_every_depth_and_polarity(
+    tmp_path: Path, data: bytes, bits: int, photometric: int, shown: list[int]
+) -> None:
+    path = tiff(tmp_path / "a.tif", 3, data, bits, photometric, 1)
+    assert pixels(path)[0, :, 0].tolist() == shown
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_signed_pixels_are_refused(tmp_path: Path, bits: int) -> None:
+    path = tiff(tmp_path / "a.tif", 2, bytes(bits // 4), bits, 1, 2)
+    with pytest.raises(ValueError, match=r"a\.tif.*32-bit or signed pixels have no fixed range"):
+        images.decode(path)
+
+
+def test_a_progressive_jpeg_of_many_scans_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.jpg", Image.effect_noise((64, 64), 60).convert("RGB"), progressive=True)
+    assert pixels(path).shape == (64, 64, 3)
+    content = path.read_bytes()
+    scan = content[content.rindex(b"\xff\xda") : -2]
+    path.write_bytes(content[:-2] + 100 * scan + content[-2:])
+    with pytest.raises(ValueError, match=r"a\.jpg.*a progressive JPEG of 110 scans, more than 100"):
+        images.decode(path)
+
+
+def test_a_failure_without_a_text_is_named_by_its_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise IndexError
+
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(ValueError, match=r"cannot read the image '.*a\.png': IndexError; convert or remove it"):
+        images.decode(save(tmp_path / "a.png"))
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

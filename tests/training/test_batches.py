@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from scipy.stats import ks_2samp
 
+from ssl_gradmix.data import images as image_files
 from ssl_gradmix.data.datasets import ImageSet
 from ssl_gradmix.settings import Augmentation
 from ssl_gradmix.training import batches
@@ -15,6 +20,14 @@ from ssl_gradmix.training.batches import BatchIndices
 def image_set(count: int = 20) -> ImageSet:
     pixels = np.random.default_rng(0).integers(0, 256, (count, 16, 16, 3), np.uint8)
     return ImageSet(pixels, np.zeros(count, np.int64), ("one",), "noise")
+
+
+def create(
+    images: ImageSet, augmentation: Augmentation, batch: int = 4, size: int = 16, n_views: int = 2, workers: int = 0
+) -> batches.DeviceBatches | batches.WorkerBatches:
+    indices = BatchIndices(len(images), batch, 0)
+    norm = ((0.0,) * 3, (1.0,) * 3)
+    return batches.create(images, augmentation, indices, size, *norm, n_views, workers, torch.device("cpu"))
 
 
 def test_an_epoch_takes_each_image_at_most_once_in_another_order_each_time() -> None:
@@ -42,17 +55,7 @@ def test_micro_batches_cut_the_same_batches() -> None:
 @pytest.mark.parametrize(("where", "workers"), [("device", 0), ("workers", 0), ("workers", 2)])
 def test_an_epoch_entered_in_its_middle_gives_the_same_views(where: str, workers: int) -> None:
     def views(epoch: int, first: int) -> list[list[torch.Tensor]]:
-        source = batches.create(
-            image_set(),
-            Augmentation(where=where),
-            BatchIndices(20, 4, 0),
-            16,
-            (0.5,) * 3,
-            (0.5,) * 3,
-            2,
-            workers,
-            torch.device("cpu"),
-        )
+        source = create(image_set(), Augmentation(where=where), workers=workers)
         made = []
         for step, batch in enumerate(source.epoch(epoch, first), first):
             torch.rand(step + 7)  # whatever else draws from the generator
@@ -69,17 +72,7 @@ def test_an_epoch_entered_in_its_middle_gives_the_same_views(where: str, workers
 
 
 def test_workers_that_outlive_an_epoch_know_the_next_one() -> None:
-    source = batches.create(
-        image_set(),
-        Augmentation(where="workers"),
-        BatchIndices(20, 20, 0),
-        16,
-        (0.5,) * 3,
-        (0.5,) * 3,
-        2,
-        1,
-        torch.device("cpu"),
-    )
+    source = create(image_set(), Augmentation(where="workers"), batch=20, workers=1)
     first, second = (next(iter(source.epoch(epoch, 0)))[0].sort(0).values for epoch in (0, 1))
     assert not torch.equal(first, second)
 
@@ -93,11 +86,78 @@ def test_steps_are_seeded_by_their_place() -> None:
 
 
 def test_auto_keeps_small_sets_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    def create() -> object:
-        return batches.create(
-            image_set(), Augmentation(), BatchIndices(20, 4, 0), 16, (0.5,) * 3, (0.5,) * 3, 2, 0, torch.device("cpu")
+    assert isinstance(create(image_set(), Augmentation()), batches.DeviceBatches)
+    monkeypatch.setattr(batches, "RESIDENT_BYTES", 20 * 3 * 16 * 16 - 1)
+    assert isinstance(create(image_set(), Augmentation()), batches.WorkerBatches)
+
+
+def on_disk(folder: Path, sizes: list[tuple[int, int]]) -> ImageSet:
+    """Photographs (width, height) that show where they are looked at: red grows to the right, green downwards, and blue
+    is fine detail."""
+    rng, paths = np.random.default_rng(0), []
+    for i, (width, height) in enumerate(sizes):
+        down, right = np.mgrid[:height, :width]
+        detail = rng.integers(0, 256, (height, width))
+        pixels = np.stack([right * 255 / (width - 1), down * 255 / (height - 1), detail], axis=-1)
+        paths.append(folder / f"{i}.png")
+        Image.fromarray(pixels.round().astype(np.uint8)).save(paths[-1], compress_level=1)
+    return ImageSet(paths, np.full(len(paths), -1), (), "photographs")
+
+
+@pytest.mark.parametrize("sizes", [[(420, 320)] * 8, [(420, 320), (400, 336)] * 4], ids=["one size", "two sizes"])
+def test_device_and_workers_crop_the_same_places_with_the_same_detail(
+    sizes: list[tuple[int, int]], tmp_path: Path
+) -> None:
+    images = on_disk(tmp_path, sizes)
+    crops_alone = {"flip": 0.0, "jitter": 0.0, "gray": 0.0}
+
+    def views(where: str) -> torch.Tensor:
+        source = create(images, Augmentation(where=where, **crops_alone), batch=8, size=64, n_views=4)
+        torch.manual_seed(0)
+        return torch.cat(
+            [view for epoch in range(25) for batch in source.epoch(epoch, 0) for view in source.views(batch)]
         )
 
-    assert isinstance(create(), batches.DeviceBatches)
-    monkeypatch.setattr(batches, "RESIDENT_BYTES", 20 * 3 * 16 * 16 - 1)
-    assert isinstance(create(), batches.WorkerBatches)
+    def detail(views: torch.Tensor) -> float:
+        blue = views[:, 2]
+        across = blue[:, 1:-1, :-2] + blue[:, 1:-1, 2:] + blue[:, :-2, 1:-1] + blue[:, 2:, 1:-1]
+        return (across - 4 * blue[:, 1:-1, 1:-1]).square().mean().item()
+
+    device, workers = views("device"), views("workers")
+    assert detail(device) == pytest.approx(detail(workers), rel=0.06)
+    for channel in (0, 1):
+        centers, expected = (made[:, channel].mean((1, 2)) for made in (device, workers))
+        assert ks_2samp(centers, expected).pvalue > 1e-2
+        assert device[:, channel].amin() < 0.02  # the sides of the picture are seen
+        assert device[:, channel].amax() > 0.98
+
+
+@pytest.mark.parametrize(("limit", "kind"), [(-1, batches.WorkerBatches), (0, batches.DeviceBatches)])
+def test_files_stay_on_the_device_by_what_they_take_at_their_own_size(
+    limit: int, kind: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = on_disk(tmp_path, [(40, 30), (20, 50), (64, 8), (10, 10)])
+    monkeypatch.setattr(batches, "RESIDENT_BYTES", 3 * (40 * 30 + 20 * 50 + 64 * 8 + 10 * 10) + limit)
+    decoded, decode = [], image_files.decode
+    monkeypatch.setattr(image_files, "decode", lambda path: decoded.append(path) or decode(path))
+    assert isinstance(create(images, Augmentation()), kind)
+    assert len(decoded) == (4 if kind is batches.DeviceBatches else 0)
+
+
+def test_images_that_no_memory_holds_are_refused_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batches, "MEMORY", 20 * 3 * 16 * 16 - 1)
+    with pytest.raises(ValueError, match=r"^augmentation.where device: the images of noise take more than .* workers"):
+        create(image_set(), Augmentation(where="device"))
+
+
+@pytest.mark.parametrize(("where", "workers"), [("device", 0), ("workers", 0), ("workers", 1)])
+def test_a_broken_image_is_named_in_one_line(where: str, workers: int, tmp_path: Path) -> None:
+    images = on_disk(tmp_path, [(10, 10)] * 4)
+    images.images[2].write_bytes(b"broken")
+
+    def first_batch() -> None:
+        next(iter(create(images, Augmentation(where=where), workers=workers).epoch(0, 0)))
+
+    with pytest.raises(ValueError, match=r"^cannot read the image '.*2\.png': damaged.*broken skip$") as refusal:
+        first_batch()
+    assert len(str(refusal.value).splitlines()) == 1

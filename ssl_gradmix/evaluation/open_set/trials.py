@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ssl_gradmix.data import open_set
-from ssl_gradmix.data.datasets import ImageSet, known_classes, load
+from ssl_gradmix.data.datasets import ImageSet, has_splits, known_classes, load
 from ssl_gradmix.settings import Data
 
 ELSEWHERE = ("cifar+10", "cifar+50")
@@ -198,7 +198,11 @@ def pretraining(
     """
     if config is None or "data" not in config:
         return NOT_OUR_RUN
-    of_run = replace(data, **{name: config["data"].get(name) for name in ("name", "root", "classes", "open_set")})
+    of_run = replace(
+        data,
+        download=False,
+        **{name: config["data"].get(name) for name in ("name", "root", "classes", "open_set")},
+    )
     if data_name(of_run) != data_name(data):
         return f"other data ({data_name(of_run)})"
     with _coincidence_unsaid():
@@ -291,9 +295,8 @@ def load_unknown(data: Data) -> ImageSet:
     Raises:
         ValueError: If they cannot be had.
     """
-    root = Path(data.root).expanduser()
     try:
-        if data.name != "folder" or (root / "train").is_dir() or (root / "test").is_dir():
+        if data.name != "folder" or has_splits(Path(data.root).expanduser()):
             images = load(data, "test")
         else:
             images = load(data, "train")
@@ -339,8 +342,9 @@ def data_name(data: Data) -> str:
 
 
 def _same(data: Data, other: Data) -> bool:
-    roots = [Path(each.root).expanduser().resolve() for each in (data, other)]
-    return data.name == other.name and (data.name != "folder" or roots[0] == roots[1])
+    if data.name != "folder" or other.name != "folder":
+        return data.name == other.name
+    return Path(data.root).expanduser().resolve() == Path(other.root).expanduser().resolve()
 
 
 def _trial(number: int, known: Sequence[int], unknown: Sequence[int]) -> Trial:

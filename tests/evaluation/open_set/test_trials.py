@@ -47,10 +47,10 @@ def drawn(n_classes, n_known, seed):
         (Data("digits", open_set="random:4:8"), {}, "random", [8], drawn(10, 4, 8)),
         (Data("digits", open_set="random:4:8"), {"numbers": [2, 3]}, "random", [2, 3], drawn(10, 4, 2)),
         (Data("digits", open_set="random:4:8"), {"n_known": 5}, "random", [8], drawn(10, 5, 8)),
-        (Data("folder", open_set="cifar10:2"), {}, "cifar10", [2], {1, 5, 7, 3, 9, 4}),
+        (Data("folder", "x", open_set="cifar10:2"), {}, "cifar10", [2], {1, 5, 7, 3, 9, 4}),
         (Data("cifar10", open_set="cifar+50:4"), {}, "cifar+50", [4], {1, 0, 9, 8}),
-        (Data("folder", classes=["b", 3, 0]), {}, "data.classes", [0], {0, 1, 3}),
-        (Data("folder", classes=[1, 2]), {"protocol": "random", "numbers": [5]}, "random", [5], drawn(10, 6, 5)),
+        (Data("folder", "x", classes=["b", 3, 0]), {}, "data.classes", [0], {0, 1, 3}),
+        (Data("folder", "x", classes=[1, 2]), {"protocol": "random", "numbers": [5]}, "random", [5], drawn(10, 6, 5)),
     ],
 )
 def test_what_is_asked_for_is_resolved(data, asked, protocol, numbers, first_known):
@@ -79,8 +79,13 @@ def test_unknown_classes_of_cifar_plus_n_are_of_cifar100():
             {"protocol": "cifar10"},
             "split does not fit: stl10 does not number its classes as cifar10",
         ),
-        (Data("folder"), TEN[:7], {"protocol": "cifar10"}, "cifar10 is for 10 classes, the data set has 7"),
-        (Data("folder"), TEN, {"protocol": "tinyimagenet"}, "tinyimagenet is for 200 classes, the data set has 10"),
+        (Data("folder", "x"), TEN[:7], {"protocol": "cifar10"}, "cifar10 is for 10 classes, the data set has 7"),
+        (
+            Data("folder", "x"),
+            TEN,
+            {"protocol": "tinyimagenet"},
+            "tinyimagenet is for 200 classes, the data set has 10",
+        ),
         (Data("mnist"), TEN, {"n_known": 3}, "n_known is for the protocol random, got 3 with mnist"),
         (Data("mnist"), TEN, {"numbers": [5]}, "trial must be 0 to 4, got 5"),
         (Data(), TEN, {"numbers": []}, r"trials must be at least one, .* got \[\]"),
@@ -89,10 +94,10 @@ def test_unknown_classes_of_cifar_plus_n_are_of_cifar100():
         (Data(), TEN, {"n_known": 1}, "trial 0 has 1 known and 9 unknown classes, at least 2 and 1 are needed"),
         (Data(), TEN, {"n_known": 10}, "n_known must be at least 1 and below n_classes=10, got 10"),
         (Data(), ("cat", "dog"), {}, "trial 0 has 1 known and 1 unknown"),
-        (Data("folder", classes=["a"]), TEN, {}, "1 known and 9 unknown"),
-        (Data("folder", classes=list(TEN)), TEN, {}, "10 known and 0 unknown"),
-        (Data("folder", classes=["a", "z"]), TEN, {}, "data.classes has 'z'"),
-        (Data("folder", classes=["a", "b"]), TEN, {"numbers": [1]}, "trials and n_known need a protocol"),
+        (Data("folder", "x", classes=["a"]), TEN, {}, "1 known and 9 unknown"),
+        (Data("folder", "x", classes=list(TEN)), TEN, {}, "10 known and 0 unknown"),
+        (Data("folder", "x", classes=["a", "z"]), TEN, {}, "data.classes has 'z'"),
+        (Data("folder", "x", classes=["a", "b"]), TEN, {"numbers": [1]}, "trials and n_known need a protocol"),
         (Data(open_set="random:6"), TEN, {}, "dataset 'random' has no open-set trials"),
         (Data(open_set="tinyimagenet:0"), TEN, {}, "digits does not number its classes as tinyimagenet"),
     ],
@@ -116,23 +121,23 @@ def test_distinct_leaves_out_repeated_known_classes():
     ("of_run", "unknown", "expected"),
     [
         (None, [6, 7, 8, 9], NOT_OUR_RUN),
-        ({"name": "digits", "root": "data"}, [6, 7, 8, 9], ALL_CLASSES),
-        ({"name": "digits", "root": "elsewhere", "classes": None, "open_set": None}, [6, 7, 8, 9], ALL_CLASSES),
-        ({"name": "digits", "root": "data", "classes": [5, 4, "3", 2, 1, 0]}, [6, 7, 8, 9], KNOWN_ONLY),
-        ({"name": "digits", "root": "data", "classes": [5, 4, 3, 2, 1, 0]}, [], KNOWN_ONLY),
-        ({"name": "digits", "root": "data", "classes": list(range(9))}, [6, 7, 8], ALL_CLASSES),
-        ({"name": "digits", "root": "data"}, [], FURTHER_CLASSES),
+        ({"name": "digits"}, [6, 7, 8, 9], ALL_CLASSES),
+        ({"name": "digits", "classes": None, "open_set": None}, [6, 7, 8, 9], ALL_CLASSES),
+        ({"name": "digits", "classes": [5, 4, "3", 2, 1, 0]}, [6, 7, 8, 9], KNOWN_ONLY),
+        ({"name": "digits", "classes": [5, 4, 3, 2, 1, 0]}, [], KNOWN_ONLY),
+        ({"name": "digits", "classes": list(range(9))}, [6, 7, 8], ALL_CLASSES),
+        ({"name": "digits"}, [], FURTHER_CLASSES),
         ({"name": "mnist", "root": "data"}, [6, 7, 8, 9], "other data (mnist)"),
         ({"name": "folder", "root": "some/place"}, [6, 7, 8, 9], "other data (folder:place)"),
     ],
 )
 def test_pretraining_is_named_by_the_runs_config(of_run, unknown, expected):
     config = None if of_run is None else {"data": of_run, "method": {}}
-    assert pretraining(config, Data(root="data"), DIGITS, [0, 1, 2, 3, 4, 5], unknown) == expected
+    assert pretraining(config, Data(), DIGITS, [0, 1, 2, 3, 4, 5], unknown) == expected
 
 
 def test_a_run_of_all_classes_has_known_ones_only_where_all_are_known():
-    config = {"data": {"name": "digits", "root": "data"}}
+    config = {"data": {"name": "digits"}}
     assert pretraining(config, Data(), DIGITS, range(10)) == KNOWN_ONLY
 
 
@@ -289,7 +294,7 @@ def test_unknown_images_are_test_images_where_there_are_such(tmp_path):
 def test_groups_of_other_sets(tmp_path):
     write_images(tmp_path / "noise", "ab", count=3)
     test, noise = load(Data(), "test"), Data("folder", str(tmp_path / "noise"))
-    config = {"data": {"name": "digits", "root": "data"}}
+    config = {"data": {"name": "digits"}}
     (group,) = set_groups(Data(), test, config, [noise])
     assert (group.name, group.trial.number, group.trial.known) == ("folder:noise", None, tuple(range(10)))
     assert group.is_unknown.tolist() == [True] * 6
@@ -319,11 +324,11 @@ def test_other_sets_that_make_no_sense_are_refused(data, others, message):
 
 def test_cifar100_must_be_told_and_have_its_classes(tmp_path):
     with pytest.raises(ValueError, match="say where it is, as --unknown.name cifar100"):
-        load_cifar100(Data("folder"), None)
+        load_cifar100(Data("folder", "x"), None)
     with pytest.raises(ValueError, match="digits/test has 10 classes, and CIFAR-100"):
-        load_cifar100(Data("folder"), [Data()])
+        load_cifar100(Data("folder", "x"), [Data()])
     with pytest.raises(ValueError, match=re.escape(f"unknown: cifar100 is not in data.root {str(tmp_path)!r}")):
         load_cifar100(Data("cifar10", str(tmp_path)), None)
     write_images(tmp_path / "hundred" / "test", [f"class{i:02}" for i in range(100)], count=1)
-    images = load_cifar100(Data("folder"), [Data("folder", str(tmp_path / "hundred"), classes=[1])])
+    images = load_cifar100(Data("folder", "x"), [Data("folder", str(tmp_path / "hundred"), classes=[1])])
     assert sorted(images.labels) == list(range(100))
