@@ -35,7 +35,7 @@ from tqdm import tqdm
 from ssl_gradmix import GradMix, mixing
 from ssl_gradmix.attribution import METHODS
 from ssl_gradmix.data.augmentation import DeviceViews
-from ssl_gradmix.data.datasets import load_known
+from ssl_gradmix.data.open_set import load_known
 from ssl_gradmix.evaluation.encoders import Encoder, load_encoder
 from ssl_gradmix.gradmix import MixedViews
 from ssl_gradmix.methods.nt_xent import nt_xent

@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     import torch
 
     from ssl_gradmix import backbones
-    from ssl_gradmix.data.datasets import load_known
+    from ssl_gradmix.data.open_set import load_known
     from ssl_gradmix.methods.byol import BYOL
     from ssl_gradmix.run_folder import RunFolder
     from ssl_gradmix.training.loop import Trainer, check_images
