@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from torch import Tensor
 
 from ssl_gradmix.evaluation import cli, plots, rows
@@ -47,7 +48,7 @@ class Options:
 
 def measure(
     train: cli.Labeled, test: cli.Labeled, classes: Sequence[str], options: Options
-) -> tuple[list[rows.Number], list[rows.Number], LinearProbe]:
+) -> tuple[list[rows.Number], list[rows.Number], LinearProbe, dict[str, Tensor]]:
     """Accuracies on test features, with Wilson 95% intervals.
 
     Args:
@@ -57,7 +58,8 @@ def measure(
         options: How.
 
     Returns:
-        Numbers over all test images, numbers of the linear classifier by class, and that classifier.
+        Numbers over all test images; numbers of the linear classifier by class; that classifier; and which images
+        were named right, (M,) by score, for a paired comparison with another encoder.
     """
     (features, labels), (test_features, test_labels) = train, test
 
@@ -82,7 +84,8 @@ def measure(
         return rows.number("linear", "class_accuracy", accuracy_interval(hits), len(hits), **params)
 
     top1 = probe.accuracy(test_features, test_labels).top1
-    return overall, [of_class(label, top1[test_labels == label]) for label in test_labels.unique().tolist()], probe
+    by_class = [of_class(label, top1[test_labels == label]) for label in test_labels.unique().tolist()]
+    return overall, by_class, probe, {"linear": top1, "knn": nearest}
 
 
 def evaluate(evaluation: cli.Evaluation, options: Options) -> None:
@@ -91,7 +94,8 @@ def evaluate(evaluation: cli.Evaluation, options: Options) -> None:
     features = evaluation.features(train), evaluation.features(test)
     if not evaluation.accelerator.is_main_process:
         return
-    overall, by_class, probe = measure(*features, train.classes, options)
+    overall, by_class, probe, right = measure(*features, train.classes, options)
+    hits = {score: np.packbits(of_score.cpu().numpy()).tobytes().hex() for score, of_score in right.items()}
     found, of_classes = (
         evaluation.frame("linear_probe", test.name, numbers, **evaluation.of_classes())
         for numbers in (overall, by_class)
@@ -99,7 +103,8 @@ def evaluate(evaluation: cli.Evaluation, options: Options) -> None:
     written = evaluation.out / "linear_probe.json"
     validation = {f"{rate:g}": loss for rate, loss in probe.validation.items()}
     about = evaluation.about(train, test, **evaluation.of_classes())
-    rows.add(written, rows.joined([found, of_classes]), {**about, "validation": validation})
+    more = {"validation": validation, "hits": {"images": test.fingerprint(), "n": len(test), **hits}}
+    rows.add(written, rows.joined([found, of_classes]), {**about, **more})
     title = f"{evaluation.encoder.title} on {test.name.rpartition('/')[0]}: linear probe by class"
     plots.write(written.with_suffix(".png"), plots.class_accuracies(of_classes, found.iloc[0], title))
     print(f"{evaluation.encoder.title} on {test.name}, trained on {len(train)} labeled images")

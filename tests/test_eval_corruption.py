@@ -17,6 +17,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import KNeighborsClassifier
+from ssl_gradmix.evaluation.results import read_rows
+from ssl_gradmix.evaluation.robustness import CorruptedImages
 from support import SIZE, add_projector, help_of, load_script
 
 from ssl_gradmix.data.corruption_sets import read_cifar_c
@@ -25,8 +27,6 @@ from ssl_gradmix.data.datasets import load
 from ssl_gradmix.data.open_set import random_split
 from ssl_gradmix.evaluation import encoders
 from ssl_gradmix.evaluation.probes import linear_probe
-from ssl_gradmix.evaluation.results import read_rows
-from ssl_gradmix.evaluation.robustness import CorruptedImages
 from ssl_gradmix.settings import Data
 
 EVAL = Path(__file__).parents[1] / "eval"

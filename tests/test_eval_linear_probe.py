@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 from scipy.stats import binomtest
 from sklearn.neighbors import KNeighborsClassifier
+from ssl_gradmix.evaluation.results import read_rows
 from support import SIZE, add_projector, help_of, load_script, make_run
 
 from ssl_gradmix.data.datasets import load
 from ssl_gradmix.evaluation.encoders import load_encoder
 from ssl_gradmix.evaluation.features import extract
-from ssl_gradmix.evaluation.results import read_rows
 from ssl_gradmix.settings import Data
 
 SCRIPT = Path(__file__).parents[1] / "eval" / "linear_probe.py"

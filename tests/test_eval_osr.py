@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import NearestNeighbors
+from ssl_gradmix.evaluation.results import read_rows
 from support import add_projector, help_of, load_script, make_run
 
 from ssl_gradmix.data.datasets import load
@@ -20,7 +21,6 @@ from ssl_gradmix.data.open_set import split
 from ssl_gradmix.evaluation.encoders import load_encoder
 from ssl_gradmix.evaluation.features import extract
 from ssl_gradmix.evaluation.probes import linear_probe
-from ssl_gradmix.evaluation.results import read_rows
 from ssl_gradmix.settings import Data
 
 SCRIPT = Path(__file__).parents[1] / "eval" / "osr.py"

@@ -12,14 +12,6 @@ from PIL import Image
 from scipy.stats import binomtest
 from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
-
-from ssl_gradmix.data.corruption_sets import make_c
-from ssl_gradmix.data.corruptions import COMMON, EXTRA, GROUPS, corrupt, frost_source
-from ssl_gradmix.data.datasets import ImageSet
-from ssl_gradmix.evaluation import robustness
-from ssl_gradmix.evaluation.encoders import Encoder
-from ssl_gradmix.evaluation.features import extract
-from ssl_gradmix.evaluation.probes import LinearProbe
 from ssl_gradmix.evaluation.results import Row, write_rows
 from ssl_gradmix.evaluation.robustness import (
     ALEXNET,
@@ -37,6 +29,14 @@ from ssl_gradmix.evaluation.robustness import (
     summarize,
     summary_table,
 )
+
+from ssl_gradmix.data.corruption_sets import make_c
+from ssl_gradmix.data.corruptions import COMMON, EXTRA, GROUPS, corrupt, frost_source
+from ssl_gradmix.data.datasets import ImageSet
+from ssl_gradmix.evaluation import robustness
+from ssl_gradmix.evaluation.encoders import Encoder
+from ssl_gradmix.evaluation.features import extract
+from ssl_gradmix.evaluation.probes import LinearProbe
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score, roc_auc_score
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
-
 from ssl_gradmix.evaluation.open_set.recognition import closed_set, compare, detect, fit, over_trials, score_table
 from ssl_gradmix.evaluation.open_set.samples import Settings
 from ssl_gradmix.evaluation.results import Row

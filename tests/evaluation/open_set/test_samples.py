@@ -3,7 +3,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-
 from ssl_gradmix.evaluation.open_set.samples import Samples, Settings
 
 ARRAYS = {

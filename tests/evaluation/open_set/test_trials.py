@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-
-from ssl_gradmix.data.datasets import ImageSet, load
 from ssl_gradmix.evaluation.open_set.trials import (
     ALL_CLASSES,
     FURTHER_CLASSES,
@@ -26,6 +24,8 @@ from ssl_gradmix.evaluation.open_set.trials import (
     set_groups,
     trial_groups,
 )
+
+from ssl_gradmix.data.datasets import ImageSet, load
 from ssl_gradmix.settings import Data
 
 TEN = tuple("abcdefghij")
