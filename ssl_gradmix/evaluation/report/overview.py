@@ -45,7 +45,7 @@ def overview(runs: Sequence[Run]) -> Section:
     )
     if any(len({measure_of(row).protocol for row in found if row is not None}) > 1 for found in columns.values()):
         note += " Some of these numbers are of different data or protocols, and do not compare: see the tables below."
-    table = Table("Overview", [Cell("Run"), *map(Cell, columns)], lines, note)
+    table = Table("Results", [Cell("Run"), *map(Cell, columns)], lines, note)
     if len(groups) == 1:
         return Section("Overview", [table])
     differences, said = _of_groups(runs, groups, columns) if len(groups) < len(runs) else _paired(runs)
