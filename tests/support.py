@@ -73,9 +73,8 @@ def add_projector(run: Path, seed: int = 0) -> Path:
 def write_images(folder: Path, classes: Sequence[str], count: int = 2, size: int = 8) -> Path:
     """Class folders of PNG files, noise around a color of each class."""
     rng = np.random.default_rng(0)
-    for name in classes:
+    for name, color in zip(classes, rng.integers(0, 200, (len(classes), 3)), strict=True):
         (folder / name).mkdir(parents=True, exist_ok=True)
-        color = rng.integers(0, 200, 3)
         for i in range(count):
             pixels = (color + rng.integers(0, 55, (size, size, 3))).astype(np.uint8)
             Image.fromarray(pixels).save(folder / name / f"{i}.png")

@@ -109,9 +109,9 @@ def test_what_was_measured_before_stays(run):
     first = records(evaluate(run)[0])
     evaluate(run, "--k 3")
     found, about = evaluate(run, "--data.classes [1,2,8] --label_fractions [0.5]")
-    assert [row for row in records(found) if row in first] == first
+    assert all(row in records(found) for row in first)
     assert only(found, "knn", "top1", k=3, classes=None)["n"] == 359
-    assert only(found, "knn", "top1", classes="1, 2, 8")["n"] == 107
+    assert only(found, "knn", "top1", classes="1, 2, 8")["n"] == np.isin(load(Data(), "test").labels, [1, 2, 8]).sum()
     assert about["images"].keys() == {
         *("digits/train", "digits/test", "digits/train of 1, 2, 8", "digits/test of 1, 2, 8")
     }
