@@ -1,60 +1,31 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
-import timm
 import torch
-import yaml
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from scipy.stats import binomtest
 from sklearn.metrics import roc_auc_score
-from sklearn.neighbors import KNeighborsClassifier
-from support import SIZE, add_projector, help_of, load_script
+from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
+from support import MEAN, SIZE, STD, add_projector, load_script, make_run, only, records, tiny_encoder, write_images
 
-from ssl_gradmix.data.corruption_sets import read_cifar_c
-from ssl_gradmix.data.corruptions import COMMON, corrupt
-from ssl_gradmix.data.datasets import load
+from ssl_gradmix.data.corruption_sets import CorruptedImages
+from ssl_gradmix.data.corruptions import COMMON, EXTRA, GROUPS, corrupt, frost_source
+from ssl_gradmix.data.datasets import ImageSet, load
 from ssl_gradmix.data.open_set import random_split
-from ssl_gradmix.evaluation import encoders
-from ssl_gradmix.evaluation.probes import linear_probe
-from ssl_gradmix.evaluation.results import read_rows
-from ssl_gradmix.evaluation.robustness import CorruptedImages
+from ssl_gradmix.evaluation import cli, rows
+from ssl_gradmix.evaluation.probes import LinearProbe, linear_probe
 from ssl_gradmix.settings import Data
 
-EVAL = Path(__file__).parents[1] / "eval"
-
-
-main = load_script("eval/corruption.py").main
+corruption = load_script("eval/corruption.py")
 make_c = load_script("eval/make_c.py")
-
-
-def make_run(folder: Path, seed: int = 0, **data) -> Path:
-    """A run whose encoder has BatchNorm variances of its own."""
-    torch.manual_seed(seed)
-    model = timm.create_model("resnet10t", num_classes=0, channels=(8, 16, 24, 32), stem_width=8, stem_type="")
-    weights = model.state_dict()
-    for name, value in weights.items():
-        if "running_var" in name:
-            value.uniform_(0.5, 1.5)
-    described = {
-        "architecture": "resnet10t",
-        "num_classes": 0,
-        "pretrained_cfg": {"input_size": [3, SIZE, SIZE], "mean": [0.5, 0.4, 0.3], "std": [0.25, 0.3, 0.2]},
-        "model_args": {"channels": [8, 16, 24, 32], "stem_width": 8, "stem_type": ""},
-    }
-    (folder / "backbone").mkdir(parents=True)
-    (folder / "backbone" / "config.json").write_text(json.dumps(described))
-    save_file(weights, folder / "backbone" / "model.safetensors")
-    (folder / "config.yaml").write_text(yaml.safe_dump({"data": asdict(Data(size=SIZE, **data)), "method": "byol"}))
-    return folder
 
 
 @pytest.fixture
@@ -62,32 +33,32 @@ def run(tmp_path) -> Path:
     return make_run(tmp_path / "runs" / "mine")
 
 
-def evaluate(run: Path, arguments: str, out: Path | None = None) -> tuple[list, dict]:
+def call(run: Path, arguments: str, out: Path | None = None) -> int:
     folder = [] if out is None else ["--out", str(out)]
-    assert main([str(run), "--workers", "1", "--epochs", "5", *arguments.split(), *folder]) == 0
-    return read_rows((out or run / "eval") / "corruption.json")
+    return corruption.main([str(run), "--workers", "1", "--epochs", "5", *arguments.split(), *folder])
 
 
-def found(rows, score, metric, **params):
-    (row,) = [
-        row for row in rows if (row.score, row.metric) == (score, metric) and params.items() <= row.params.items()
-    ]
-    return row
+def evaluate(run: Path, arguments: str, out: Path | None = None) -> pd.DataFrame:
+    assert call(run, arguments, out) == 0
+    return rows.read((out or run / "eval") / "corruption.json")[0]
 
 
-def numbers(rows) -> list:
-    """What rows say, but for where the images came from."""
-    return [
-        (row.score, row.metric, row.value, row.params.get("corruption"), row.params.get("severity")) for row in rows
-    ]
+def alike(found: pd.DataFrame) -> list:
+    """Rows in an order of their own, without the parameters that say where the images are from."""
+    names = ("score", "metric", "value", "n")
+    places = ("corruption", "severity", "group", "corruptions")
+    return sorted([*(row[name] for name in names), *map(row["params"].get, places)] for row in records(found))
+
+
+def by_text(found: pd.DataFrame) -> list[str]:
+    return sorted(map(str, records(found)))
 
 
 class ByHand:
     """The evaluation again, image by image: timm's model, weights from the file, preparation in NumPy."""
 
     def __init__(self, run: Path) -> None:
-        sizes = {"channels": (8, 16, 24, 32), "stem_width": 8, "stem_type": ""}
-        self.model = timm.create_model("resnet10t", num_classes=0, **sizes).eval()
+        self.model = tiny_encoder().eval()
         self.model.load_state_dict(load_file(run / "backbone" / "model.safetensors"))
 
     def images(self, split: str) -> tuple[list[np.ndarray], np.ndarray]:
@@ -96,16 +67,15 @@ class ByHand:
         return [np.asarray(image) for image in resized], images.labels
 
     def features(self, images: list[np.ndarray]) -> torch.Tensor:
-        prepared = [(image / 255 - [0.5, 0.4, 0.3]) / [0.25, 0.3, 0.2] for image in images]
+        prepared = [torch.from_numpy((image / 255 - MEAN) / STD).float().permute(2, 0, 1) for image in images]
         with torch.no_grad():
-            return torch.cat([self.model(torch.from_numpy(x).float().permute(2, 0, 1)[None]) for x in prepared])
+            return torch.cat([self.model(image[None]) for image in prepared])
 
 
 def test_against_the_same_done_by_hand(run, capsys):
-    rows, extra = evaluate(run, "--corruptions [gaussian_noise,contrast] --seed 4 --k 7")
+    found = evaluate(run, "--corruptions [gaussian_noise,contrast] --seed 4 --k 7")
     hand = ByHand(run)
-    train, labels = hand.images("train")
-    test, targets = hand.images("test")
+    (train, labels), (test, targets) = hand.images("train"), hand.images("test")
     bank = hand.features(train)
     probe = linear_probe(bank, torch.from_numpy(labels), epochs=5, seed=4)
     weight, bias = probe.weight.double().numpy(), probe.bias.double().numpy()
@@ -114,83 +84,64 @@ def test_against_the_same_done_by_hand(run, capsys):
 
     def check(images: list[np.ndarray], metric: str, **params) -> None:
         features = hand.features(images).double().numpy()
-        # Features of batches round differently: two images may change sides.
-        linear = (features @ weight.T + bias).argmax(1) == targets
-        assert found(rows, "linear", metric, **params).value == pytest.approx(linear.mean(), abs=2.1 / len(targets))
-        nearest = oracle.predict(features) == targets
-        assert found(rows, "knn", metric, **params).value == pytest.approx(nearest.mean(), abs=2.1 / len(targets))
+        guesses = {"linear": (features @ weight.T + bias).argmax(1), "knn": oracle.predict(features)}
+        for score, guessed in guesses.items():  # features of batches round differently: two images may change sides
+            value = only(found, score, metric, **params)["value"]
+            assert value == pytest.approx((guessed == targets).mean(), abs=2.1 / len(targets))
 
     check(test, "clean_accuracy")
     for name, severity in (("gaussian_noise", 5), ("contrast", 3)):
         corrupted = [corrupt(image, name, severity, seed=4, index=i) for i, image in enumerate(test)]
         check(corrupted, "accuracy", corruption=name, severity=severity)
 
-    assert found(rows, "linear", "clean_accuracy").value > 0.3  # chance is 0.1: a test of nothing would pass otherwise
-    severe = found(rows, "linear", "accuracy", corruption="contrast", severity=5)
-    assert severe.value < found(rows, "linear", "accuracy", corruption="contrast", severity=1).value
-    assert severe.params == {
+    assert only(found, "linear", "clean_accuracy")["value"] > 0.3  # chance is 0.1
+    values = {s: only(found, "linear", "accuracy", corruption="contrast", severity=s) for s in range(1, 6)}
+    assert values[5]["value"] < values[1]["value"]
+    assert values[5]["params"] == {
         **{"corruption": "contrast", "severity": 5, "group": "digital", "learning_rate": probe.learning_rate},
-        **{"source": "generated", "preset": "cifar", "seed": 4, "frost_source": extra["corruptions"]["frost_source"]},
+        **{"source": "generated", "preset": "cifar", "seed": 4, "epochs": 5, "frost_source": frost_source()},
     }
-    assert {(row.task, row.dataset, row.split, row.encoder, row.n) for row in rows} == {
-        ("corruption", "digits", "test", "mine", len(targets))
-    }
-    errors = [
-        1 - np.mean([found(rows, "linear", "accuracy", corruption=name, severity=s).value for s in range(1, 6)])
-        for name in ("gaussian_noise", "contrast")
-    ]
-    overall = found(rows, "linear", "mean_corruption_error", corruptions=2)
-    assert overall.value == pytest.approx(np.mean(errors), abs=1e-12)
-    assert len(rows) == 2 * (1 + 2 * 5 + 1 + 2)
+    for name, value in (("task", "corruption"), ("dataset", "digits"), ("encoder", "mine"), ("n", len(targets))):
+        assert set(found[name]) == {value}
+    assert len(found) == 2 * (1 + 2 * 5 + 1 + 2)
+    accuracies = found[(found["score"] == "linear") & (found["metric"] == "accuracy")]["value"]
+    overall = only(found, "linear", "mean_corruption_error", corruptions=2)
+    assert overall["value"] == pytest.approx(1 - accuracies.mean(), abs=1e-12)
 
     printed = capsys.readouterr().out
     assert "mine on 359 images of digits/test" in printed
     assert "corruptions generated, preset cifar, seed 4" in printed
-    assert re.search(rf"^mean corruption error \(2\) +{overall.value:.4f} ", printed, re.MULTILINE)
-    assert f"Written: {run / 'eval' / 'corruption.json'}, {run / 'eval' / 'corruption.png'}" in printed
+    assert re.search(rf"^mean corruption error \(2\) +{overall['value']:.4f} ", printed, re.MULTILINE)
     with Image.open(run / "eval" / "corruption.png") as picture:
         assert min(picture.size) > 400
     assert sorted(path.name for path in (run / "eval").glob("corruption*")) == ["corruption.json", "corruption.png"]
 
 
 def test_all_common_corruptions_by_default_and_the_extra_ones_apart(run):
-    rows, _ = evaluate(run, "--images 10")
-    assert list(dict.fromkeys(row.params["corruption"] for row in rows if "corruption" in row.params)) == list(COMMON)
-    more, _ = evaluate(run, "--images 10 --extra true")
-    assert found(more, "knn", "group_corruption_error", group="extra", corruptions=4)
+    found = evaluate(run, "--images 10")
+    assert list(dict.fromkeys(rows.param(found, "corruption").dropna())) == list(COMMON)
+    more = evaluate(run, "--images 10 --extra true")
+    assert only(more, "knn", "group_corruption_error", group="extra", corruptions=4)["n"] == 10
     for metric in ("mean_corruption_error", "clean_accuracy"):
-        assert found(more, "knn", metric) == found(rows, "knn", metric)
-    assert found(more, "knn", "mean_corruption_error").params["corruptions"] == 15
+        assert records(more).count(only(found, "knn", metric).where(pd.notna, None).to_dict()) == 1
 
 
-def test_batches_change_nothing(run, tmp_path):
-    one, _ = evaluate(run, "--corruptions [fog,glass_blur] --images 60", tmp_path / "a")
-    other, _ = evaluate(run, "--corruptions [fog,glass_blur] --images 60 --batch_size 7", tmp_path / "b")
-    for a, b in zip(one, other, strict=True):
-        assert (a.score, a.metric, a.params, a.n) == (b.score, b.metric, b.params, b.n)
-        assert a.value == pytest.approx(b.value, abs=1.1 / a.n)
-
-
-def test_batchnorm_stays_as_it_was(run, tmp_path, monkeypatch):
-    loaded = []
-    original = encoders.load_encoder
-    monkeypatch.setattr(encoders, "load_encoder", lambda *given: loaded.append(original(*given)) or loaded[-1])
-    evaluate(run, "--corruptions [snow] --images 60")
+def test_batches_change_nothing_and_batchnorm_stays_as_it_was(run, tmp_path, monkeypatch):
+    loaded, original = [], cli.load_encoder
+    monkeypatch.setattr(cli, "load_encoder", lambda *given: loaded.append(original(*given)) or loaded[-1])
+    one = evaluate(run, "--corruptions [fog,glass_blur] --images 60 --seed 2", tmp_path / "a")
+    other = evaluate(run, "--corruptions [fog,glass_blur] --images 60 --seed 2 --batch_size 7", tmp_path / "b")
+    assert one.drop(columns=["value", "ci_low", "ci_high"]).equals(other.drop(columns=["value", "ci_low", "ci_high"]))
+    assert ((one["value"] - other["value"]).abs() <= 1.1 / 60).all()
+    assert set(one["n"]) == {*rows.param(one, "images")} == {60}
+    assert set(rows.param(one, "draw_seed")) == {2}
     on_disk = load_file(run / "backbone" / "model.safetensors")
-    (encoder,) = loaded
     assert any("running_mean" in name for name in on_disk)
-    assert all(torch.equal(value, on_disk[name]) for name, value in encoder.model.state_dict().items())
+    for encoder in loaded:
+        assert all(torch.equal(value, on_disk[name]) for name, value in encoder.model.state_dict().items())
 
 
-def test_a_part_of_the_images_is_drawn_by_class_and_recorded(run, tmp_path):
-    rows, extra = evaluate(run, "--corruptions [brightness] --images 50 --seed 2", tmp_path / "a")
-    assert {row.n for row in rows} == {extra["images"]["count"]} == {50}
-    assert extra["images"]["drawn_with_seed"] == 2
-    again, _ = evaluate(run, "--corruptions [brightness] --images 50 --seed 2", tmp_path / "b")
-    assert numbers(again) == numbers(rows)
-
-
-# Interrupted sweeps
+# Sweeps in parts
 
 
 def count_passes(monkeypatch, stop_after: int | None = None) -> list[tuple[str, int]]:
@@ -209,74 +160,61 @@ def count_passes(monkeypatch, stop_after: int | None = None) -> list[tuple[str, 
     return made
 
 
-def test_an_interrupted_sweep_goes_on(run, tmp_path, monkeypatch, capsys):
+def test_an_interrupted_sweep_goes_on_and_fewer_corruptions_keep_the_others(run, tmp_path, monkeypatch, capsys):
     arguments = "--corruptions [fog,contrast,shot_noise] --images 60"
-    expected = evaluate(run, arguments, tmp_path / "whole")[0]
+    expected = evaluate(run, arguments, tmp_path / "whole")
     with monkeypatch.context() as patch:
         count_passes(patch, stop_after=8)
-        assert main([str(run), "--workers", "1", "--epochs", "5", *arguments.split()]) == 130
+        assert call(run, arguments) == 130
     assert capsys.readouterr().err.splitlines()[-1] == "stopped by Ctrl-C"
-    assert sorted(path.name for path in (run / "eval").glob("corruption*")) == ["corruption.partial.json"]
+    assert set(rows.param(rows.read(run / "eval" / "corruption.json")[0], "corruption")) == {"shot_noise"}
 
-    with monkeypatch.context() as patch:
-        made = count_passes(patch)
-        rows, _ = evaluate(run, arguments)
-    assert sorted(set(made)) == [(name, severity) for name in ("contrast", "fog") for severity in range(1, 6)]
-    assert rows == expected
-    assert not (run / "eval" / "corruption.partial.json").exists()
-
-    with monkeypatch.context() as patch:
-        made = count_passes(patch)
-        more, _ = evaluate(run, "--corruptions [fog,contrast,shot_noise,spatter] --images 60")
-    assert {name for name, _ in made} == {"spatter"}, "a longer sweep makes what is missing alone"
-    assert [row for row in more if "corruption" in row.params and row.params["corruption"] != "spatter"] == [
-        row for row in expected if "corruption" in row.params
-    ]
+    for names, new in (
+        ("[fog,contrast,shot_noise]", {"fog", "contrast"}),
+        ("[fog]", set()),
+        ("[spatter]", {"spatter"}),
+    ):
+        with monkeypatch.context() as patch:
+            made = count_passes(patch)
+            found = evaluate(run, f"--corruptions {names} --images 60")
+        assert set(made) == {(name, severity) for name in new for severity in range(1, 6)}
+        if names != "[spatter]":
+            assert by_text(found) == by_text(expected)
+    kept = [row for row in records(found) if row["params"].get("corruption") not in (None, "spatter")]
+    assert sorted(map(str, kept)) == by_text(expected[rows.param(expected, "corruption").notna()])
+    assert "mean corruption error (3)" in capsys.readouterr().out.rpartition("means")[2]
 
 
 @pytest.mark.parametrize("changed", ["--seed 1", "--k 3", "--images 40", "--preset imagenet64", "--data.classes [1,2]"])
-def test_other_settings_start_anew(run, monkeypatch, changed):
-    evaluate(run, "--corruptions [contrast] --images 60")
+def test_other_settings_are_measured_beside_the_first(run, monkeypatch, changed):
+    first = evaluate(run, "--corruptions [contrast] --images 60")
     made = count_passes(monkeypatch)
-    evaluate(run, f"--corruptions [contrast] --images 60 {changed}")
+    second = evaluate(run, f"--corruptions [contrast] --images 60 {changed}")
     assert len(made) == 5
+    assert set(by_text(first)) < set(by_text(second))
 
 
-def test_another_encoder_starts_anew(run, tmp_path, monkeypatch):
-    out = tmp_path / "out"
-    evaluate(run, "--corruptions [contrast] --images 60", out)
-    made = count_passes(monkeypatch)
-    evaluate(make_run(tmp_path / "other" / "mine", seed=1), "--corruptions [contrast] --images 60", out)
-    assert len(made) == 5
-
-
-def test_a_damaged_file_of_results_is_written_anew(run):
-    expected, _ = evaluate(run, "--corruptions [contrast] --images 60")
-    (run / "eval" / "corruption.json").write_text('{"rows": [')
-    assert evaluate(run, "--corruptions [contrast] --images 60")[0] == expected
+def test_rows_of_another_encoder_or_in_a_damaged_file_are_written_anew(run, tmp_path, monkeypatch):
+    expected = evaluate(run, "--corruptions [contrast] --images 60", tmp_path / "out")
+    for damage in (
+        lambda file: evaluate(make_run(tmp_path / "other" / "mine", seed=1), "--corruptions [fog]", file.parent),
+        lambda file: file.write_text('{"rows": ['),
+    ):
+        damage(tmp_path / "out" / "corruption.json")
+        assert by_text(evaluate(run, "--corruptions [contrast] --images 60", tmp_path / "out")) == by_text(expected)
 
 
 # Published sets, baselines, open set
 
 
 def test_what_make_c_writes_gives_what_is_made_on_the_fly(run, tmp_path, capsys):
-    out = tmp_path / "digits-c"
-    given = f"--out {out} --data.size {SIZE} --corruptions [fog,impulse_noise] --seed 6 --workers 1"
-    make_c.main(given.split())
-    assert "359 images of digits/test, 2 corruptions at 5 severities" in capsys.readouterr().out
-    hand, labels = ByHand(run).images("test")
-    images, written = read_cifar_c(out, "fog", 2)
-    np.testing.assert_array_equal(images, [corrupt(image, "fog", 2, seed=6, index=i) for i, image in enumerate(hand)])
-    assert written.tolist() == labels.tolist()
-    meta = json.loads((out / "meta.json").read_text())
-    assert (meta["source"], meta["preset"], meta["seed"]) == ("digits/test", "cifar", 6)
-
+    made = f"--out {tmp_path / 'c'} --data.size {SIZE} --corruptions [fog,impulse_noise] --seed 6 --workers 1"
+    make_c.main(made.split())
     arguments = "--corruptions [fog,impulse_noise] --seed 6 --data.open_set random:5:1 --images 80"
-    generated, _ = evaluate(run, arguments, tmp_path / "a")
-    published, extra = evaluate(run, f"{arguments} --published {out}", tmp_path / "b")
-    assert numbers(published) == numbers(generated)
-    assert extra["corruptions"]["source"] == "published"
-    assert {row.params["source"] for row in published} == {"published"}
+    generated = evaluate(run, arguments, tmp_path / "a")
+    published = evaluate(run, f"{arguments} --published {tmp_path / 'c'}", tmp_path / "b")
+    assert alike(published) == alike(generated)
+    assert set(rows.param(published, "source")) == {"published"}
     assert "corruptions published, preset cifar, seed 6" in capsys.readouterr().out
 
 
@@ -284,84 +222,91 @@ def test_a_changed_published_set_is_read_anew(run, tmp_path):
     images, labels = load(Data(), "test").images, load(Data(), "test").labels
     np.save(tmp_path / "labels.npy", np.tile(labels, 5))
     np.save(tmp_path / "fog.npy", np.tile(images, (5, 1, 1, 1)))
-    before, _ = evaluate(run, f"--corruptions [fog] --published {tmp_path}")
-    clean = found(before, "linear", "clean_accuracy").value
-    assert {found(before, "linear", "accuracy", severity=s).value for s in range(1, 6)} == {clean}
+    before = evaluate(run, f"--corruptions [fog] --published {tmp_path}")
+    clean = only(before, "linear", "clean_accuracy")["value"]
+    assert {only(before, "linear", "accuracy", severity=s)["value"] for s in range(1, 6)} == {clean}
     np.save(tmp_path / "fog.npy", np.zeros((5 * len(labels), 32, 32, 3), np.uint8))
-    after, _ = evaluate(run, f"--corruptions [fog] --published {tmp_path}")
+    after = evaluate(run, f"--corruptions [fog] --published {tmp_path}")
+    (files,) = {*rows.param(after, "files")} - {*rows.param(before, "files")}
     shares = np.bincount(labels) / len(labels)
-    assert min(abs(shares - found(after, "linear", "accuracy", severity=3).value)) < 1e-9, "black images are one class"
+    value = only(after, "linear", "accuracy", severity=3, files=files)["value"]
+    assert min(abs(shares - value)) < 1e-9, "black images are one class"
 
 
-def test_against_another_run(run, tmp_path):
-    arguments = "--corruptions [fog,contrast,spatter] --images 60"
-    baseline, _ = evaluate(make_run(tmp_path / "runs" / "theirs", seed=1), arguments)
-    rows, _ = evaluate(run, f"{arguments} --baseline {tmp_path / 'runs' / 'theirs'}")
+def test_against_another_run(run, tmp_path, capsys):
+    theirs, arguments = tmp_path / "runs" / "theirs", "--corruptions [fog,contrast,spatter] --images 60"
+    baseline = evaluate(make_run(theirs, seed=1), arguments)
+    found = evaluate(run, f"{arguments} --baseline {theirs}")
     mce, relative = [], []
     for name in ("fog", "contrast"):
-        ours, theirs = (
-            [1 - found(of, "knn", "accuracy", corruption=name, severity=s).value for s in range(1, 6)]
-            for of in (rows, baseline)
+        ours, others = (
+            [1 - only(of, "knn", "accuracy", corruption=name, severity=s)["value"] for s in range(1, 6)]
+            for of in (found, baseline)
         )
-        mce.append(sum(ours) / sum(theirs))
-        clean = [1 - found(of, "knn", "clean_accuracy").value for of in (rows, baseline)]
-        relative.append((sum(ours) - 5 * clean[0]) / (sum(theirs) - 5 * clean[1]))
-    row = found(rows, "knn", "mce", baseline="theirs", corruptions=2)
-    assert row.value == pytest.approx(np.mean(mce), abs=1e-9)
-    assert found(rows, "knn", "relative_mce", baseline="theirs").value == pytest.approx(np.mean(relative), abs=1e-9)
+        mce.append(sum(ours) / sum(others))
+        clean = [1 - only(of, "knn", "clean_accuracy")["value"] for of in (found, baseline)]
+        relative.append((sum(ours) - 5 * clean[0]) / (sum(others) - 5 * clean[1]))
+    value = only(found, "knn", "mce", baseline="theirs", corruptions=2)["value"]
+    assert value == pytest.approx(np.mean(mce), abs=1e-9)
+    value = only(found, "knn", "relative_mce", baseline="theirs")["value"]
+    assert value == pytest.approx(np.mean(relative), abs=1e-9)
+
+    for arguments, message in (
+        ("--corruptions [fog]", "is of other images: images 60, not None; draw_seed 0, not None"),
+        ("--corruptions [fog,snow] --images 60", r"corruption\.json lacks snow: evaluate them there too, or not here"),
+        ("--corruptions [fog] --images 60 --preset imagenet", "preset 'cifar', not 'imagenet'"),
+    ):
+        assert call(run, f"{arguments} --baseline {theirs}", tmp_path / "out") == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+        assert re.search(f"error: .*{message}", line)
+        assert not list((tmp_path / "out").glob("corruption*"))
 
 
 def test_projector_features_against_those_of_another_run(run, tmp_path, capsys):
-    arguments = "--corruptions [contrast] --images 60 --feature projector"
+    arguments = "--corruptions [contrast] --images 60"
     other = add_projector(make_run(tmp_path / "runs" / "theirs", seed=1))
-    evaluate(other, "--corruptions [contrast] --images 60")
+    evaluate(other, arguments)
     for run_or_file in (other, other / "eval" / "corruption.json"):
         capsys.readouterr()
-        assert main([str(add_projector(run)), *arguments.split(), "--baseline", str(run_or_file)]) == 2
+        assert call(add_projector(run), f"{arguments} --feature projector --baseline {run_or_file}") == 2
         assert re.search("has no .*/eval/projector/corr|is of backbone features, not of proj", capsys.readouterr().err)
-    evaluate_projector = f"{arguments} --out {{}} --workers 1 --epochs 5"
-    for each, more in ((other, []), (run, ["--baseline", str(other)])):
-        assert main([str(each), *evaluate_projector.format(each / "eval").split(), *more]) == 0
-    rows, _ = read_rows(run / "eval" / "projector" / "corruption.json")
-    theirs, _ = read_rows(other / "eval" / "projector" / "corruption.json")
-    assert {row.feature for row in rows} == {"projector"}
-    ratio = found(rows, "knn", "mean_corruption_error").value / found(theirs, "knn", "mean_corruption_error").value
-    assert found(rows, "knn", "mce", baseline="theirs").value == pytest.approx(ratio, abs=1e-9)
+    assert call(other, f"{arguments} --feature projector") == 0
+    assert call(run, f"{arguments} --feature projector --baseline {other}") == 0
+    found, theirs = (rows.read(each / "eval" / "projector" / "corruption.json")[0] for each in (run, other))
+    assert set(found["feature"]) == {"projector"}
+    ours, others = (only(of, "knn", "mean_corruption_error")["value"] for of in (found, theirs))
+    assert only(found, "knn", "mce", baseline="theirs")["value"] == pytest.approx(ours / others, abs=1e-9)
 
 
 def test_open_set_recognition_under_corruption(run, capsys):
-    rows, _ = evaluate(run, "--corruptions [contrast] --osr true --data.open_set random:6:3")
+    found = evaluate(run, "--corruptions [contrast] --osr true --data.open_set random:6:3")
     known, _ = random_split(10, 6, seed=3)
     hand = ByHand(run)
-    train, labels = hand.images("train")
-    test, targets = hand.images("test")
+    (train, labels), (test, targets) = hand.images("train"), hand.images("test")
     bank = hand.features([image for image, label in zip(train, labels, strict=True) if label in known])
     probe = linear_probe(bank, torch.from_numpy(labels[np.isin(labels, known)]), epochs=5)
     features = hand.features([corrupt(image, "contrast", 2, index=i) for i, image in enumerate(test)])
     unit = features / features.norm(dim=1, keepdim=True)
     distance = torch.cdist(unit.double(), (bank / bank.norm(dim=1, keepdim=True)).double()).sort(1).values[:, 49]
-    scores = {"knn_distance": -distance, "max_logit": probe.logits(features).amax(1)}
     is_known = np.isin(targets, known)
-    for score, values in scores.items():
-        row = found(rows, score, "auroc", corruption="contrast", severity=2)
-        assert row.value == pytest.approx(roc_auc_score(is_known, values), abs=1e-3)
-        assert row.ci_low < row.value < row.ci_high
-        assert (row.n, row.trial, row.params["n_known"]) == (len(targets), 3, 6)
-        assert (row.params["protocol"], row.params["pretraining"]) == ("random", "all classes, unlabeled")
-        assert found(rows, score, "clean_auroc").n == len(targets)
-        values = [found(rows, score, "auroc", severity=s).value for s in range(1, 6)]
-        assert found(rows, score, "mean_corruption_auroc").value == pytest.approx(np.mean(values), abs=1e-12)
-    assert found(rows, "linear", "accuracy", severity=2).n == is_known.sum()
-    printed = capsys.readouterr().out
-    assert "AUROC of known against unknown, maximum logit, in %" in printed
+    for score, values in {"knn_distance": -distance, "max_logit": probe.logits(features).amax(1)}.items():
+        row = only(found, score, "auroc", corruption="contrast", severity=2, trial=3, n_known=6, protocol="random")
+        assert row["value"] == pytest.approx(roc_auc_score(is_known, values), abs=1e-3)
+        assert row["ci_low"] < row["value"] < row["ci_high"]
+        assert (row["n"], row["params"]["pretraining"]) == (len(targets), "all classes, unlabeled")
+        assert only(found, score, "clean_auroc")["n"] == len(targets)
+        values = [only(found, score, "auroc", severity=s)["value"] for s in range(1, 6)]
+        mean = only(found, score, "mean_corruption_auroc")["value"]
+        assert mean == pytest.approx(np.mean(values), abs=1e-12)
+    assert only(found, "linear", "accuracy", severity=2)["n"] == is_known.sum()
+    assert "AUROC of known against unknown, maximum logit, in %" in capsys.readouterr().out
     assert (run / "eval" / "corruption_osr.png").exists()
 
 
 def test_a_run_of_an_open_set_trial_is_evaluated_on_it(tmp_path):
     run = make_run(tmp_path / "known", open_set="random:6:3")
-    rows, extra = evaluate(run, "--corruptions [contrast] --osr true")
-    assert found(rows, "max_logit", "clean_auroc").params["pretraining"] == "known classes only"
-    assert extra["images"]["known_classes"] == random_split(10, 6, seed=3)[0]
+    row = only(evaluate(run, "--corruptions [contrast] --osr true"), "max_logit", "clean_auroc")
+    assert (row["trial"], row["params"]["pretraining"]) == (3, "known classes only")
 
 
 # Bad input
@@ -369,32 +314,28 @@ def test_a_run_of_an_open_set_trial_is_evaluated_on_it(tmp_path):
 
 def test_a_missing_library_matters_only_where_it_is_needed(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "cv2", None)
-    assert main([str(run), "--corruptions", "[spatter]"]) == 2
+    assert call(run, "--corruptions [spatter]") == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert re.search("error: cannot make spatter: .* needs OpenCV", line)
     labels = load(Data(), "test").labels
     np.save(tmp_path / "labels.npy", np.tile(labels, 5))
     np.save(tmp_path / "spatter.npy", np.zeros((5 * len(labels), 8, 8, 3), np.uint8))
-    rows, _ = evaluate(run, f"--corruptions [spatter] --images 10 --published {tmp_path}")
-    assert found(rows, "knn", "group_corruption_error").params["group"] == "extra"
+    found = evaluate(run, f"--corruptions [spatter] --images 10 --published {tmp_path}")
+    assert only(found, "knn", "group_corruption_error")["params"]["group"] == "extra"
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ("--corruptions [smog]", "unknown corruption 'smog'; there are gaussian_noise, .*saturate$"),
-        ("--corruptions []", "corruptions must name at least one; there are"),
         ("--images 0", "images must be 1 to the 359 of digits/test, got 0"),
         ("--workers 0", "workers must be at least 1 or null, got 0"),
         ("--data.classes [4]", r"digits/train must have images of at least two classes, got \['4'\]"),
-        ("--seed -1", "seed must be 0 or larger, got -1"),
         ("--preset cifar32", "preset must be one of .* or null, got cifar32"),
         ("--preset cifar --published {c}", "preset is how corruptions are made here, so it cannot be given with"),
         ("--published {c}/nowhere", "no folder '.*nowhere' of published corruptions"),
-        ("--published {c}", r"no file '.*shot_noise\.npy'; corruptions there: contrast, fog, gaussian_noise, snow"),
+        ("--published {c}", r"no file '.*shot_noise\.npy'; corruptions there: fog, gaussian_noise"),
         ("--published {c} --corruptions [gaussian_noise,fog]", r"fog\.npy is damaged, or holds pickled objects"),
-        ("--published {c} --corruptions [gaussian_noise,snow]", r"snow\.npy is damaged, or holds pickled objects"),
-        ("--published {c} --corruptions [contrast]", r"labels\.npy must hold whole numbers, one for each"),
         ("--published {c} --corruptions [gaussian_noise] --data.name folder --data.root {c}/f", "do not fit folder:f"),
         ("--published {c}/f", "no folder '.*gaussian_noise/5'; ImageNet-C is"),
         ("--baseline {c}", r"the baseline has no '.*eval/corruption\.json': run eval/corruption\.py on it first"),
@@ -406,90 +347,256 @@ def test_a_missing_library_matters_only_where_it_is_needed(run, tmp_path, monkey
 )
 def test_bad_input_is_one_line(run, tmp_path, capsys, arguments, message):
     published = tmp_path / "c"
-    for number in range(4):
-        for split in ("train", "test"):
-            (published / "f" / split / str(number // 2)).mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (20, 20)).save(published / "f" / split / str(number // 2) / f"{number}.png")
+    for split in ("train", "test"):
+        write_images(published / "f" / split, "01", size=20)
     labels = np.tile(load(Data(), "test").labels, 5)
     np.save(published / "labels.npy", labels)
     np.save(published / "gaussian_noise.npy", np.zeros((len(labels), 8, 8, 3), np.uint8))
-    np.save(published / "contrast.npy", np.zeros((len(labels) - 5, 8, 8, 3), np.uint8))
-    np.save(published / "snow.npy", np.array([published] * 5, dtype=object), allow_pickle=True)
     (published / "fog.npy").write_bytes((published / "gaussian_noise.npy").read_bytes()[:-100])
-
-    assert main([str(run), *arguments.format(c=published).split()]) == 2
+    assert call(run, arguments.format(c=published)) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert re.search(f"error: .*{message}", line)
     assert not list(run.glob("eval/corruption*"))
 
 
-def test_a_baseline_of_other_images_or_corruptions(run, tmp_path, capsys):
-    other = tmp_path / "other"
-    evaluate(run, "--corruptions [fog] --images 60", other)
-    for arguments, message in (
-        ("--corruptions [fog]", "is of other images: count 60, not 359; drawn_with_seed 0, not None"),
-        ("--corruptions [fog,snow] --images 60", r"corruption\.json lacks snow: evaluate them there too, or not here"),
-        ("--corruptions [fog] --images 60 --preset imagenet", "preset 'cifar', not 'imagenet'"),
-    ):
-        capsys.readouterr()
-        assert main([str(run), "--baseline", str(other), *arguments.split()]) == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        assert re.search(f"error: .*{message}", line)
-        assert not list(run.glob("eval/corruption*"))
+# Selecting
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ("", "the following arguments are required: out"),
-        ("--out {new} --corruptions [smog]", "unknown corruption 'smog'"),
-        ("--out {new} --seed -1", "seed must be 0 or larger, got -1"),
-        ("--out {new} --workers 0", "workers must be at least 1 or null, got 0"),
-        ("--out {new} --data.size 4", "data.size must be at least 8 and at most 4096, got 4"),
-        ("--out {new} --data.name folder --data.root {full}", "images without label"),
-        ("--out {full}", "must be a new or empty folder, or one that make_c wrote"),
-    ],
-)
-def test_bad_input_to_make_c_writes_nothing(tmp_path, capsys, arguments, message):
-    new, full = tmp_path / "new", tmp_path / "full"
-    full.mkdir()
-    for number in range(2):
-        Image.new("RGB", (20, 20)).save(full / f"{number}.png")
-    given = arguments.format(new=new, full=full).split()
-    if "--data.root" in given:
-        given += ["--split", "train"]
-    assert make_c.command_line.run(make_c.main, given) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert re.search(f"error: .*{message}", line)
-    assert not new.exists()
-    assert sorted(path.name for path in full.iterdir()) == ["0.png", "1.png"]
-
-
-# Processes and help
-
-
-@pytest.mark.slow
-@pytest.mark.distributed
-def test_two_processes_give_what_one_gives(run, tmp_path):
-    arguments = "--corruptions [glass_blur,fog] --images 61 --workers 1 --epochs 5"
-    rows, _ = evaluate(run, arguments, tmp_path / "one")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*launch, str(EVAL / "corruption.py"), str(run), *arguments.split(), "--out", str(tmp_path / "two")],
-        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(EVAL.parent)},
-        capture_output=True,
-        text=True,
-        check=True,
+def test_selection_is_labeled_stratified_and_seeded():
+    few = ImageSet(
+        np.zeros((12, 8, 8, 3), np.uint8), np.array([2, 0, 1, 0, 1, 2, -1, 0, 1, 0, 0, 0]), tuple("abc"), "x"
     )
-    assert done.stdout.count("Written: ") == 1
-    for one, two in zip(rows, read_rows(tmp_path / "two" / "corruption.json")[0], strict=True):
-        assert (two.score, two.metric, two.params, two.n) == (one.score, one.metric, one.params, one.n)
-        assert two.value == pytest.approx(one.value, abs=1.1 / one.n)
+    assert corruption.selected(few).tolist() == [0, 1, 2, 3, 4, 5, 7, 8, 9, 10, 11]
+    assert corruption.selected(few, classes=[2, 1]).tolist() == [0, 2, 4, 5, 8]
+
+    labels = np.repeat([0, 1, 2], [100, 60, 40])[np.random.default_rng(1).permutation(200)]
+    whole = ImageSet(np.zeros((200, 8, 8, 3), np.uint8), labels, tuple("abc"), "x")
+    drawn = corruption.selected(whole, count=50, seed=3).tolist()
+    assert np.bincount(labels[drawn]).tolist() == [25, 15, 10]
+    assert drawn == sorted(set(drawn)) == corruption.selected(whole, count=50, seed=3).tolist()
+    assert corruption.selected(whole, count=50, seed=4).tolist() != drawn
+    assert set(labels[corruption.selected(whole, count=1)]) == {0, 1, 2}
+    assert len(corruption.selected(whole, count=200)) == 200
+
+    for options, message in (
+        ({"count": 0}, "images must be 1 to the 11 of x, got 0"),
+        ({"count": 12}, "images must be 1 to the 11 of x, got 12"),
+        ({"classes": [1], "count": 4}, "images must be 1 to the 3 of x, got 4"),
+        ({"classes": [7]}, r"x has no image of the classes \[7\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            corruption.selected(few, **options)
+    with pytest.raises(ValueError, match="x has no labels, this evaluation needs them"):
+        corruption.selected(few.subset([6]))
 
 
-@pytest.mark.parametrize("script", ["corruption", "make_c"])
-def test_help_teaches_and_comes_before_heavy_imports(script):
-    text = help_of(f"eval/{script}.py")
-    assert f"python eval/{script}.py" in text
-    for option in ("--corruptions", "--extra", "--preset", "--data.name", "--out", "--seed"):
-        assert option in text
+# Measuring
+
+
+@pytest.fixture(scope="module")
+def bank():
+    labels = torch.tensor([4, 7]).repeat(30)
+    features = torch.from_numpy(np.random.default_rng(0).normal(size=(60, 5))).float() + labels[:, None] / 4
+    return features, labels
+
+
+@pytest.fixture(scope="module")
+def probe() -> LinearProbe:
+    weight = torch.from_numpy(np.random.default_rng(1).normal(size=(2, 5))).float()
+    return LinearProbe(torch.tensor([4, 7]), weight, torch.tensor([0.1, -0.2]), learning_rate=0.3, validation={})
+
+
+def test_measures_equal_numpy_and_scikit_learn(bank, probe):
+    rng = np.random.default_rng(2)
+    labels = np.array([4, 7, 1, 2, 3] * 8)
+    features = (rng.normal(size=(40, 5)) + labels[:, None] / 4).astype(np.float32)
+    known = np.isin(labels, [4, 7])
+    options = corruption.Options(k=9, temperature=0.1, osr=True)
+    images = torch.from_numpy(features), torch.from_numpy(labels)
+    measured = {each["score"]: each for each in corruption.measure(probe, bank, images, options)}
+
+    logits = features.astype(np.float64) @ probe.weight.double().numpy().T + [0.1, -0.2]
+    oracle = KNeighborsClassifier(9, metric="cosine", algorithm="brute", weights=lambda d: np.exp(-d / 0.1))
+    nearest = oracle.fit(bank[0].double(), bank[1]).predict(features.astype(np.float64))
+    for score, guesses in (("linear", np.array([4, 7])[logits.argmax(1)]), ("knn", nearest)):
+        hits = (guesses == labels)[known]
+        assert (measured[score]["metric"], measured[score]["n"], measured[score]["value"]) == (
+            *("accuracy", 16, hits.mean()),
+        )
+        wilson = binomtest(int(hits.sum()), 16).proportion_ci(0.95, method="wilson")
+        interval = measured[score]["ci_low"], measured[score]["ci_high"]
+        assert interval == pytest.approx((wilson.low, wilson.high), abs=1e-9)
+    assert measured["linear"]["params"] == {"learning_rate": 0.3, "epochs": 100}
+    assert measured["knn"]["params"] == {"k": 9, "temperature": 0.1}
+
+    unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (bank[0].double().numpy(), features.astype(float))]
+    distance = NearestNeighbors(n_neighbors=50).fit(unit[0]).kneighbors(unit[1])[0][:, -1]
+    for score, values in (("max_logit", logits.max(1)), ("knn_distance", -distance)):
+        row = measured[score]
+        assert (row["metric"], row["n"]) == ("auroc", 40)
+        assert row["value"] == pytest.approx(roc_auc_score(known, values), abs=1e-9)
+        assert 0 <= row["ci_low"] < row["value"] < row["ci_high"] <= 1
+    assert measured["knn_distance"]["params"] == {"k": 50}
+    with pytest.raises(ValueError, match=r"among the classes of the training features, got \[1, 2, 3\]"):
+        corruption.measure(probe, bank, images, corruption.Options())
+
+
+# Means
+
+
+def make_rows(errors: dict[str, list[float]], clean_error: float = 0.1, **params) -> pd.DataFrame:
+    """Rows in a shuffled order, of accuracy; `knn` errs half as often."""
+
+    def each(score: str, metric: str, error: float, **where: object) -> dict:
+        error = error / 2 if score == "knn" else error
+        return rows.number(score, metric, (1 - error, 0, 1), 50, **where, **params)
+
+    numbers = [each(score, "clean_accuracy", clean_error) for score in corruption.CLASSIFIERS] + [
+        each(score, "accuracy", error, corruption=name, severity=severity, group="any")
+        for score in corruption.CLASSIFIERS
+        for name, values in errors.items()
+        for severity, error in enumerate(values, start=1)
+    ]
+    found = rows.frame(numbers, "corruption", "x/test", "mine")
+    return found.iloc[np.random.default_rng(0).permutation(len(found))]
+
+
+@pytest.fixture(scope="module")
+def errors() -> dict[str, list[float]]:
+    rng = np.random.default_rng(0)
+    return {name: rng.uniform(0.2, 0.9, 5).tolist() for name in COMMON + EXTRA}
+
+
+def test_means_against_loops(errors):
+    means, remarks = corruption.summarize(make_rows(errors, preset="cifar", seed=3))
+    assert remarks == []
+    for score, factor in (("linear", 1), ("knn", 0.5)):
+        total = sum(sum(errors[name]) / 5 for name in COMMON)
+        value = only(means, score, "mean_corruption_error", corruptions=15, preset="cifar", seed=3)["value"]
+        assert value == pytest.approx(factor * total / 15, abs=1e-12)
+        for group, members in {**GROUPS, "extra": EXTRA}.items():
+            expected = sum(sum(errors[name]) for name in members) / 5 / len(members)
+            value = only(means, score, "group_corruption_error", group=group, corruptions=len(members))["value"]
+            assert value == pytest.approx(factor * expected, abs=1e-12)
+    assert set(means["metric"]) == {"mean_corruption_error", "group_corruption_error"}
+    assert set(means["n"]) == {50}
+    assert means["ci_low"].isna().all()
+    assert not any({"corruption", "severity"} & params.keys() for params in means["params"])
+
+
+def test_a_part_of_the_corruptions(errors):
+    means, _ = corruption.summarize(make_rows({name: errors[name] for name in ("fog", "saturate")}))
+    value = only(means, "linear", "mean_corruption_error", corruptions=1)["value"]
+    assert value == pytest.approx(np.mean(errors["fog"]), abs=1e-12)
+    assert list(rows.param(means[means["score"] == "linear"], "group").dropna()) == ["weather", "extra"]
+    means, _ = corruption.summarize(make_rows({"saturate": errors["saturate"]}), corruption.ALEXNET)
+    assert list(means["metric"]) == ["group_corruption_error"] * 2, "extra ones alone have no overall mean"
+
+
+def test_ratios_to_alexnet_against_loops(errors):
+    means, remarks = corruption.summarize(make_rows(errors, clean_error=0.15), corruption.ALEXNET)
+    theirs = corruption.ALEXNET.errors["linear"]
+    mce = np.mean([sum(errors[name]) / (5 * theirs[name]) for name in COMMON])
+    relative = np.mean([sum(e - 0.15 for e in errors[name]) / (5 * (theirs[name] - 0.435)) for name in COMMON])
+    assert only(means, "linear", "mce", baseline="alexnet")["value"] == pytest.approx(mce, abs=1e-12)
+    assert only(means, "linear", "relative_mce")["value"] == pytest.approx(relative, abs=1e-12)
+    assert only(means, "knn", "mce")["value"] == pytest.approx(mce / 2, abs=1e-12)
+    assert remarks == []
+
+
+def test_a_ratio_that_cannot_be_had_is_remarked(errors):
+    some = {"fog": errors["fog"], "snow": errors["snow"]}
+    faultless = {score: {"fog": [0.2] * 5, "snow": [0.0] * 5} for score in ("linear", "knn")}
+    baseline = corruption.Baseline("y", faultless, {"linear": 0.2, "knn": 0.1})
+    means, remarks = corruption.summarize(make_rows(some), baseline)
+    assert not {"mce", "relative_mce"} & set(means["metric"])
+    assert [remark.partition(":")[0] for remark in remarks] == [
+        *["no mce of linear against y", "no relative_mce of linear against y"],
+        *["no mce of knn against y", "no relative_mce of knn against y"],
+    ]
+    assert "must be above 0 to divide by, got 0 for snow" in remarks[0]
+
+
+def test_mean_auroc_counts_common_corruptions_alone(errors):
+    found = make_rows({name: errors[name] for name in ("fog", "glass_blur", "spatter")})
+    linear = found[found["score"] == "linear"]
+    metric = linear["metric"].str.replace("accuracy", "auroc")
+    osr = linear.assign(score="max_logit", metric=metric, value=linear["value"] / 2, n=80)
+    row = only(corruption.summarize(rows.joined([found, osr]))[0], "max_logit", "mean_corruption_auroc", corruptions=2)
+    expected = (10 - sum(errors["fog"]) - sum(errors["glass_blur"])) / 10 / 2
+    assert (row["value"], row["n"]) == (pytest.approx(expected, abs=1e-12), 80)
+
+
+# The baseline
+
+SHARED = {"preset": "cifar"}
+ABOUT = {"images": {"x/train": "abc", "x/test": "def"}}
+
+
+def test_a_run_is_its_own_unit(errors, tmp_path):
+    found = make_rows(errors, **SHARED)
+    written = found[~rows.param(found, "corruption").isin(EXTRA)]
+    rows.write(tmp_path / "eval" / "corruption.json", written, ABOUT)
+    for where in (tmp_path, tmp_path / "eval", tmp_path / "eval" / "corruption.json"):
+        baseline = corruption.read_baseline(str(where), COMMON + EXTRA[:1], SHARED, ABOUT, 10)
+        assert baseline.name == "mine"
+        assert baseline.clean_error == pytest.approx({"linear": 0.1, "knn": 0.05})
+        means, _ = corruption.summarize(found, baseline)
+        for score in ("linear", "knn"):
+            for metric in ("mce", "relative_mce"):
+                assert only(means, score, metric)["value"] == pytest.approx(1, abs=1e-12)
+
+
+def test_baselines_that_will_not_do(errors, tmp_path):
+    def read(where=tmp_path, names=("fog",), shared=SHARED, about=ABOUT):
+        return corruption.read_baseline(str(where), names, shared, about, 10)
+
+    with pytest.raises(FileNotFoundError, match=r"the baseline has no '.*none/eval/corruption\.json': run eval/"):
+        read(tmp_path / "none")
+    path = tmp_path / "corruption.json"
+    rows.write(path, make_rows({"fog": errors["fog"]}, preset="imagenet", images=7), ABOUT)
+    with pytest.raises(ValueError, match=r"is of other images: images 7, not None; preset 'imagenet', not 'cifar'"):
+        read()
+    rows.write(path, make_rows({"fog": errors["fog"]}, **SHARED), ABOUT)
+    with pytest.raises(ValueError, match=r"is of other images: it has x/train, x/test, this y/test"):
+        read(about={"images": {"y/test": "def"}})
+    with pytest.raises(ValueError, match=r"is of other images"):
+        read(about={"images": {"x/test": "changed"}})
+    with pytest.raises(ValueError, match=r"corruption\.json lacks snow, frost: evaluate them there too, or not here"):
+        read(names=["snow", "frost", "fog"])
+    path.write_text(json.dumps([1]))
+    with pytest.raises(ValueError, match="is no file of result rows"):
+        read()
+
+
+def test_alexnet_is_for_imagenet():
+    for shared in ({"preset": "imagenet"}, {}):
+        assert corruption.read_baseline("alexnet", COMMON, shared, {}, 1000) is corruption.ALEXNET
+    for n_classes, preset, said in (
+        (10, "imagenet", "10 classes and imagenet"),
+        (1000, "cifar", "1000 classes and cifar"),
+        (None, "imagenet", "some of the classes and imagenet"),
+    ):
+        with pytest.raises(ValueError, match=f"baseline alexnet is for .*, got {said}"):
+            corruption.read_baseline("alexnet", COMMON, {"preset": preset}, {}, n_classes)
+
+
+# For a terminal
+
+
+def test_tables(errors):
+    found = make_rows(errors)
+    lines = corruption.severity_table(corruption.by_corruption(found, "linear", "accuracy"), 0.9).splitlines()
+    assert lines[0].split() == ["severity", "1", "2", "3", "4", "5", "mean"]
+    assert lines[1].split() == ["clean", "images", "90.0"]
+    assert [line.split()[0] for line in lines[2:]] == list(COMMON + EXTRA)
+    fog = next(line for line in lines if line.startswith("fog")).split()
+    expected = [100 * (1 - e) for e in (*errors["fog"], np.mean(errors["fog"]))]
+    assert [float(cell) for cell in fog[1:]] == pytest.approx(expected, abs=0.051)
+    assert len({len(line) for line in lines}) == 1, "columns must be aligned"
+
+    means, _ = corruption.summarize(found, corruption.ALEXNET)
+    lines = corruption.summary_table(means).splitlines()
+    assert lines[0].split() == ["linear", "knn"]
+    (line,) = [line for line in lines if line.startswith("mce against alexnet (15)")]
+    assert line.split()[-2:] == [f"{only(means, score, 'mce')['value']:.4f}" for score in ("linear", "knn")]

@@ -3,7 +3,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
-
 from ssl_gradmix.evaluation.open_set.plots import overview
 from ssl_gradmix.evaluation.results import Row
 

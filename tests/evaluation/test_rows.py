@@ -5,9 +5,9 @@ import math
 from dataclasses import replace
 
 import pytest
+from ssl_gradmix.evaluation.results import Row, console_table, read_rows, write_figure, write_rows
 
 from ssl_gradmix.evaluation.plots import class_accuracies
-from ssl_gradmix.evaluation.results import Row, console_table, read_rows, write_figure, write_rows
 
 ROW = Row("osr", "cifar10", "test", 2, "mine", "backbone", "knn", "auroc", 0.75, 0.7, 0.8, 1000, {"k": 20, "t": 0.07})
 BARE = Row("osr", "cifar10", "test", None, "mine", "backbone", "msp", "oscr", 0.5, None, None, 10)
