@@ -12,10 +12,10 @@ import numpy as np
 import yaml
 from PIL import Image
 from safetensors.numpy import save_file
-from ssl_gradmix.evaluation.results import Row, write_rows
 
 from ssl_gradmix.data.corruptions import COMMON
 from ssl_gradmix.evaluation.report import write_report
+from ssl_gradmix.evaluation.results import Row, write_rows
 
 SCORES = ("knn_distance", "mahalanobis")
 ATTACK = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>`|*$\\frac$"

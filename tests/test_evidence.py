@@ -22,13 +22,13 @@ import yaml
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 from scipy.stats import ttest_rel
-from ssl_gradmix.evaluation.results import Row as Result
-from ssl_gradmix.evaluation.results import write_rows
 from support import ROOT, load_script
 
 from ssl_gradmix import command_line
 from ssl_gradmix.data import open_set
 from ssl_gradmix.data.datasets import load
+from ssl_gradmix.evaluation.results import Row as Result
+from ssl_gradmix.evaluation.results import write_rows
 from ssl_gradmix.settings import BYOLSettings, Data, SimCLRSettings
 
 sys.path.insert(0, str(ROOT / "benchmarks"))

@@ -23,9 +23,8 @@ class Options:
 
 def evaluate(evaluation: Evaluation, options: Options) -> None:
     """Measures, and on the main process writes `rankme.json` and prints the number."""
-    from ssl_gradmix.evaluation.results import write_rows
-
     from ssl_gradmix.evaluation.rank import rankme
+    from ssl_gradmix.evaluation.results import write_rows
 
     train = evaluation.load("train")
     features, _ = evaluation.features(train)

@@ -11,10 +11,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from evidence.cells import Cell, Grid, passes
 from ssl_gradmix.evaluation.open_set.trials import KNOWN_ONLY
 from ssl_gradmix.evaluation.results import read_rows
-
-from evidence.cells import Cell, Grid, passes
 from ssl_gradmix.files import read_yaml, write_whole
 from ssl_gradmix.run_folder import RunFolder
 

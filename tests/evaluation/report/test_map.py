@@ -13,12 +13,12 @@ import yaml
 from PIL import Image
 from reports import add_linear_probe, assert_inert, make_run, report, row
 from safetensors.torch import save_file as save_weights
-from ssl_gradmix.evaluation.results import write_rows
 
 from ssl_gradmix.data.datasets import load
 from ssl_gradmix.evaluation.encoders import load_encoder
 from ssl_gradmix.evaluation.features import extract
 from ssl_gradmix.evaluation.report.map import POINTS, feature_map
+from ssl_gradmix.evaluation.results import write_rows
 from ssl_gradmix.settings import Data
 
 

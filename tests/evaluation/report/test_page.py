@@ -16,6 +16,7 @@ from reports import (
     row,
 )
 from safetensors.numpy import save_file
+
 from ssl_gradmix.evaluation.results import write_rows
 
 

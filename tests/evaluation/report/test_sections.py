@@ -22,9 +22,9 @@ from reports import (
     row,
     shown,
 )
-from ssl_gradmix.evaluation.results import write_rows
 
 from ssl_gradmix.data.corruptions import COMMON
+from ssl_gradmix.evaluation.results import write_rows
 
 # Numbers
 
