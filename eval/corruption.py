@@ -136,7 +136,8 @@ def evaluate(evaluation: cli.Evaluation, options: Options) -> None:
         probe = linear_probe(*bank, epochs=options.epochs, seed=options.seed)
         numbers = measure(probe, bank, seen, options)
         of_clean = frame([{**number, "metric": f"clean_{number['metric']}"} for number in numbers])
-        missing = [name for name in names if name not in done(like(rows.kept(path, about)[0], of_clean))]
+        finished = done(like(rows.kept(path, about)[0], of_clean), of_clean["score"].unique())
+        missing = [name for name in names if name not in finished]
     (missing,) = broadcast_object_list([missing])  # one process reads for all: others might find what it writes below
     silent = None if accelerator.is_main_process else True
     with tqdm(total=len(missing) * len(SEVERITIES), unit="pass", disable=silent) as bar:
@@ -268,11 +269,10 @@ def by_corruption(found: pd.DataFrame, score: str, metric: str) -> pd.DataFrame:
     return table.reindex(index=[name for name in COMMON + EXTRA if name in table.index], columns=SEVERITIES)
 
 
-def done(found: pd.DataFrame) -> set[str]:
-    """Corruptions of which all is measured."""
+def done(found: pd.DataFrame, scores: Sequence[str]) -> set[str]:
+    """Corruptions of which all these scores are measured."""
     metrics = dict.fromkeys(CLASSIFIERS, "accuracy") | dict.fromkeys(OPEN_SET_SCORES, "auroc")
-    tables = [by_corruption(found, score, metrics[score]).dropna() for score in found["score"].unique()]
-    return set.intersection(*(set(table.index) for table in tables)) if tables else set()
+    return set.intersection(*(set(by_corruption(found, score, metrics[score]).dropna().index) for score in scores))
 
 
 def clean_value(found: pd.DataFrame, score: str, metric: str) -> float:

@@ -80,6 +80,8 @@ class Options:
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise ValueError(f"seed must be 0 or larger, got {self.seed}")
+        if self.unknown is not None:
+            self.unknown = [Data(**vars(each)) for each in self.unknown]  # the parser leaves them plain
 
     def check(self, labels: np.ndarray) -> None:
         """Refuses more neighbors than training images of the known classes, with labels (N,), can be.
@@ -207,8 +209,10 @@ def choose_groups(
     else:
         names = [options.trials] if isinstance(options.trials, str) else options.trials
         trials = [trial for name in names for trial in open_set.trials(name, data.name, len(test.classes))]
-        if not trials:
-            raise ValueError("trials must be at least one")
+        kinds = sorted({trial.name.rpartition(":")[0] for trial in trials})
+        if len(kinds) != 1:
+            several = f"of one split, as means are taken over them, got {' and '.join(kinds)}: evaluate each by itself"
+            raise ValueError(f"trials must be {several if kinds else 'at least one'}")
     elsewhere = [trial for trial in trials if trial.elsewhere]
     if options.unknown is not None and len(elsewhere) < len(trials):
         raise ValueError(
@@ -256,7 +260,7 @@ def set_groups(data: Data, test: ImageSet, config: Mapping[str, Any] | None, oth
     known = open_set.known_classes(data, test.classes) or list(range(len(test.classes)))
     if len(known) < 2:
         raise ValueError(f"at least two known classes are needed, {test.name} has {[test.classes[i] for i in known]}")
-    names = [open_set.data_name(Data(**vars(other))) for other in others]
+    names = [open_set.data_name(other) for other in others]
     if not names or len(set(names)) < len(names):
         raise ValueError(f"unknown must be at least one data set, and none twice, got {names}")
     groups = []
@@ -549,7 +553,7 @@ def report(
         more = f" and {len(known) - 12} more" if len(known) > 12 else ""
         print(f"{name}: known are {', '.join(known[:12])}{more}; unknown ones from {group['unknown_from']}")
     print(*remarks, sep="\n", end="\n" if remarks else "")
-    told = found if means.empty else means
+    told = rows.joined([means, found[~found["metric"].isin(means["metric"])]])  # a single trial has no mean
     accuracies = [f"{row.score} {with_spread(row)}" for row in told[told["metric"] == "accuracy"].itertuples()]
     print(f"closed-set accuracy: {', '.join(accuracies)}")
     tables = {"known against unknown classes": told}
