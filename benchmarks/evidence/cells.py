@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -110,10 +111,9 @@ class Cell:
     seed: int
 
     def __post_init__(self) -> None:
-        allowed = {"method": METHODS, "variant": VARIANTS, "data": DATA}
-        for name, options in allowed.items():
-            if getattr(self, name) not in options:
-                raise ValueError(f"{name} must be one of {', '.join(options)}, got {getattr(self, name)!r}")
+        for name, allowed in {"method": METHODS, "variant": VARIANTS, "data": DATA}.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if self.seed < 0:
             raise ValueError(f"seed must be 0 or larger, got {self.seed}")
 
@@ -198,9 +198,7 @@ def steps(cell: Cell, grid: Grid) -> list[Step]:
         evaluate("eval/linear_probe.py", "eval/linear_probe.json", "--label_fractions", "[0.01, 0.1]"),
         rank,
         evaluate("eval/osr.py", "eval/ood.json", "--unknown", "[{name: digits}]"),
-        evaluate(
-            "eval/corruption.py", "eval/corruption.json", "--images", str(grid.corrupted), "--workers", workers
-        ),
+        evaluate("eval/corruption.py", "eval/corruption.json", "--images", str(grid.corrupted), "--workers", workers),
     ]
 
 
@@ -221,4 +219,9 @@ def _training(cell: Cell, grid: Grid) -> list[str]:
         settings["data.open_set"] = f"cifar10:{TRIALS[cell.seed % len(TRIALS)]}"
     if cell.data == "two-cue":  # a flip would change sides, and a small crop leave one of the digits out
         settings |= {"augmentation.flip": 0, "augmentation.min_scale": 0.5}
+    return options(settings)
+
+
+def options(settings: Mapping[str, Any]) -> list[str]:
+    """Settings as a command line has them."""
     return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
