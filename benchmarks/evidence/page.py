@@ -90,7 +90,7 @@ def summary(rows: pd.DataFrame) -> list[str]:
         mean = number(MEASURES[measure], values.mean())
         if (measure, variant) not in compared.index:
             return f"{mean} ({len(values)})"
-        return f"{mean} ({len(values)}); {difference(measure, compared.loc[measure, variant])}"
+        return f"{mean}; {difference(measure, compared.loc[measure, variant])}"
 
     lines = [[variant, *(cell(variant, measure) for measure in SHORT)] for variant in in_order(rows.variant)]
     return table(["variant", *(MEASURES[measure].title for measure in SHORT)], lines)
@@ -210,7 +210,7 @@ def forest(compared: pd.DataFrame) -> Figure | None:
         axes.axvline(0, color="0.5", linewidth=0.8)
         axes.set_title(MEASURES[measure].title, loc="left", fontsize=7)
         axes.set_yticks([-i for i in range(len(variants))], variants)
-        axes.tick_params(labelsize=7)
+        axes.tick_params(labelsize=7, length=0)
         axes.grid(axis="x", color="0.9")
         axes.spines[["top", "right", "left"]].set_visible(False)
         if not MEASURES[measure].larger_is_better:
