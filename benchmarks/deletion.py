@@ -75,7 +75,8 @@ def main() -> None:
     ]
     print(timing.table(header, lines))
     print("\nwhole: similarity before anything is replaced; IoU: of the boxes of agreement and loss")
-    kinds = pd.concat({tuple(str(e.run).rsplit("-", 1)): s.mean() for e, s in zip(encoders, found, strict=True)})
+    means = {str(e.run).rpartition("-")[::2]: similar.mean() for e, similar in zip(encoders, found, strict=True)}
+    kinds = pd.concat(means, names=["kind", "seed"])
     if kinds.index.unique(0).size > 1 and all(seed.isdecimal() for seed in kinds.index.unique(1)):
         print(f"\nMeans over seeds, and differences paired by seed, with 95% t intervals\n\n{over_seeds(kinds)}")
 

@@ -24,6 +24,7 @@ from functools import wraps
 import timing
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from ssl_gradmix import GradMix, attribution, backbones
 from ssl_gradmix import gradmix as gradmix_module
@@ -74,6 +75,7 @@ def ratios(kind: type[nn.Module], options: argparse.Namespace) -> str:
         f"GradMix, {first} and {second}": Step(kind, GradMix(layers=[first, second]), 2, options),
     }
     taken = timing.take_turns(steps, options.rounds, options.device)
+    flops = {name: step.flops() for name, step in steps.items()}
     if options.device.startswith("cuda"):
         for step in steps.values():
             step.without_waiting()
@@ -83,10 +85,11 @@ def ratios(kind: type[nn.Module], options: argparse.Namespace) -> str:
             timing.median_ms(times.wall),
             timing.ratio(times.wall, taken[third].wall),
             timing.ratio(times.processor, taken[third].processor),
+            f"{flops[name] / flops[third]:.4f}",
         ]
         for name, times in taken.items()
     ]
-    return timing.table(["step", "ms", "ratio, wall", "ratio, processor"], rows)
+    return timing.table(["step", "ms", "ratio, wall", "ratio, processor", "ratio, FLOPs"], rows)
 
 
 def profile(kind: type[nn.Module], options: argparse.Namespace) -> str:
@@ -146,6 +149,12 @@ class Step:
         self.optimizer.zero_grad()
         self.forward().total.backward()
         self.optimizer.step()
+
+    def flops(self) -> int:
+        """Operations of a step's convolutions and matrix products, which repeat exactly where times do not."""
+        with FlopCounterMode(display=False) as counter:
+            self()
+        return counter.get_total_flops()
 
     def without_waiting(self) -> None:
         """Raises where the host waits for the GPU."""
