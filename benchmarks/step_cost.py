@@ -14,6 +14,7 @@ would have to be augmented, while the mixed view is not. On a GPU the step runs 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import time
 from collections import defaultdict
@@ -43,7 +44,7 @@ def main() -> None:
     parser.add_argument("--backbone", default="resnet18_small", help="any timm model (default: %(default)s)")
     parser.add_argument("--kwargs", type=json.loads, default={}, help="the model's own arguments, as JSON")
     parser.add_argument("--size", type=int, default=32, help="side of the images in pixels (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=32, help="images a step (default: %(default)s)")
+    parser.add_argument("--batch", type=int, nargs="+", default=[32], help="images a step (default: %(default)s)")
     parser.add_argument(
         "--layers",
         nargs=2,
@@ -56,11 +57,13 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     print(
-        f"{options.backbone}, {options.size} px, batch {options.batch}, {options.precision}, {options.rounds} rounds, "
+        f"{options.backbone}, {options.size} px, {options.precision}, {options.rounds} rounds, "
         f"{timing.origin(options.device)}\n"
     )
-    for name in options.method:
-        print(f"{name}\n\n{(profile if options.profile else ratios)(METHODS[name], options)}\n", flush=True)
+    report = profile if options.profile else ratios
+    for name, batch in itertools.product(options.method, options.batch):
+        options.batch = batch
+        print(f"{name}, batch {batch}\n\n{report(METHODS[name], options)}\n", flush=True)
 
 
 def ratios(kind: type[nn.Module], options: argparse.Namespace) -> str:
