@@ -28,6 +28,9 @@ normalized, so that a constant factor is free."""
 ROUNDING = 1e-6
 """A map is flat where its range is no more than this share of its largest absolute value: float32 rounds by 1e-7."""
 
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+"""Modules that, unless they are subclasses, only hold others."""
+
 NOTHING_RAN = "observed: nothing ran inside `observe`; run the encoder that it was given inside its `with` block"
 
 
@@ -86,7 +89,9 @@ class Observed(Mapping[str, list[Tensor]]):
 
     def changed(self, name: str) -> bool:
         """Whether an in-place operation behind the layer has changed an output since."""
-        return any(output._version != version for output, (_, version) in self._noted(name))
+        return any(
+            not output.is_inference() and output._version != version for output, (_, version) in self._noted(name)
+        )
 
     def images_match(self, name: str) -> bool:
         """Whether no pass of the encoder gave more outputs of the layer than it had images, as far as is known."""
@@ -173,7 +178,7 @@ def observe(encoder: nn.Module, layers: Sequence[str] | None = None) -> Iterator
     Args:
         encoder: The module whose layers are observed; may be wrapped by DistributedDataParallel or `torch.compile`.
         layers: Names as in `encoder.named_modules()` of the module inside the wrapper. None observes every stage and
-            block: modules that have children, or that stand in the encoder itself, a Sequential or a ModuleList.
+            block, modules that have children or stand in a Sequential or ModuleList, or every module where none does.
 
     Yields:
         The outputs by layer, in the order in which layers finish where `layers` is None.
@@ -186,11 +191,13 @@ def observe(encoder: nn.Module, layers: Sequence[str] | None = None) -> Iterator
     modules.pop("")
     observed = Observed({name: [] for name in layers or []}, inner)
     if layers is None:
-        layers = [
+        stages = [
             name
             for name, module in modules.items()
-            if next(module.children(), None) is not None or is_container(name.rpartition(".")[0], modules)
+            if next(module.children(), None) is not None
+            or type(inner.get_submodule(name.rpartition(".")[0])) in CONTAINERS
         ]
+        layers = stages or list(modules)
     for name in layers:
         if name not in modules:
             near = difflib.get_close_matches(name, modules, n=5, cutoff=0.3) or list(modules)[:5]
@@ -202,11 +209,6 @@ def observe(encoder: nn.Module, layers: Sequence[str] | None = None) -> Iterator
         for name in layers:
             stack.callback(modules[name].register_forward_hook(observed.recorder(name)).remove)
         yield observed
-
-
-def is_container(name: str, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether a module only holds others, one after the other: the encoder itself, a Sequential or a ModuleList."""
-    return not name or type(modules.get(name)) in (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 def unwrap(module: nn.Module) -> nn.Module:

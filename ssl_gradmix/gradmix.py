@@ -14,14 +14,15 @@ from torch import Generator, Tensor, nn
 
 from ssl_gradmix import mixing
 from ssl_gradmix.attribution import (
+    CONTAINERS,
     METHODS,
+    NOTHING_RAN,
     AttributionFunction,
     Observed,
     Target,
     attribute,
     first_images,
     gradients,
-    is_container,
     observe,
     spatial,
 )
@@ -242,32 +243,34 @@ def _deepest(loss: Tensor, observed: Observed, size: tuple[int, int]) -> str:
     tokens. A part of a block that makes the map coarser is taken only where there is nothing else, nor is a layer
     without parts: the fewest modules around it make it coarser.
     """
-    first = {name: passes[:1] for name, passes in observed.items()}
-    found = gradients(loss, first)
-    modules = observed.modules()
+    first = {name: passes[:1] for name, passes in observed.items() if passes}
+    if not first:
+        raise ValueError(NOTHING_RAN)
     extents = {name: _extent(name, output, size) for name, (output,) in first.items()}
+    roomy = {name: first[name] for name, extent in extents.items() if extent >= SMALLEST_MAP}
+    if not roomy:
+        shapes = [f"{name} {tuple(output.shape)}" for name, (output,) in first.items()]
+        raise ValueError(
+            f"layers: no layer has a map of at least {SMALLEST_MAP}x{SMALLEST_MAP} for images of {size[0]}x{size[1]} "
+            f"(the last are {', '.join(shapes[-4:])}); name layers, or use larger images or a stem with a smaller stride"
+        )
+    found = gradients(loss, roomy)
+    modules = observed.modules()
 
     def rank(name: str) -> tuple[int, bool]:
         parts = name.split(".")
         around = (".".join(parts[:end]) for end in range(1, len(parts)))
-        coarser = (each for each in around if not is_container(each, modules) and extents.get(each))
+        coarser = (each for each in around if type(modules.get(each)) not in CONTAINERS and extents.get(each))
         is_leaf = name in modules and next(modules[name].children(), None) is None
         return sum(extents[each] < extents[name] for each in coarser), is_leaf
 
-    candidates = sorted((name for name in reversed(first) if _fits(observed, name, size)), key=rank)
-    for name in candidates:
+    for name in sorted((name for name in reversed(roomy) if _fits(observed, name, size)), key=rank):
         (gradient,) = found[name]
         if gradient is not None and spatial(name, gradient, size).any():
             return name
-    if candidates:
-        raise ValueError(
-            f"loss: its gradient is zero in all layers (of {', '.join(candidates[:4])}) at this step; does a head start "
-            "at zeros? initialize it otherwise, or train a few steps without GradMix"
-        )
-    shapes = [f"{name} {tuple(output.shape)}" for name, (output,) in first.items()]
     raise ValueError(
-        f"layers: no layer has a map of at least {SMALLEST_MAP}x{SMALLEST_MAP} for images of {size[0]}x{size[1]} "
-        f"(the last are {', '.join(shapes[-4:])}); name layers, or use larger images or a stem with a smaller stride"
+        f"loss: its gradient is zero in all layers (the last are {', '.join([*roomy][-4:])}); does a head start at zeros? "
+        "initialize it otherwise, or train a few steps without GradMix"
     )
 
 
@@ -284,11 +287,11 @@ def _fits(observed: Observed, name: str, size: tuple[int, int]) -> bool:
 
 
 def _extent(name: str, output: Tensor, size: tuple[int, int]) -> int:
-    """The smaller side of a layer's map; 0 where it has none."""
+    """The smaller side of a layer's map; 0 where its output is none."""
     try:
         return min(spatial(name, output, size).shape[2:])
     except ValueError:
-        return 0
+        return 1 if output.ndim == 4 else 0
 
 
 def _refuse_dead(loss: Tensor, observed: Observed, names: tuple[str, ...], count: int, size: tuple[int, int]) -> None:
@@ -314,7 +317,7 @@ def _block_before(name: str, modules: dict[str, nn.Module]) -> str:
     """The last but one of the blocks, members of containers, up to a layer; empty where there are fewer."""
     order = list(modules)
     end = max((i for i, each in enumerate(order) if f"{each}.".startswith(f"{name}.")), default=-1)
-    blocks = [each for each in order[: end + 1] if "." in each and is_container(each.rpartition(".")[0], modules)]
+    blocks = [each for each in order[: end + 1] if type(modules[each.rpartition(".")[0]]) in CONTAINERS]
     depth = min((each.count(".") for each in blocks), default=0)
     return "".join([each for each in blocks if each.count(".") == depth][-2:-1])
 
