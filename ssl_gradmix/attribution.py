@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 AttributionFunction = Callable[[Tensor, Tensor], Tensor]
@@ -34,83 +35,79 @@ CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 NOTHING_RAN = "observed: nothing ran inside `observe`; run the encoder that it was given inside its `with` block"
 
 
-class Observed(Mapping[str, list[Tensor]]):
+class Observed(dict[str, list[Tensor]]):
     """What `observe` collects: for each layer its outputs, one a forward pass, in order.
 
     It holds on to the outputs, hence to their graph: let go of it after the step.
 
     Attributes:
         encoder: Weak reference to the observed module, without its wrappers; None where outputs were given by hand.
-        inputs: First images (N, C, H, W) among the arguments of each of the encoder's passes, or None. Empty where parts
-            of the encoder were called on their own, as by timm's `forward_features`.
+        inputs: The images (N, C, H, W) of each of the encoder's passes, None for a pass without any. Empty where its
+            parts were called on their own, as by timm's `forward_features`.
+        notes: For each output the encoder's passes so far, and its version, by which torch counts in-place operations.
+        fails_outside: Whether `observe` is over and a further pass, compiled, cannot go backwards together with these.
     """
 
-    def __init__(self, outputs: Mapping[str, Sequence[Tensor]] = (), encoder: nn.Module | None = None) -> None:
+    def __init__(self, outputs: Mapping[str, list[Tensor]] = (), encoder: nn.Module | None = None) -> None:
+        super().__init__(outputs)
         self.encoder = None if encoder is None else weakref.ref(encoder)
         self.inputs: list[Tensor | None] = []
-        self._outputs: dict[str, list[Tensor]] = {name: list(passes) for name, passes in dict(outputs).items()}
-        # For each output its pass of the encoder and its version, by which torch counts in-place operations; none where
-        # they are not known.
-        self._notes: dict[str, list[tuple[int, int]]] = {}
-
-    def __getitem__(self, name: str) -> list[Tensor]:
-        return self._outputs[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._outputs)
-
-    def __len__(self) -> int:
-        return len(self._outputs)
+        self.notes: dict[str, list[tuple[int, int]]] = {}
+        self.fails_outside = False
 
     def recorder(self, name: str) -> Callable[[nn.Module, tuple, object], None]:
         """A forward hook that remembers a layer's outputs; of a tuple, the first, as transformers' blocks return it."""
-        outputs, inputs, notes = self._outputs, self.inputs, self._notes
 
         def record(module: nn.Module, args: tuple, output: object) -> None:
-            if isinstance(output, tuple) and output:
-                output = output[0]
+            output = output[0] if isinstance(output, tuple) and output else output
             if isinstance(output, Tensor):
-                outputs.setdefault(name, []).append(output)
+                self.setdefault(name, []).append(output)
                 if not torch.compiler.is_compiling():  # a compiled stage has its hooks compiled too
                     version = 0 if output.is_inference() else output._version
-                    notes.setdefault(name, []).append((len(inputs), version))
+                    self.notes.setdefault(name, []).append((len(self.inputs), version))
 
         return record
 
     def note_input(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """A forward pre-hook of the encoder that remembers its first tensor."""
-        tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim == 4)
-        self.inputs.append(next(tensors, None))
+        """A forward pre-hook of the encoder."""
+        images = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim == 4)
+        self.inputs.append(next(images, None))
 
     def modules(self) -> dict[str, nn.Module]:
         """The observed encoder's modules by name; none where it is not known."""
         encoder = self.encoder and self.encoder()
         return {} if encoder is None else dict(encoder.named_modules())
 
-    def changed(self, name: str) -> bool:
-        """Whether an in-place operation behind the layer has changed an output since."""
-        return any(
-            not output.is_inference() and output._version != version for output, (_, version) in self._noted(name)
-        )
-
-    def images_match(self, name: str) -> bool:
-        """Whether no pass of the encoder gave more outputs of the layer than it had images, as far as is known."""
-        seen = [0] * (len(self.inputs) + 1)
-        for output, (number, _) in self._noted(name):
-            seen[number] += len(output)
-        pairs = zip(self.inputs, seen[1:], strict=True)
-        return all(given is None or count <= len(given) for given, count in pairs)
-
-    def _noted(self, name: str) -> list[tuple[Tensor, tuple[int, int]]]:
-        outputs, notes = self._outputs[name], self._notes.get(name, [])
-        return list(zip(outputs, notes, strict=True)) if len(outputs) == len(notes) else []
+    def problem(self, name: str) -> str | None:
+        """Why a layer cannot be attributed at, with the way out: it did not run, ran twice, or was changed in place."""
+        passes, notes, modules = self.get(name), self.notes.get(name, []), self.modules()
+        parent = name.rpartition(".")[0]
+        if not passes:
+            if not self.inputs and not any(self.values()):
+                return NOTHING_RAN
+            blocks = [block for block, _ in modules.get(name, nn.Module()).named_children()]
+            way = f"a checkpointed encoder calls its blocks: try {name}.{blocks[-1]}" if blocks else "name another"
+            return f"layers: {name!r} did not run inside `observe`, or gave no tensor; {way}"
+        noted = list(zip(passes, notes, strict=False))
+        if any(not output.is_inference() and output._version != version for output, (_, version) in noted):
+            later = [each for each in list(modules)[list(modules).index(name) :] if each.rpartition(".")[0] == parent]
+            behind = [each for each in later if getattr(modules[each], "inplace", False)] + [parent or "another layer"]
+            return f"layers: an in-place operation behind {name!r} has changed what it gave; name {behind[0]!r} instead"
+        for number, images in enumerate(self.inputs, 1):
+            outputs = sum(len(output) for output, (pass_, _) in noted if pass_ == number)
+            if images is not None and outputs > len(images):
+                return (
+                    f"layers: {name!r} gave {outputs} outputs for {len(images)} images, as it runs more than once an "
+                    f"image or cuts images up; name {parent or 'another layer'!r}, or what else runs once"
+                )
+        return None
 
     def check_images(self, images: Tensor, values: bool) -> None:
-        """Compares images with the first ones that went through the encoder, as far as these are known.
+        """Compares images (N, C, H, W) with the first that went through the encoder, as far as these are known.
 
         Args:
-            images: (N, C, H, W), N at most as many as were observed.
-            values: Compare the values too, where both are not the same memory; on an accelerator the host waits.
+            images: At most as many as were observed.
+            values: Compare values too, where the memory is not the same; on an accelerator the host waits.
 
         Raises:
             ValueError: Other images.
@@ -120,48 +117,15 @@ class Observed(Mapping[str, list[Tensor]]):
             if given is None or start >= len(images):
                 return
             part = images[start : start + len(given)]
-            first = given[: len(part)]
-            if first.shape != part.shape or first.device != part.device:
+            first = given[: len(part)].detach()
+            alike = first.shape == part.shape and first.device == part.device
+            if not alike or (values and not _same_values(first, part)):
                 raise ValueError(
-                    f"images: {tuple(part.shape)} on {part.device} given, but the encoder's first pass inside `observe` "
-                    f"had {tuple(first.shape)} on {first.device}; pass those images, or observe the module that gets "
-                    "these"
-                )
-            if values and not _same_images(first.detach(), part):
-                raise ValueError(
-                    "images: others went through the encoder first inside `observe`; pass those, as the attribution is "
-                    "theirs, or observe the module that gets these"
+                    f"images: these of {tuple(part.shape)} on {part.device} are not those of {tuple(first.shape)} on "
+                    f"{first.device} that went through the encoder first inside `observe`; pass those, as the "
+                    "attribution is theirs, or observe the module that gets these"
                 )
             start += len(given)
-
-    def check_layer(self, name: str) -> None:
-        """Says why a layer that was asked for cannot be attributed at.
-
-        Raises:
-            ValueError: It did not run, runs more than once an image, or was changed in place.
-        """
-        if not self._outputs.get(name):
-            if not self.inputs and not any(self._outputs.values()):
-                raise ValueError(NOTHING_RAN)
-            children = [child for child, _ in self.modules().get(name, nn.Module()).named_children()]
-            inner = (
-                f"; it may have been checkpointed, which calls its blocks: try {name}.{children[-1]}"
-                if children
-                else ""
-            )
-            raise ValueError(
-                f"layers: {name!r} did not run inside `observe`, or gave no tensor{inner or '; name another'}"
-            )
-        if self.changed(name):
-            raise ValueError(
-                f"layers: what {name!r} gave was changed by an in-place operation behind it; name "
-                f"{_behind(name, self.modules())} instead"
-            )
-        if not self.images_match(name):
-            raise ValueError(
-                f"layers: {name!r} gives {len(self._outputs[name][0])} outputs at a time and runs more than once an image "
-                f"or cuts images up; name {name.rpartition('.')[0] or 'another layer'!r}, or another that runs once"
-            )
 
 
 @contextmanager
@@ -205,6 +169,8 @@ def observe(encoder: nn.Module, layers: Sequence[str] | None = None) -> Iterator
     with ExitStack() as stack:
         if is_compiled(encoder):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
+            fails = any(isinstance(each, _BatchNorm) and each.training for each in modules.values())
+            stack.callback(setattr, observed, "fails_outside", fails)  # when the context ends
         stack.callback(inner.register_forward_pre_hook(observed.note_input, with_kwargs=True).remove)
         for name in layers:
             stack.callback(modules[name].register_forward_hook(observed.recorder(name)).remove)
@@ -229,21 +195,11 @@ def is_compiled(module: nn.Module) -> bool:
     return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
 
 
-def _same_images(first: Tensor, second: Tensor) -> bool:
+def _same_values(first: Tensor, second: Tensor) -> bool:
     if first.data_ptr() == second.data_ptr() and first.stride() == second.stride() and first.dtype == second.dtype:
         return True
     coarse = max(first.dtype, second.dtype, key=lambda dtype: torch.finfo(dtype).eps)  # one was rounded on its way
-    first, second = first.to(coarse), second.to(coarse)
-    return torch.equal(first, second) or torch.allclose(first, second, rtol=0, atol=0, equal_nan=True)
-
-
-def _behind(name: str, modules: Mapping[str, nn.Module]) -> str:
-    """The next module in the same parent that works in place, or the parent."""
-    parent = name.rpartition(".")[0]
-    siblings = [each for each in modules if each and each.rpartition(".")[0] == parent]
-    later = siblings[siblings.index(name) + 1 :] if name in siblings else []
-    found = [each for each in later if getattr(modules[each], "inplace", False)]
-    return repr(found[0]) if found else repr(parent) if parent else "a layer behind it"
+    return torch.allclose(first.to(coarse), second.to(coarse), rtol=0, atol=0, equal_nan=True)
 
 
 def layercam(activation: Tensor, gradient: Tensor) -> Tensor:
@@ -320,16 +276,16 @@ def attribute(
     if target not in ("agreement", "loss"):
         raise ValueError(f"target must be 'agreement' or 'loss', got {target!r}")
     function = _resolve(attribution)
-    if isinstance(activations, Observed):
-        for name in activations:
-            activations.check_layer(name)
+    for name in activations if isinstance(activations, Observed) else ():
+        if problem := activations.problem(name):
+            raise ValueError(problem)
     outputs = {name: first_images(name, passes, count) for name, passes in activations.items()}
     taken = gradients(loss, outputs, sign=1 if target == "loss" else -1)
     total = 0
     for name, passes in outputs.items():
         if all(part is None for part in taken[name]):
             raise ValueError(
-                f"layers: no gradient reaches {name!r}, which is frozen, or which the loss does not depend on; leave it out"
+                f"layers: no gradient reaches {name!r}: it is frozen, or the loss does not depend on it; leave it out"
             )
         parts = [
             torch.zeros_like(output) if part is None else part for output, part in zip(passes, taken[name], strict=True)
@@ -358,8 +314,8 @@ def gradients(
         raise ValueError(NOTHING_RAN)
     if not loss.requires_grad or not reached:
         raise ValueError(
-            f"loss: gradients are off between it and the observed layers {_last(outputs)}; run the encoder and the loss "
-            "outside torch.no_grad(), with parameters that require grad, and detach nothing"
+            f"loss: gradients are off between it and the observed layers {_last(outputs)}; run both outside "
+            "torch.no_grad(), with parameters that require grad, and detach nothing"
         )
     try:
         with torch.autocast(loss.device.type, enabled=False):  # backward passes do not belong under it
@@ -373,8 +329,8 @@ def gradients(
         raise
     if all(gradient is None for gradient in taken):
         raise ValueError(
-            f"loss does not depend on the observed layers {_last(outputs)}; compute it from what this encoder gave inside "
-            "`observe`, and do not compile the whole step, which hides them"
+            f"loss does not depend on the observed layers {_last(outputs)}; compute it from what this encoder gave "
+            "inside `observe`, and do not compile the whole step, which hides them"
         )
     found = {id(output): gradient for output, gradient in zip(reached, taken, strict=True)}
     return {name: [found.get(id(output)) for output in passes] for name, passes in outputs.items()}

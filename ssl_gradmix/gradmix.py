@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -169,6 +170,12 @@ class GradMix:
                 f"donors must match the images ({images.dtype} {tuple(images.shape)}), "
                 f"got {donors.dtype} {tuple(donors.shape)}"
             )
+        if observed.fails_outside:
+            warnings.warn(
+                "encoder: compiled as a whole, it ran eagerly inside `observe`; with BatchNorm in training mode, "
+                "loss.backward() fails unless its pass of the mixed views is inside too, see docs/torch-compile.md",
+                stacklevel=3,
+            )
         if self.region in CONTROLS:
             names, attribution = (), images.new_zeros((len(images), *images.shape[2:]), dtype=torch.float32)
             flat = torch.zeros(len(images), dtype=torch.bool, device=images.device)
@@ -189,10 +196,11 @@ class GradMix:
         encoder = observed.encoder and observed.encoder()
         settled = {} if encoder is None else self._settled.setdefault(encoder, {})
         observed.check_images(images, values=size not in settled or images.device.type == "cpu")
-        for name in self.layers or ():
-            observed.check_layer(name)
         if self.layers:
             names = tuple(self.layers)
+            for name in names:
+                if problem := observed.problem(name):
+                    raise ValueError(problem)
             if size not in settled:
                 _refuse_dead(loss, observed, names, count, size)
         elif size in settled and _fits(observed, *settled[size], size):
@@ -240,8 +248,8 @@ def _deepest(loss: Tensor, observed: Observed, size: tuple[int, int]) -> str:
     """The deepest whole stage or block with room whose gradient is not all zero.
 
     The gradient counts because a transformer that is read at its class token alone passes none to its last patch
-    tokens. A part of a block that makes the map coarser is taken only where there is nothing else, nor is a layer
-    without parts: the fewest modules around it make it coarser.
+    tokens. What is part of a module with a coarser map, as inside a strided block, comes after what is not, and a layer
+    without parts after all stages.
     """
     first = {name: passes[:1] for name, passes in observed.items() if passes}
     if not first:
@@ -252,38 +260,33 @@ def _deepest(loss: Tensor, observed: Observed, size: tuple[int, int]) -> str:
         shapes = [f"{name} {tuple(output.shape)}" for name, (output,) in first.items()]
         raise ValueError(
             f"layers: no layer has a map of at least {SMALLEST_MAP}x{SMALLEST_MAP} for images of {size[0]}x{size[1]} "
-            f"(the last are {', '.join(shapes[-4:])}); name layers, or use larger images or a stem with a smaller stride"
+            f"(the last are {', '.join(shapes[-4:])}); name layers, or use larger images or a smaller stride"
         )
-    found = gradients(loss, roomy)
-    modules = observed.modules()
+    found, modules = gradients(loss, roomy), observed.modules()
 
     def rank(name: str) -> tuple[int, bool]:
         parts = name.split(".")
         around = (".".join(parts[:end]) for end in range(1, len(parts)))
-        coarser = (each for each in around if type(modules.get(each)) not in CONTAINERS and extents.get(each))
-        is_leaf = name in modules and next(modules[name].children(), None) is None
-        return sum(extents[each] < extents[name] for each in coarser), is_leaf
+        blocks = [each for each in around if extents.get(each) and type(modules.get(each)) not in CONTAINERS]
+        coarser = sum(extents[each] < extents[name] for each in blocks)
+        return coarser, next(modules.get(name, nn.Module()).children(), None) is None
 
     for name in sorted((name for name in reversed(roomy) if _fits(observed, name, size)), key=rank):
         (gradient,) = found[name]
         if gradient is not None and spatial(name, gradient, size).any():
             return name
     raise ValueError(
-        f"loss: its gradient is zero in all layers (the last are {', '.join([*roomy][-4:])}); does a head start at zeros? "
-        "initialize it otherwise, or train a few steps without GradMix"
+        f"loss: its gradient is zero in all layers (the last are {', '.join([*roomy][-4:])}); does a head start at "
+        "zeros? initialize it otherwise, or train a few steps without GradMix"
     )
 
 
 def _fits(observed: Observed, name: str, size: tuple[int, int]) -> bool:
     """Whether a layer can be attributed at, and has room."""
-    passes = observed.get(name)
-    return bool(
-        passes
-        and passes[0].requires_grad
-        and _extent(name, passes[0], size) >= SMALLEST_MAP
-        and not observed.changed(name)
-        and observed.images_match(name)
-    )
+    if observed.problem(name):
+        return False
+    output = observed[name][0]
+    return output.requires_grad and _extent(name, output, size) >= SMALLEST_MAP
 
 
 def _extent(name: str, output: Tensor, size: tuple[int, int]) -> int:
@@ -295,31 +298,32 @@ def _extent(name: str, output: Tensor, size: tuple[int, int]) -> int:
 
 
 def _refuse_dead(loss: Tensor, observed: Observed, names: tuple[str, ...], count: int, size: tuple[int, int]) -> None:
-    """Makes the host wait for the gradients of some layers, to see whether one is zero for all images."""
+    """Looks, on the host, whether the gradient at a layer is zero for all images."""
     outputs = {name: first_images(name, observed[name], count) for name in names}
     for name, parts in gradients(loss, outputs).items():
         parts = [part for part in parts if part is not None]
         if not parts or any(spatial(name, part, size).any() for part in parts):
             continue
-        if any(part.any() for part in parts):
-            earlier = _block_before(name, observed.modules())
+        if not any(part.any() for part in parts):
             raise ValueError(
-                f"layers: the loss has no gradient at the places of {name!r}, as of a transformer read at its class token "
-                f"alone in the last block; name an earlier block{earlier and f', such as {earlier}'}, or leave layers out"
+                f"layers: the loss's gradient at {name!r} is zero for all images; does a head start at zeros, or is "
+                "this branch multiplied by zero? initialize it otherwise, or name another layer"
             )
+        earlier = _before(name, observed.modules())
         raise ValueError(
-            f"layers: the loss's gradient at {name!r} is zero for all images; does a head start at zeros, or is this "
-            "branch multiplied by zero? initialize it otherwise, or name another layer"
+            f"layers: the loss's gradient is zero at all places of {name!r}, as in the last block of a transformer "
+            f"read at its class token; name {repr(earlier) if earlier else 'an earlier block'}, or leave layers out"
         )
 
 
-def _block_before(name: str, modules: dict[str, nn.Module]) -> str:
-    """The last but one of the blocks, members of containers, up to a layer; empty where there are fewer."""
+def _before(name: str, modules: dict[str, nn.Module]) -> str | None:
+    """The last but one of the blocks, members of containers, up to a layer."""
     order = list(modules)
     end = max((i for i, each in enumerate(order) if f"{each}.".startswith(f"{name}.")), default=-1)
     blocks = [each for each in order[: end + 1] if type(modules[each.rpartition(".")[0]]) in CONTAINERS]
     depth = min((each.count(".") for each in blocks), default=0)
-    return "".join([each for each in blocks if each.count(".") == depth][-2:-1])
+    outer = [each for each in blocks if each.count(".") == depth]
+    return outer[-2] if len(outer) > 1 else None
 
 
 def _require_one_of(name: str, value: Any, options: tuple[str, ...]) -> None:
