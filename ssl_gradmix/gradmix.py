@@ -255,14 +255,16 @@ def _deepest(loss: Tensor, observed: Observed, size: tuple[int, int]) -> str:
     if not first:
         raise ValueError(NOTHING_RAN)
     extents = {name: _extent(name, output, size) for name, (output,) in first.items()}
-    roomy = {name: first[name] for name, extent in extents.items() if extent >= SMALLEST_MAP}
-    if not roomy:
+    maps = {name: passes for name, passes in first.items() if extents[name]} or first
+    reached = {name: passes for name, passes in maps.items() if passes[0].requires_grad}
+    roomy = {name: passes for name, passes in reached.items() if extents[name] >= SMALLEST_MAP}
+    if reached and not roomy:
         shapes = [f"{name} {tuple(output.shape)}" for name, (output,) in first.items()]
         raise ValueError(
             f"layers: no layer has a map of at least {SMALLEST_MAP}x{SMALLEST_MAP} for images of {size[0]}x{size[1]} "
             f"(the last are {', '.join(shapes[-4:])}); name layers, or use larger images or a smaller stride"
         )
-    found, modules = gradients(loss, roomy), observed.modules()
+    found, modules = gradients(loss, roomy or maps), observed.modules()
 
     def rank(name: str) -> tuple[int, bool]:
         parts = name.split(".")
