@@ -60,7 +60,7 @@ class Observed(dict[str, list[Tensor]]):
 
         def record(module: nn.Module, args: tuple, output: object) -> None:
             output = output[0] if isinstance(output, tuple) and output else output
-            if isinstance(output, Tensor):
+            if isinstance(output, Tensor) and output.ndim:
                 self.setdefault(name, []).append(output)
                 if not torch.compiler.is_compiling():  # a compiled stage has its hooks compiled too
                     version = 0 if output.is_inference() else output._version
@@ -80,17 +80,20 @@ class Observed(dict[str, list[Tensor]]):
 
     def problem(self, name: str) -> str | None:
         """Why a layer cannot be attributed at, with the way out: it did not run, ran twice, or was changed in place."""
-        passes, notes, modules = self.get(name), self.notes.get(name, []), self.modules()
+        passes, notes = self.get(name), self.notes.get(name, [])
         parent = name.rpartition(".")[0]
         if not passes:
             if not self.inputs and not any(self.values()):
                 return NOTHING_RAN
-            blocks = [block for block, _ in modules.get(name, nn.Module()).named_children()]
+            blocks = [block for block, _ in self.modules().get(name, nn.Module()).named_children()]
             way = f"a checkpointed encoder calls its blocks: try {name}.{blocks[-1]}" if blocks else "name another"
             return f"layers: {name!r} did not run inside `observe`, or gave no tensor; {way}"
-        noted = list(zip(passes, notes, strict=False))
+        noted = list(zip(passes, notes, strict=True)) if len(passes) == len(notes) else []
         if any(not output.is_inference() and output._version != version for output, (_, version) in noted):
-            later = [each for each in list(modules)[list(modules).index(name) :] if each.rpartition(".")[0] == parent]
+            modules = self.modules()
+            later = [
+                each for each in list(modules)[[*modules, name].index(name) :] if each.rpartition(".")[0] == parent
+            ]
             behind = [each for each in later if getattr(modules[each], "inplace", False)] + [parent or "another layer"]
             return f"layers: an in-place operation behind {name!r} has changed what it gave; name {behind[0]!r} instead"
         for number, images in enumerate(self.inputs, 1):

@@ -264,7 +264,7 @@ def _deepest(loss: Tensor, observed: Observed, size: tuple[int, int]) -> str:
             f"layers: no layer has a map of at least {SMALLEST_MAP}x{SMALLEST_MAP} for images of {size[0]}x{size[1]} "
             f"(the last are {', '.join(shapes[-4:])}); name layers, or use larger images or a smaller stride"
         )
-    found, modules = gradients(loss, roomy or maps), observed.modules()
+    modules = observed.modules()
 
     def rank(name: str) -> tuple[int, bool]:
         parts = name.split(".")
@@ -273,7 +273,9 @@ def _deepest(loss: Tensor, observed: Observed, size: tuple[int, int]) -> str:
         coarser = sum(extents[each] < extents[name] for each in blocks)
         return coarser, next(modules.get(name, nn.Module()).children(), None) is None
 
-    for name in sorted((name for name in reversed(roomy) if _fits(observed, name, size)), key=rank):
+    candidates = sorted((name for name in reversed(roomy) if _fits(observed, name, size)), key=rank)
+    found = gradients(loss, roomy or maps)
+    for name in candidates:
         (gradient,) = found[name]
         if gradient is not None and spatial(name, gradient, size).any():
             return name
