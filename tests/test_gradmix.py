@@ -15,7 +15,7 @@ import torch
 import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lightly.loss import BarlowTwinsLoss, VICRegLoss
+from lightly.loss import BarlowTwinsLoss, DINOLoss, NTXentLoss, VICRegLoss
 from lightly.models.modules import SimCLRProjectionHead
 from scipy.stats import chisquare
 from torch import Tensor, nn
@@ -479,6 +479,38 @@ def test_the_readmes_code_runs() -> None:
     names: dict[str, object] = {}
     exec(block, names)
     assert isinstance(names["mixed"], MixedViews)
+
+
+def documented(start: str) -> str:
+    text = (Path(__file__).parent.parent / "docs" / "your-own-encoder.md").read_text()
+    (block,) = (each for each in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if each.startswith(start))
+    return block
+
+
+def test_the_documented_moco_fills_its_bank_once_a_step() -> None:
+    criterion = NTXentLoss(memory_bank_size=(64, 8))
+    alone = copy.deepcopy(criterion)
+    net, loader = encoder(), [torch.rand(2, 4, 3, 16, 16)] * 3
+    names = {"encoder": net, "head": nn.Identity(), "key_encoder": net, "key_head": nn.Identity(), "copy": copy}
+    exec(
+        documented("for x0, x1"),
+        names | {"torch": torch, "criterion": criterion, "loader": loader, "gradmix": GradMix()},
+    )
+    for x0, x1 in loader:
+        alone(net(x0), net(x1).detach())
+    assert criterion.memory_bank.bank_ptr == 12
+    torch.testing.assert_close(criterion.memory_bank.bank, alone.memory_bank.bank)
+
+
+def test_the_documented_dino_moves_its_center_once_a_step() -> None:
+    criterion, alone = DINOLoss(8), DINOLoss(8)
+    net, crops = encoder(), [*torch.rand(2, 4, 3, 16, 16), torch.rand(4, 3, 8, 8)]
+    names = {"encoder": net, "head": nn.Identity(), "target": net, "target_head": nn.Identity(), "copy": copy}
+    names |= {"torch": torch, "criterion": criterion, "loader": [crops] * 2, "gradmix": GradMix()}
+    exec(documented("for crops"), names)
+    for _ in range(2):
+        alone.update_center(torch.stack([net(crop) for crop in crops[:2]]))
+    torch.testing.assert_close(criterion.center, alone.center)
 
 
 @pytest.mark.parametrize(
