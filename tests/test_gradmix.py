@@ -151,6 +151,7 @@ def test_controls_need_neither_loss_nor_gradient(region: str) -> None:
         gradmix = GradMix(region=region, generator=torch.Generator().manual_seed(0))
         with gradmix.observe(net) as observed, torch.set_grad_enabled(gradients):
             loss = net(images).sum()
+        assert not observed
         mixed = gradmix(images, loss, observed)
         places.append(mixed.boxes)
         assert not mixed.attribution.any()
@@ -218,6 +219,17 @@ def test_layers_none_takes_the_deepest_whole_stage_or_block_with_room(name: str,
     torch.manual_seed(0)
     net = timm.create_model(name, num_classes=0, **({"img_size": size} if name.startswith("vit") else {}))
     assert mix(GradMix(), torch.rand(2, 3, size, size), net=net).layers == (expected,)
+
+
+def test_the_layer_that_layers_none_takes_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="ssl_gradmix")
+    gradmix = GradMix()
+    for mixer in (gradmix, copy.deepcopy(gradmix), gradmix):
+        mix(mixer, torch.rand(2, 3, 16, 16))
+    mix(copy.deepcopy(gradmix), torch.rand(2, 3, 16, 16))
+    assert [record.getMessage() for record in caplog.records] == [
+        "GradMix attributes at layer 1 for images of 16x16"
+    ] * 2  # by a copy made before, too
 
 
 def test_layers_none_goes_by_the_encoder_at_hand_not_by_names() -> None:
