@@ -121,9 +121,9 @@ def recipe_parser(method_settings: type, description: str, recipe: str) -> Argum
     # A function is for Python alone: naming one would have a module imported.
     parser.groups["gradmix"].add_argument(
         "--gradmix.attribution",
-        type=Literal["layercam", "gradcam", "random", "center"],
+        type=Literal["layercam", "gradcam"],
         default="layercam",
-        help="`layercam`, `gradcam`, or a control, the same mixing at another place: `random` or `center`.",
+        help="`layercam` or `gradcam`.",
     )
     return parser
 

@@ -143,7 +143,7 @@ def test_trains_on_a_folder_and_answers_the_same_command_again(
     ]  # fmt: skip
     (entry,) = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert entry["epoch"] == 1
-    assert (entry["extra"] > 0) == (extra_view != "none")
+    assert (entry["loss_mixed"] > 0) == (extra_view != "none")
     assert 0.5 <= entry["lam"] <= 0.95 if extra_view == "gradmix" else entry["lam"] == (extra_view == "augmented")
     rate = {"simclr": 0.2, "byol": 1.2}[name]
     assert f"learning rate {rate * 8 / 256:.4g} (scaled by batch / 256)" in capsys.readouterr().out

@@ -27,7 +27,7 @@ from ssl_gradmix.run_folder import RunFolder
 from ssl_gradmix.settings import Augmentation, Optimizer, Training
 from ssl_gradmix.training import batches, checkpoint, optimizers, samples, signals
 from ssl_gradmix.training.monitor import Monitor
-from ssl_gradmix.training.nonfinite import Undo, all_finite, tolerant
+from ssl_gradmix.training.nonfinite import Undo, all_finite
 
 logger = logging.getLogger("ssl_gradmix")
 
@@ -37,10 +37,10 @@ READ_EVERY = 50
 READ_SECONDS = 5.0
 """About so long is between two readings where steps are slow: several processes agree on a signal only then."""
 
-COLLAPSED_SPREAD = 0.1
+COLLAPSED_STD = 0.1
 COLLAPSED_RANK = 2.0
-"""Below either an encoder counts as collapsed. Healthy ones keep a spread of 0.7 to 1, and effective ranks above 10;
-untrained ones have ranks above 4."""
+"""Below either an encoder counts as collapsed. Healthy ones keep an embedding_std of 0.7 to 1, and effective ranks
+above 10; untrained ones have ranks above 4."""
 
 SAMPLED = 8
 """Images in a picture of mixed views."""
@@ -128,8 +128,6 @@ class Trainer:
         watched = labeled if len(labeled) >= 10 else images
         if accelerator.is_main_process and training.knn_every and len(watched) >= 10:
             self.monitor = Monitor(watched, size, self.mean, self.std)
-        if method.gradmix is not None:
-            method.gradmix = tolerant(method.gradmix)
         if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
             method = convert_sync_batchnorm(method)  # timm's: torch's drops what timm's norms hold, activations
         method.to(memory_format=torch.channels_last)
@@ -251,7 +249,7 @@ class Trainer:
 
     def _skip_if_bad(self, losses: Losses) -> Tensor:
         """Takes an optimizer step back, on all processes, if one of its losses or a weight after it is not finite."""
-        skipped = torch.zeros_like(losses.pair)
+        skipped = torch.zeros_like(losses.loss_views)
         if self.undo is None:
             return skipped
         self.bad = self.bad | ~losses.total.detach().isfinite()
@@ -344,9 +342,10 @@ class Trainer:
 
     def _warn_of_collapse(self, entry: dict[str, Any]) -> None:
         rank = entry.get("rankme")
-        if entry["spread"] < COLLAPSED_SPREAD or (rank is not None and rank < COLLAPSED_RANK):
+        if entry["embedding_std"] < COLLAPSED_STD or (rank is not None and rank < COLLAPSED_RANK):
             self._say(
-                f"warning: the encoder collapses, it hardly tells images apart (spread {entry['spread']:.3f}"
+                "warning: the encoder collapses, it hardly tells images apart "
+                f"(embedding_std {entry['embedding_std']:.3f}"
                 + ("" if rank is None else f", effective rank {rank:.2f}")
                 + "); a lower --optimizer.lr or --optimizer.weight_decay may help, for BYOL another --method.momentum"
             )
@@ -426,9 +425,9 @@ def _line(entry: dict[str, Any], epochs: int) -> str:
     parts: Sequence[str] = [
         f"epoch {entry['epoch']:>{len(str(epochs))}}/{epochs}",
         f"loss {entry['loss']:.4f}",
-        f"pair {entry['pair']:.4f}",
-        *([f"extra {entry['extra']:.4f}"] if entry["extra"] else []),
-        f"spread {entry['spread']:.2f}",
+        f"views {entry['loss_views']:.4f}",
+        *([f"mixed {entry['loss_mixed']:.4f}"] if entry["loss_mixed"] else []),
+        f"embedding_std {entry['embedding_std']:.2f}",
         f"lr {entry['lr']:.4f}",
         f"{entry['images_per_second']:,.0f} images/s",
         f"{time.strftime('%H:%M:%S', time.gmtime(entry['seconds_left']))} left",

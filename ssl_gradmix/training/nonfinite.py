@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-
-from ssl_gradmix.attribution import METHODS
-from ssl_gradmix.gradmix import CONTROLS, GradMix
 
 
 def all_finite(tensors: Iterable[Tensor]) -> Tensor:
@@ -55,20 +51,3 @@ class Undo:
             if isinstance(value, Tensor) and value.device == device
         }
         return weights | states
-
-
-def tolerant(gradmix: GradMix) -> GradMix:
-    """A GradMix for which a NaN map is a flat one on the CPU too, as it is on accelerators.
-
-    Alone, it raises on the CPU and says so. In a training, the loop finds a loss that is not finite, and knows the step
-    and the checkpoint; and a process that raised would leave the others waiting for it.
-    """
-    if gradmix.attribution in CONTROLS:
-        return gradmix
-    function = gradmix.attribution if callable(gradmix.attribution) else METHODS[gradmix.attribution]
-
-    def flat_where_nan(activation: Tensor, gradient: Tensor) -> Tensor:
-        maps = function(activation, gradient)
-        return maps.masked_fill(maps.isnan().any((1, 2), keepdim=True), 0)
-
-    return replace(gradmix, attribution=flat_where_nan)

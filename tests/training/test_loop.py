@@ -162,20 +162,20 @@ def test_a_collapse_is_noticed_and_a_healthy_encoder_is_not_accused(
     collapsing.bare.predictor, collapsing.bare.momentum, collapsing.bare.gradmix = torch.nn.Identity(), 0.0, None
     collapsing.run()
     last = RunFolder(tmp_path / "collapsing").read_log()[-1]
-    assert last["spread"] < 0.1
+    assert last["embedding_std"] < 0.1
     line = capsys.readouterr().out.splitlines()[-1]
     assert line.startswith(
-        f"warning: the encoder collapses, it hardly tells images apart (spread {last['spread']:.3f}); a "
+        f"warning: the encoder collapses, it hardly tells images apart (embedding_std {last['embedding_std']:.3f}); a "
     )
 
 
 @pytest.mark.parametrize(
     ("entry", "warned"),
     [
-        ({"spread": 0.3}, False),
-        ({"spread": 0.09}, True),
-        ({"spread": 0.8, "rankme": 1.26}, True),  # features on a line
-        ({"spread": 0.3, "rankme": 4.2}, False),
+        ({"embedding_std": 0.3}, False),
+        ({"embedding_std": 0.09}, True),
+        ({"embedding_std": 0.8, "rankme": 1.26}, True),  # features on a line
+        ({"embedding_std": 0.3, "rankme": 4.2}, False),
     ],
 )
 def test_either_reading_tells_of_a_collapse(
