@@ -139,7 +139,7 @@ def test_trains_on_a_folder_and_answers_the_same_command_again(
     assert command_line.run(main, arguments) == 0
     run = tmp_path / "runs" / name
     assert sorted(path.name for path in run.iterdir()) == [
-        "backbone", "checkpoint", "config.yaml", "log.jsonl", "projector.safetensors",
+        ".lock", "backbone", "checkpoint", "config.yaml", "log.jsonl", "projector.safetensors",
     ]  # fmt: skip
     (entry,) = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert entry["epoch"] == 1

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
+import json
 import os
 import pickle
+import random
+import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -57,27 +64,101 @@ def test_the_newest_is_read_and_two_are_kept(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("name", ["method.safetensors", "progress.pt"])
-@pytest.mark.parametrize("damage", ["truncated", "empty", "missing", "foreign"])
+def rewritten(path: Path, progress: bytes) -> None:
+    """Puts another progress.pt into a checkpoint, with the manifest that goes with it, as only a forger would."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["sha256"]["progress.pt"] = hashlib.sha256(progress).hexdigest()
+    (path / "progress.pt").write_bytes(progress)
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("name", ["method.safetensors", "progress.pt", "manifest.json"])
+@pytest.mark.parametrize("damage", ["missing", "foreign", "truncated", "a flipped bit", "a lost block"])
 def test_a_damaged_one_is_named_and_the_previous_used(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, damage: str
 ) -> None:
     save(tmp_path, state(1))
     save(tmp_path, state(2))
-    path = tmp_path / "epoch-00002-batch-0000000" / name
-    content = {"truncated": path.read_bytes()[:-20], "empty": b"", "foreign": b"not a checkpoint at all"}
-    path.unlink() if damage == "missing" else path.write_bytes(content[damage])
-    assert load(tmp_path).epoch == 1
-    assert "epoch-00002-batch-0000000" in caplog.text
+    path = tmp_path / PLACE / name
+    content, draw = path.read_bytes(), random.Random(0)
+    for _ in range(1 if damage in ("missing", "foreign") else 150):
+        place, block = draw.randrange(len(content)), 4096 * draw.randrange(-(-len(content) // 4096))
+        damaged = {
+            "missing": b"",
+            "foreign": b"not a checkpoint at all",
+            "truncated": content[:place],
+            "a flipped bit": content[:place] + bytes([content[place] ^ 1 << draw.randrange(8)]) + content[place + 1 :],
+            "a lost block": content[:block] + bytes(len(content[block : block + 4096])) + content[block + 4096 :],
+        }
+        path.write_bytes(damaged[damage])
+        if damage == "missing":
+            path.unlink()
+        caplog.clear()
+        assert load(tmp_path).epoch == 1
+        assert f"checkpoint {path.parent} cannot be read (" in caplog.text
 
 
 def test_all_damaged_is_an_error(tmp_path: Path) -> None:
     save(tmp_path, state(1))
     (tmp_path / "epoch-00001-batch-0000000" / "method.safetensors").write_bytes(b"")
     with pytest.raises(
-        ValueError, match=r"no readable checkpoint in .*: epoch-00001-batch-0000000 are damaged; --overwrite"
+        ValueError,
+        match=r"no readable checkpoint in .*: epoch-00001-batch-0000000 are damaged or of another run; --overwrite",
     ):
         load(tmp_path)
+
+
+def test_one_of_another_run_place_or_method_is_not_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save(tmp_path / "ours", state(1))
+    theirs, moved, foreign = state(2), state(2), state(4)
+    foreign.method = {"foreign": torch.ones(1)}
+    checkpoint.save(tmp_path / "theirs", theirs, "another run")
+    save(tmp_path / "moved", moved)
+    save(tmp_path / "ours", foreign)
+    shutil.copytree(tmp_path / "theirs" / PLACE, tmp_path / "ours" / PLACE)
+    shutil.copytree(tmp_path / "moved" / PLACE, tmp_path / "ours" / PLACE.replace("2", "3"))
+    assert load(tmp_path / "ours").epoch == 1
+    reasons = re.findall(r"(epoch-\S+) cannot be read \(ValueError: (.*)\)", caplog.text)
+    assert reasons == [
+        ("epoch-00004-batch-0000000", "its tensors are not this method's"),
+        ("epoch-00003-batch-0000000", f"it was written as {PLACE}"),
+        (PLACE, "it is of a run with other settings or images"),
+    ]
+
+
+def weird(name: str, value: object) -> Callable[[dict], object]:
+    def change(progress: dict) -> object:
+        *names, last = name.split(".")
+        inner = progress
+        for each in names:
+            inner = inner[int(each) if each.isdigit() else each]
+        inner[last] = value
+        return progress
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(weird(name, value) for name in ("epoch", "batch") for value in (None, "x", 7)),
+        *(weird("totals", value) for value in (None, [], {"loss": None})),
+        *(weird("optimizer", value) for value in (None, [], {}, {"state": {}, "param_groups": []})),
+        weird("optimizer.state.0.exp_avg", torch.zeros(9)),
+        weird("optimizer.state.0", None),
+        weird("optimizer.param_groups.0.maximize", True),
+        weird("more", 1),
+        lambda progress: None,
+        lambda progress: [],
+    ],
+)
+def test_a_forged_progress_is_passed_over(tmp_path: Path, change: Callable[[dict], object]) -> None:
+    save(tmp_path, state(1))
+    save(tmp_path, state(2))
+    progress, stream = torch.load(tmp_path / PLACE / "progress.pt", weights_only=True), io.BytesIO()
+    torch.save(change(progress), stream)
+    rewritten(tmp_path / PLACE, stream.getvalue())
+    assert load(tmp_path).epoch == 1
 
 
 def test_a_pickle_with_code_in_it_does_not_run(tmp_path: Path) -> None:
@@ -85,10 +166,11 @@ def test_a_pickle_with_code_in_it_does_not_run(tmp_path: Path) -> None:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "owned"),)
 
-    save(tmp_path, state(1))
-    path = tmp_path / "epoch-00001-batch-0000000" / "progress.pt"
-    for write in (lambda: path.write_bytes(pickle.dumps(Attack())), lambda: torch.save(Attack(), path)):
-        write()
+    save(tmp_path, state(2))
+    saved = io.BytesIO()
+    torch.save(Attack(), saved)
+    for content in (pickle.dumps(Attack()), saved.getvalue()):
+        rewritten(tmp_path / PLACE, content)
         with pytest.raises(ValueError, match="no readable checkpoint"):
             load(tmp_path)
     assert not (tmp_path / "owned").exists()
@@ -128,7 +210,7 @@ def test_a_kill_at_any_file_operation_leaves_one_that_is_whole(
         folder = tmp_path / str(operations)
         save(folder, state(1))
         if again:
-            (folder / "epoch-00002-batch-0000000").mkdir()
+            (folder / PLACE).mkdir()
         if not run_until(operations, folder):
             break
         epochs.append(load(folder).epoch)
@@ -138,33 +220,6 @@ def test_a_kill_at_any_file_operation_leaves_one_that_is_whole(
     assert operations > 8
     assert epochs == sorted(epochs)
     assert epochs[0] == 1
-
-
-@pytest.mark.parametrize("full", [False, True], ids=["of another run", "of another method"])
-def test_a_whole_file_that_is_not_this_runs_is_passed_over(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, full: bool
-) -> None:
-    save(tmp_path / "ours", state(1))
-    save(tmp_path / "ours", state(2))
-    other = state(2)
-    other.method = {"foreign": torch.ones(1)} if full else {name: t + 1 for name, t in other.method.items()}
-    save(tmp_path / "theirs", other)
-    ours, theirs = (tmp_path / name / "epoch-00002-batch-0000000" for name in ("ours", "theirs"))
-    for name in ("method.safetensors", "progress.pt") if full else ("method.safetensors",):
-        (ours / name).write_bytes((theirs / name).read_bytes())
-    assert load(tmp_path / "ours").epoch == 1
-    reason = "its tensors are not this method's" if full else "method.safetensors is not the file that was written"
-    assert f"{ours} cannot be read (ValueError: {reason})" in caplog.text
-
-
-def test_one_flipped_bit_is_noticed(tmp_path: Path) -> None:
-    save(tmp_path, state(1))
-    path = tmp_path / "epoch-00001-batch-0000000" / "method.safetensors"
-    content = bytearray(path.read_bytes())
-    content[-3] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match="no readable checkpoint"):
-        load(tmp_path)
 
 
 def test_damaged_ones_of_later_places_do_not_push_good_ones_out(tmp_path: Path) -> None:
