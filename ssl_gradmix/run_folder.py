@@ -174,15 +174,21 @@ class RunFolder:
         if recorded and overwrite:
             finished = [*self.checkpoint.glob(f"epoch-{self.settings['training'].get('epochs', 0):05d}-*")]
             if before.get("overwrote") and same and not finished and not _differences(recorded, self.settings):
+                logger.info("%s was itself begun with --overwrite, and goes on; remove it to start anew", self.path)
                 return
             self._clear()
         elif recorded and same:
             return
         elif recorded:
+            count = before.get("images")
             raise ValueError(
-                f"run: {self.path} was started on other images ({before.get('images')}, now {len(images)} in "
-                f"{images.name}, or of other names or sizes); use them, choose another folder with --run, or start "
-                "anew with --overwrite"
+                f"run: {self.path} was started on other images ("
+                + (
+                    f"{count}, now {len(images)}"
+                    if count != len(images)
+                    else "as many, of other names, sizes or labels"
+                )
+                + f", in {images.name}); use them, choose another folder with --run, or start anew with --overwrite"
             )
         described = {
             **environment(),

@@ -58,7 +58,7 @@ def test_other_settings_and_other_images_are_refused(tmp_path: Path) -> None:
         match="extra_view was 'gradmix', now 'none'; optimizer.clip was None, now 1.0; training.epochs was 3, now 4",
     ):
         folder.check(changed)
-    with pytest.raises(ValueError, match=r"was started on other images \(36, now 30 in noise.* --overwrite"):
+    with pytest.raises(ValueError, match=r"was started on other images \(36, now 30, in noise.* --overwrite"):
         started(tmp_path, images=other)
     before = folder.config.read_text()
     identities = {each.identity for each in (folder, started(tmp_path), started(tmp_path / "b", images=other))}

@@ -58,7 +58,7 @@ def save(folder: Path, state: State, run: str) -> None:
     """
     path = path_of(folder, state.epoch, state.batch)
     unfinished = folder / ".unfinished"
-    shutil.rmtree(unfinished, ignore_errors=True)
+    _remove(unfinished)
     try:
         unfinished.mkdir(parents=True)
         # Through Python's own files, whose errors say what the disk said.
@@ -75,15 +75,15 @@ def save(folder: Path, state: State, run: str) -> None:
         for written in [*unfinished.iterdir(), unfinished]:
             flush(written)
     except OSError:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        _remove(unfinished)
         raise
     # One of that name can only be damaged: a training that has read it is past its place.
-    shutil.rmtree(path, ignore_errors=True)
+    _remove(path)
     unfinished.rename(path)
     flush(folder)
     # Those of later places were passed over when this training was resumed, and count for nothing.
     for old in [each for each in _oldest_first(folder) if each <= path][:-KEPT]:
-        shutil.rmtree(old)
+        _remove(old)
 
 
 def load(folder: Path, run: str, method: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> State | None:
@@ -112,7 +112,7 @@ def load(folder: Path, run: str, method: Mapping[str, Tensor], optimizer: torch.
     if paths:
         raise ValueError(
             f"no readable checkpoint in {folder}: {', '.join(path.name for path in paths)} are damaged or of another "
-            "run; --overwrite starts anew"
+            "run; remove them to start anew"
         )
     return None
 
@@ -161,6 +161,14 @@ def _read(path: Path, run: str, method: Mapping[str, Tensor], optimizer: torch.o
 def _groups(optimizer: dict[str, Any]) -> list[dict[str, Any]]:
     """Options of parameter groups, but for the learning rate, which the training sets at every step."""
     return [{name: value for name, value in group.items() if name != "lr"} for group in optimizer["param_groups"]]
+
+
+def _remove(path: Path) -> None:
+    """Whatever it is; a link goes, and what it leads to stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _sha256(content: bytes) -> str:

@@ -113,7 +113,7 @@ def start_trackers(accelerator: Accelerator, folder: RunFolder) -> None:
     # TensorBoard takes neither lists nor null.
     settings = {n: v if isinstance(v, bool | int | float | str) else str(v) for n, v in flat(folder.settings).items()}
     wandb = {"name": folder.path.resolve().name, "dir": str(folder.trackers)}
-    accelerator.init_trackers("ssl_gradmix", settings, {"wandb": wandb} if "wandb" in accelerator.log_with else {})
+    accelerator.init_trackers("ssl_gradmix", settings, {"wandb": wandb})
 
 
 def show(accelerator: Accelerator, picture: Path, epoch: int) -> None:

@@ -103,7 +103,7 @@ def test_all_damaged_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "epoch-00001-batch-0000000" / "method.safetensors").write_bytes(b"")
     with pytest.raises(
         ValueError,
-        match=r"no readable checkpoint in .*: epoch-00001-batch-0000000 are damaged or of another run; --overwrite",
+        match=r"no readable checkpoint in .*: epoch-00001-batch-0000000 are damaged or of another run; remove them",
     ):
         load(tmp_path)
 
@@ -231,6 +231,19 @@ def test_damaged_ones_of_later_places_do_not_push_good_ones_out(tmp_path: Path) 
     save(tmp_path, state(2))
     assert load(tmp_path).epoch == 2
     assert (tmp_path / "epoch-00001-batch-0000000").exists()
+
+
+@pytest.mark.parametrize("place", [".unfinished", "epoch-00001-batch-0000000"])
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_what_lies_where_one_is_to_be_goes_and_no_link_is_followed(tmp_path: Path, place: str, kind: str) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/file").write_text("mine")
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    (folder / place).write_text("half") if kind == "file" else (folder / place).symlink_to(tmp_path / "mine")
+    save(folder, state(1))
+    assert load(folder).epoch == 1
+    assert (tmp_path / "mine/file").read_text() == "mine"
 
 
 def test_without_room_it_says_so_and_leaves_nothing_half_done(tmp_path: Path) -> None:

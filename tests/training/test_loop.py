@@ -242,7 +242,7 @@ def test_a_run_whose_images_changed_does_not_go_on(tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "a/checkpoint", tmp_path / "b/checkpoint")
     with pytest.raises(ValueError, match="no readable checkpoint in .* of another run"):
         other.run()
-    with pytest.raises(ValueError, match=r"was started on other images \(36, now 44 in noise"):
+    with pytest.raises(ValueError, match=r"was started on other images \(36, now 44, in noise"):
         trainer(tmp_path / "a", images=image_set(44))
 
 
