@@ -181,14 +181,10 @@ class RunFolder:
             return
         elif recorded:
             count = before.get("images")
+            changed = f"{count}, now {len(images)}" if count != len(images) else "as many, but others or other labels"
             raise ValueError(
-                f"run: {self.path} was started on other images ("
-                + (
-                    f"{count}, now {len(images)}"
-                    if count != len(images)
-                    else "as many, of other names, sizes or labels"
-                )
-                + f", in {images.name}); use them, choose another folder with --run, or start anew with --overwrite"
+                f"run: {self.path} was started on other images ({changed}, in {images.name}); "
+                "use them, choose another folder with --run, or start anew with --overwrite"
             )
         described = {
             **environment(),
