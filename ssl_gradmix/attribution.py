@@ -6,6 +6,7 @@ Depends on torch alone, so that any training loop can take it.
 from __future__ import annotations
 
 import difflib
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Literal
@@ -13,10 +14,8 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DataParallel, DistributedDataParallel
-
-Observed = dict[str, list[Tensor]]
-"""What `observe` collects: for each layer its outputs, one a forward pass, in order."""
 
 AttributionFunction = Callable[[Tensor, Tensor], Tensor]
 """`(activation (N, C, h, w), gradient (N, C, h, w)) -> map (N, h, w)`; gradients are known up to a constant factor."""
@@ -27,34 +26,144 @@ SCALE = 2.0**12
 """Of gradients: those of a mean over a batch underflow where they pass through half precision on their way; maps are
 normalized, so that a constant factor is free."""
 
+ROUNDING = 1e-6
+"""A map is flat where its range is no more than this share of its largest absolute value: float32 rounds by 1e-7."""
+
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+"""Modules that, unless they are subclasses, only hold others."""
+
+NOTHING_RAN = "observed: nothing ran inside `observe`; run the encoder that it was given inside its `with` block"
+
+
+class Observed(dict[str, list[Tensor]]):
+    """What `observe` collects: for each layer its outputs, one a forward pass, in order.
+
+    It holds on to the outputs, hence to their graph: let go of it after the step.
+
+    Attributes:
+        encoder: Weak reference to the observed module, without its wrappers; None where outputs were given by hand.
+        inputs: The images (N, C, H, W) of each of the encoder's passes, None for a pass without any. Empty where its
+            parts were called on their own, as by timm's `forward_features`.
+        notes: For each output the encoder's passes so far, and its version, by which torch counts in-place operations.
+        fails_outside: Whether `observe` is over and a further pass, compiled, cannot go backwards together with these.
+    """
+
+    def __init__(self, outputs: Mapping[str, list[Tensor]] = (), encoder: nn.Module | None = None) -> None:
+        super().__init__(outputs)
+        self.encoder = None if encoder is None else weakref.ref(encoder)
+        self.inputs: list[Tensor | None] = []
+        self.notes: dict[str, list[tuple[int, int]]] = {}
+        self.fails_outside = False
+
+    def recorder(self, name: str) -> Callable[[nn.Module, tuple, object], None]:
+        """A forward hook that remembers a layer's outputs; of a tuple, the first, as transformers' blocks return it."""
+
+        def record(module: nn.Module, args: tuple, output: object) -> None:
+            output = output[0] if isinstance(output, tuple) and output else output
+            if isinstance(output, Tensor) and output.ndim:
+                self.setdefault(name, []).append(output)
+                if not torch.compiler.is_compiling():  # a compiled stage has its hooks compiled too
+                    version = 0 if output.is_inference() else output._version
+                    self.notes.setdefault(name, []).append((len(self.inputs), version))
+
+        return record
+
+    def note_input(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """A forward pre-hook of the encoder."""
+        images = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim == 4)
+        self.inputs.append(next(images, None))
+
+    def modules(self) -> dict[str, nn.Module]:
+        """The observed encoder's modules by name; none where it is not known."""
+        encoder = self.encoder and self.encoder()
+        return {} if encoder is None else dict(encoder.named_modules())
+
+    def problem(self, name: str) -> str | None:
+        """Why a layer cannot be attributed at, with the way out: it did not run, ran twice, or was changed in place."""
+        passes, notes = self.get(name), self.notes.get(name, [])
+        parent = name.rpartition(".")[0]
+        if not passes:
+            if not self.inputs and not any(self.values()):
+                return NOTHING_RAN
+            blocks = [block for block, _ in self.modules().get(name, nn.Module()).named_children()]
+            way = f"a checkpointed encoder calls its blocks: try {name}.{blocks[-1]}" if blocks else "name another"
+            return f"layers: {name!r} did not run inside `observe`, or gave no tensor; {way}"
+        noted = list(zip(passes, notes, strict=True)) if len(passes) == len(notes) else []
+        if any(not output.is_inference() and output._version != version for output, (_, version) in noted):
+            modules = self.modules()
+            later = [
+                each for each in list(modules)[[*modules, name].index(name) :] if each.rpartition(".")[0] == parent
+            ]
+            behind = [each for each in later if getattr(modules[each], "inplace", False)] + [parent or "another layer"]
+            return f"layers: an in-place operation behind {name!r} has changed what it gave; name {behind[0]!r} instead"
+        for number, images in enumerate(self.inputs, 1):
+            outputs = sum(len(output) for output, (pass_, _) in noted if pass_ == number)
+            if images is not None and outputs > len(images):
+                return (
+                    f"layers: {name!r} gave {outputs} outputs for {len(images)} images, as it runs more than once an "
+                    f"image or cuts images up; name {parent or 'another layer'!r}, or what else runs once"
+                )
+        return None
+
+    def check_images(self, images: Tensor, values: bool) -> None:
+        """Compares images (N, C, H, W) with the first that went through the encoder, as far as these are known.
+
+        Args:
+            images: At most as many as were observed.
+            values: Compare values too, where the memory is not the same; on an accelerator the host waits.
+
+        Raises:
+            ValueError: Other images.
+        """
+        start = 0
+        for given in self.inputs:
+            if given is None or start >= len(images):
+                return
+            part = images[start : start + len(given)]
+            first = given[: len(part)].detach()
+            alike = first.shape == part.shape and first.device == part.device
+            if not alike or (values and not _same_values(first, part)):
+                raise ValueError(
+                    f"images: these of {tuple(part.shape)} on {part.device} are not those of {tuple(first.shape)} on "
+                    f"{first.device} that went through the encoder first inside `observe`; pass those, as the "
+                    "attribution is theirs, or observe the module that gets these"
+                )
+            start += len(given)
+
 
 @contextmanager
 def observe(encoder: nn.Module, layers: Sequence[str] | None = None) -> Iterator[Observed]:
     """Remembers the outputs of some layers, every forward pass in order, for as long as the context lasts.
 
     A compiled graph hides its inner activations from autograd, so that an encoder compiled as a whole runs eagerly
-    here. To keep the speed of `torch.compile`, compile its stages instead (`encoder.layer3 =
-    torch.compile(encoder.layer3)`): their outputs can be observed. Stages behind an observed layer are then run
-    backwards twice, which torch's compiled graphs allow only with `torch._functorch.config.donated_buffer = False`, set
-    before the first forward pass.
+    here. With BatchNorm in training mode its pass of the mixed views belongs inside the context too: an eager pass and
+    a compiled one of the same weights cannot be run backwards together. To keep the speed of `torch.compile`, compile
+    its stages instead (`encoder.layer3 = torch.compile(encoder.layer3)`): their outputs can be observed. Stages behind
+    an observed layer are then run backwards twice, which torch's compiled graphs allow only with
+    `torch._functorch.config.donated_buffer = False`, set before the first forward pass.
 
     Args:
         encoder: The module whose layers are observed; may be wrapped by DistributedDataParallel or `torch.compile`.
-        layers: Names as in `encoder.named_modules()` of the module inside the wrapper. None observes every module that
-            has children (stages and blocks), or every module where none has.
+        layers: Names as in `encoder.named_modules()` of the module inside the wrapper. None observes every stage and
+            block, modules that have children or stand in a Sequential or ModuleList, or every module where none does.
 
     Yields:
-        A dictionary from layer name to the list of its outputs, in the order in which layers finish where `layers` is
-        None. It holds on to the outputs, hence to their graph: let go of it after the step.
+        The outputs by layer, in the order in which layers finish where `layers` is None.
 
     Raises:
         KeyError: A layer that the encoder has not; the message lists near names.
     """
-    modules = dict(unwrap(encoder).named_modules())
+    inner = unwrap(encoder)
+    modules = dict(inner.named_modules())
     modules.pop("")
-    observed: Observed = {name: [] for name in layers or []}
+    observed = Observed({name: [] for name in layers or []}, inner)
     if layers is None:
-        stages = [name for name, module in modules.items() if next(module.children(), None) is not None]
+        stages = [
+            name
+            for name, module in modules.items()
+            if next(module.children(), None) is not None
+            or type(inner.get_submodule(name.rpartition(".")[0])) in CONTAINERS
+        ]
         layers = stages or list(modules)
     for name in layers:
         if name not in modules:
@@ -63,8 +172,11 @@ def observe(encoder: nn.Module, layers: Sequence[str] | None = None) -> Iterator
     with ExitStack() as stack:
         if is_compiled(encoder):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
+            fails = any(isinstance(each, _BatchNorm) and each.training for each in modules.values())
+            stack.callback(setattr, observed, "fails_outside", fails)  # when the context ends
+        stack.callback(inner.register_forward_pre_hook(observed.note_input, with_kwargs=True).remove)
         for name in layers:
-            stack.callback(modules[name].register_forward_hook(_recorder(observed, name)).remove)
+            stack.callback(modules[name].register_forward_hook(observed.recorder(name)).remove)
         yield observed
 
 
@@ -86,12 +198,11 @@ def is_compiled(module: nn.Module) -> bool:
     return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
 
 
-def _recorder(observed: Observed, name: str) -> Callable[[nn.Module, tuple, object], None]:
-    def record(module: nn.Module, args: tuple, output: object) -> None:
-        if isinstance(output, Tensor):
-            observed.setdefault(name, []).append(output)
-
-    return record
+def _same_values(first: Tensor, second: Tensor) -> bool:
+    if first.data_ptr() == second.data_ptr() and first.stride() == second.stride() and first.dtype == second.dtype:
+        return True
+    coarse = max(first.dtype, second.dtype, key=lambda dtype: torch.finfo(dtype).eps)  # one was rounded on its way
+    return torch.allclose(first.to(coarse), second.to(coarse), rtol=0, atol=0, equal_nan=True)
 
 
 def layercam(activation: Tensor, gradient: Tensor) -> Tensor:
@@ -159,72 +270,93 @@ def attribute(
         target: `agreement` attributes −loss, that is what makes views agree; `loss` attributes +loss.
 
     Returns:
-        Maps (N, H, W) in [0, 1], float32. A flat map is all zero. On an accelerator a NaN map counts as flat, as
-        looking for it would make the host wait.
+        Maps (N, H, W) in [0, 1], float32. A flat map is all zero, and so is one that has a NaN or an infinity.
 
     Raises:
-        ValueError: A loss that is no scalar or depends on no activation, fewer images than `count`, a layer without
-            spatial extent, NaN in a map on the CPU.
+        ValueError: A loss that is no scalar or went backwards already, a layer that its gradient does not reach, that
+            has no spatial extent, did not run or was changed in place, fewer images than `count`.
     """
     if target not in ("agreement", "loss"):
         raise ValueError(f"target must be 'agreement' or 'loss', got {target!r}")
     function = _resolve(attribution)
-    outputs = {name: first_images(name, list(passes), count) for name, passes in activations.items()}
-    gradients_of = gradients(loss, outputs, sign=1 if target == "loss" else -1)
+    for name in activations if isinstance(activations, Observed) else ():
+        if problem := activations.problem(name):
+            raise ValueError(problem)
+    outputs = {name: first_images(name, passes, count) for name, passes in activations.items()}
+    taken = gradients(loss, outputs, sign=1 if target == "loss" else -1)
     total = 0
-    for name, tensors in outputs.items():
+    for name, passes in outputs.items():
+        if all(part is None for part in taken[name]):
+            raise ValueError(
+                f"layers: no gradient reaches {name!r}: it is frozen, or the loss does not depend on it; leave it out"
+            )
+        parts = [
+            torch.zeros_like(output) if part is None else part for output, part in zip(passes, taken[name], strict=True)
+        ]
         activation, gradient = (
-            spatial(name, torch.cat(list(parts))[:count].detach(), size).float()
-            for parts in (tensors, gradients_of[name])
+            spatial(name, torch.cat(tensors)[:count].detach(), size).float() for tensors in (passes, parts)
         )
         total = total + upscale(_checked(function(activation, gradient), activation, attribution), size)
     return normalize(total)
 
 
-def gradients(loss: Tensor, outputs: Mapping[str, Sequence[Tensor]], sign: float = 1.0) -> dict[str, list[Tensor]]:
-    """The gradient of `sign * loss`, times `SCALE`, with respect to each output; zero where the loss depends not on it.
+def gradients(
+    loss: Tensor, outputs: Mapping[str, Sequence[Tensor]], sign: float = 1.0
+) -> dict[str, list[Tensor | None]]:
+    """The gradient of `sign * loss`, times `SCALE`, with respect to each output; None where it does not reach it.
 
     Raises:
-        ValueError: A loss that is no scalar, or that depends on none of the outputs; a compiled stage that allows no
-            second backward pass, see `observe`.
+        ValueError: A loss that is no scalar, whose gradient reaches none of the outputs, or that went backwards
+            already; a compiled stage that allows no second backward pass, see `observe`.
     """
     if loss.numel() != 1:
         raise ValueError(f"loss must be a scalar, got shape {tuple(loss.shape)}; reduce it over the batch first")
     flat = [output for passes in outputs.values() for output in passes]
-    if not flat or not loss.requires_grad or not any(output.requires_grad for output in flat):
+    reached = [output for output in flat if output.requires_grad]
+    if not flat:
+        raise ValueError(NOTHING_RAN)
+    if not loss.requires_grad or not reached:
         raise ValueError(
-            f"loss does not depend on the observed layers {list(outputs)}; compute it inside `observe`, "
-            "with gradients enabled"
+            f"loss: gradients are off between it and the observed layers {_last(outputs)}; run both outside "
+            "torch.no_grad(), with parameters that require grad, and detach nothing"
         )
-    reached = [output for output in flat if output.requires_grad]  # those behind frozen layers alone are not
     try:
         with torch.autocast(loss.device.type, enabled=False):  # backward passes do not belong under it
             taken = torch.autograd.grad(
                 loss, reached, torch.full_like(loss, sign * SCALE), retain_graph=True, allow_unused=True
             )
     except RuntimeError as error:
-        if "donated buffer" not in str(error):
-            raise
+        for part, message in GRAPH_ERRORS.items():
+            if part in str(error):
+                raise ValueError(message) from error
+        raise
+    if all(gradient is None for gradient in taken):
         raise ValueError(
-            "encoder: a stage behind an observed layer was compiled in a way that allows a single backward pass; set "
-            "torch._functorch.config.donated_buffer = False before its first forward pass"
-        ) from error
-    found = {id(output): gradient for output, gradient in zip(reached, taken, strict=True) if gradient is not None}
-    if not found:
-        raise ValueError(
-            f"loss does not depend on the observed layers {list(outputs)}; is it computed from this encoder's output?"
+            f"loss does not depend on the observed layers {_last(outputs)}; compute it from what this encoder gave "
+            "inside `observe`, and do not compile the whole step, which hides them"
         )
+    found = {id(output): gradient for output, gradient in zip(reached, taken, strict=True)}
+    return {name: [found.get(id(output)) for output in passes] for name, passes in outputs.items()}
 
-    def of(output: Tensor) -> Tensor:
-        return found[id(output)] if id(output) in found else torch.zeros_like(output)
 
-    return {name: [of(output) for output in passes] for name, passes in outputs.items()}
+GRAPH_ERRORS = {
+    "a second time": "loss: it went backwards already, which frees its graph; call gradmix(...) before loss.backward()",
+    "donated buffer": "encoder: a stage behind an observed layer was compiled in a way that allows a single backward "
+    "pass; set torch._functorch.config.donated_buffer = False before its first forward pass",
+}
+"""What to do about torch's errors of a graph, by a part of their text."""
+
+
+def _last(outputs: Mapping[str, object]) -> str:
+    names = list(outputs)
+    return ("..., " if len(names) > 4 else "") + ", ".join(names[-4:])
 
 
 def normalize(maps: Tensor) -> Tensor:
-    """Min-max per image to [0, 1]; a flat or NaN map becomes zero."""
+    """Min-max per image to [0, 1]; a map that is flat up to rounding, or not finite, becomes zero."""
     low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
-    return ((maps - low) / (high - low).clamp_min(torch.finfo(maps.dtype).tiny)).nan_to_num(0, 0, 0)
+    smallest = (ROUNDING * torch.maximum(low.abs(), high.abs())).clamp_min(torch.finfo(maps.dtype).tiny)
+    return torch.where(high - low > smallest, (maps - low) / (high - low), 0)  # false where one is NaN or infinite
 
 
 def upscale(maps: Tensor, size: tuple[int, int]) -> Tensor:
@@ -232,10 +364,10 @@ def upscale(maps: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(normalize(maps)[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
 
 
-def first_images(name: str, passes: list[Tensor], count: int | None) -> list[Tensor]:
+def first_images(name: str, passes: Sequence[Tensor], count: int | None) -> list[Tensor]:
     """The forward passes that hold the first `count` images."""
     if count is None:
-        return passes
+        return list(passes)
     kept, images = [], 0
     for output in passes:
         kept.append(output)
@@ -296,9 +428,4 @@ def _checked(maps: Tensor, activation: Tensor, attribution: str | AttributionFun
     expected = (activation.shape[0], *activation.shape[2:])
     if maps.shape != expected:
         raise ValueError(f"attribution: {attribution!r} must return maps of shape {expected}, got {tuple(maps.shape)}")
-    if maps.device.type == "cpu" and maps.isnan().any():
-        raise ValueError(
-            f"attribution: NaN in the map of {int(maps.isnan().any((1, 2)).sum())} of {len(maps)} images; "
-            "is the loss finite?"
-        )
     return maps

@@ -4,31 +4,36 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Generator, Tensor, nn
 
 from ssl_gradmix import mixing
 from ssl_gradmix.attribution import (
+    CONTAINERS,
     METHODS,
+    NOTHING_RAN,
     AttributionFunction,
     Observed,
     Target,
     attribute,
+    first_images,
     gradients,
-    normalize,
     observe,
     spatial,
-    upscale,
 )
 
 logger = logging.getLogger("ssl_gradmix")
 
+Region = Literal["peak", "max_mean", "mask", "random", "center"]
+
 CONTROLS = ("random", "center")
-"""Places that neither the loss nor the encoder has a say in."""
+"""Regions that neither the loss nor the encoder has a say in."""
 
 SMALLEST_MAP = 4
 """`layers=None` wants a map of at least this many places a side: a coarser one cannot place a box."""
@@ -42,8 +47,11 @@ class MixedViews:
         images: (N, C, H, W), dtype, device and memory format of the images given.
         lam: Scalar tensor, the exact share of each image's pixels that was kept.
         boxes: (N, 4) int64 x0, y0, x1, y1 (the latter two exclusive), or None where the region is a mask.
-        attribution: (N, H, W) in [0, 1], float32.
+        attribution: (N, H, W) in [0, 1], float32; zero where the region is a control.
         donor_index: (N,) int64, image i took from `donors[donor_index[i]]`; None where the fill needs no donor.
+        flat: (N,) bool, the map of this image was flat or not finite, so that its region lies at random. False where
+            the region is a control.
+        layers: Names of the layers attributed at; empty where the region is a control.
     """
 
     images: Tensor
@@ -51,6 +59,8 @@ class MixedViews:
     boxes: Tensor | None
     attribution: Tensor
     donor_index: Tensor | None
+    flat: Tensor
+    layers: tuple[str, ...]
 
 
 @dataclass
@@ -71,31 +81,32 @@ class GradMix:
 
     Args:
         layers: Layers whose maps are summed, by their names in `encoder.named_modules()`, for instance `[layer3]`. Null
-            takes the deepest stage whose map is at least 4x4 for the images at hand and whose gradient is not all zero.
-        attribution: `layercam`, `gradcam`, or a control, the same mixing at another place: `random`, with the box
-            anywhere inside the image, all places alike (a mask: where a map of noise is highest), and `center`, where
-            objects tend to lie. In Python also a function `(activation, gradient) -> (N, h, w)`.
+            takes the deepest stage or whole block whose map is at least 4x4 for the images at hand and whose gradient
+            is not all zero; `MixedViews.layers` says which.
+        attribution: `layercam` or `gradcam`. In Python also a function `(activation, gradient) -> (N, h, w)`.
         target: `agreement` attributes −loss: what already makes the views agree. `loss` attributes +loss (the authors'
             sign).
-        fill: `donor` (another image, resized whole into the box), `crop` (the same place of the other image), `noise`
-            (uniform, with each channel's mean and deviation), `mean` (each channel's mean). In a mask, `donor` is the
-            same as `crop`.
-        alpha: The share kept is drawn, once a batch, from Beta(alpha, alpha), rescaled to `lam_range`.
+        fill: `donor` (another image, resized whole into the box, as in ResizeMix), `crop` (the same place of the other
+            image, as in CutMix), `noise` (uniform, with each channel's mean and deviation), `mean` (each channel's
+            mean). In a mask, `donor` is the same as `crop`.
+        alpha: The share kept is drawn, once a batch and process, from Beta(alpha, alpha), rescaled to `lam_range`.
         lam_range: Smallest and largest share of the image that is kept, within (0, 1).
-        region: `box` around the map's maximum, shifted inside the image; `densest`, the box in which the map's mean is
-            highest; `mask`, the `1 − lam` share of pixels with the highest attribution.
+        region: `peak`, a box around the map's maximum, shifted inside the image; `max_mean`, the box in which the map's
+            mean is highest; `mask`, the `1 − lam` share of pixels with the highest attribution. And two controls that
+            need no gradient: `random`, a box anywhere inside the image, all places alike, and `center`, a box where
+            objects tend to lie.
         generator: Source of all randomness, on the CPU; None is torch's global one.
     """
 
     layers: list[str] | None = None
-    attribution: Literal["layercam", "gradcam", "random", "center"] | AttributionFunction = "layercam"
+    attribution: Literal["layercam", "gradcam"] | AttributionFunction = "layercam"
     target: Target = "agreement"
     fill: mixing.Fill = "donor"
     alpha: float = 1.0
     lam_range: tuple[float, float] = (0.5, 0.9)
-    region: Literal["box", "densest", "mask"] = "box"
+    region: Region = "peak"
     generator: Generator | None = None
-    _chosen: dict[tuple, str] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _settled: WeakKeyDictionary = field(default_factory=WeakKeyDictionary, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.layers, str) or self.layers == []:
@@ -103,10 +114,10 @@ class GradMix:
                 f"gradmix.layers must be a list of layer names such as ['layer3'], or None; got {self.layers!r}"
             )
         if not callable(self.attribution):
-            _require_one_of("attribution", self.attribution, (*METHODS, *CONTROLS))
+            _require_one_of("attribution", self.attribution, tuple(METHODS))
         _require_one_of("target", self.target, ("agreement", "loss"))
         _require_one_of("fill", self.fill, ("donor", "crop", "noise", "mean"))
-        _require_one_of("region", self.region, ("box", "densest", "mask"))
+        _require_one_of("region", self.region, get_args(Region))
         if not 0 < self.alpha < math.inf:
             raise ValueError(f"gradmix.alpha must be above 0 and finite, got {self.alpha!r}")
         if len(self.lam_range) != 2 or not 0 < self.lam_range[0] <= self.lam_range[1] < 1:
@@ -115,6 +126,13 @@ class GradMix:
             raise ValueError(
                 f"gradmix.generator must be on the CPU, as the host needs lam; got one on {self.generator.device}"
             )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but what was settled for encoders: it hangs on weak references, which cannot be pickled."""
+        return {name: value for name, value in vars(self).items() if name != "_settled"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _settled=WeakKeyDictionary())
 
     def observe(self, encoder: nn.Module) -> AbstractContextManager[Observed]:
         """Remembers the activations of `layers`, every forward pass in order, for as long as the context lasts.
@@ -139,8 +157,10 @@ class GradMix:
                 never from `donors[i]` where N > 1. None takes from `images`.
 
         Raises:
-            ValueError: Shapes that do not match, a layer without spatial extent, a loss that does not depend on the
-                observed layers, NaN in a map on the CPU.
+            ValueError: Shapes that do not match, or other images than those observed. A layer that did not run, was
+                changed in place, has no spatial extent, or that the loss's gradient does not reach. Whether it is zero
+                for all images is looked at in the first call for an encoder and image size, the only one in which the
+                host waits for the device.
         """
         donors = images if donors is None else donors
         if images.ndim != 4 or not images.is_floating_point():
@@ -150,7 +170,18 @@ class GradMix:
                 f"donors must match the images ({images.dtype} {tuple(images.shape)}), "
                 f"got {donors.dtype} {tuple(donors.shape)}"
             )
-        attribution = self._attribute(loss, observed, images)
+        if observed.fails_outside:
+            warnings.warn(
+                "encoder: compiled as a whole, it ran eagerly inside `observe`; with BatchNorm in training mode, "
+                "loss.backward() fails unless its pass of the mixed views is inside too, see docs/torch-compile.md",
+                stacklevel=3,
+            )
+        if self.region in CONTROLS:
+            names, attribution = (), images.new_zeros((len(images), *images.shape[2:]), dtype=torch.float32)
+            flat = torch.zeros(len(images), dtype=torch.bool, device=images.device)
+        else:
+            names, attribution = self._attribute(loss, observed, images)
+            flat = attribution.amax((1, 2)) == 0
         lam = mixing.draw_lam(self.alpha, tuple(self.lam_range), self.generator)
         index = None
         if self.fill in ("donor", "crop"):
@@ -158,40 +189,38 @@ class GradMix:
             donors = donors[index]
         mix = self._mix_mask if self.region == "mask" else self._mix_box
         mixed, kept, boxes = mix(images, donors, attribution, lam)
-        return MixedViews(mixed, torch.full((), kept, device=images.device), boxes, attribution, index)
+        return MixedViews(mixed, torch.full((), kept, device=images.device), boxes, attribution, index, flat, names)
 
-    def _attribute(self, loss: Tensor, observed: Observed, images: Tensor) -> Tensor:
+    def _attribute(self, loss: Tensor, observed: Observed, images: Tensor) -> tuple[tuple[str, ...], Tensor]:
         count, size = len(images), (images.shape[2], images.shape[3])
-        if self.attribution == "center":
-            return normalize(mixing.central_map(size, images.device)).expand(count, *size)
-        chosen = observed if self.layers else {name: observed[name] for name in [self._choose(loss, observed, size)]}
-        if self.attribution != "random":
-            return attribute(loss, chosen, size, count, self.attribution, self.target)
-        extents = [spatial(name, passes[0], size).shape[2:] for name, passes in chosen.items()]
-        maps = [mixing.rand((count, *extent), images.device, self.generator) for extent in extents]
-        return normalize(sum(upscale(each, size) for each in maps))
-
-    def _choose(self, loss: Tensor, observed: Observed, size: tuple[int, int]) -> str:
-        """The deepest layer with room that the loss's gradient reaches; looked for once an encoder and image size.
-
-        The gradient counts because a transformer that is read at its class token alone passes none to its last patch
-        tokens.
-        """
-        key = (*observed, size)
-        if key not in self._chosen:
-            self._chosen[key] = name = _deepest(loss, observed, size)
-            logger.info("GradMix attributes at layer %s for images of %dx%d", name, *size)
-        return self._chosen[key]
+        encoder = observed.encoder and observed.encoder()
+        settled = {} if encoder is None else self._settled.setdefault(encoder, {})
+        observed.check_images(images, values=size not in settled or images.device.type == "cpu")
+        if self.layers:
+            names = tuple(self.layers)
+            for name in names:
+                if problem := observed.problem(name):
+                    raise ValueError(problem)
+            if size not in settled:
+                _refuse_dead(loss, observed, names, count, size)
+        elif size in settled and _fits(observed, *settled[size], size):
+            names = settled[size]
+        else:
+            names = (_deepest(loss, observed, size),)
+            logger.info("GradMix attributes at layer %s for images of %dx%d", *names, *size)
+        settled[size] = names
+        chosen = {name: observed[name] for name in names}
+        return names, attribute(loss, chosen, size, count, self.attribution, self.target)
 
     def _mix_box(self, images: Tensor, donors: Tensor, attribution: Tensor, lam: float) -> tuple[Tensor, float, Tensor]:
         size = (images.shape[2], images.shape[3])
-        extent = mixing.box_extent(lam, size)
-        if self.attribution == "random":  # the peaks of a map of noise, once resized, lie at the border more often
+        extent = mixing.box_extent(lam, size, self.lam_range)
+        if self.region == "random":
             boxes = mixing.random_boxes(len(images), extent, size, images.device, self.generator)
-        elif self.attribution == "center":
+        elif self.region == "center":
             boxes = mixing.central_boxes(len(images), extent, size, images.device)
         else:
-            place = mixing.densest_boxes if self.region == "densest" else mixing.peak_boxes
+            place = mixing.max_mean_boxes if self.region == "max_mean" else mixing.peak_boxes
             boxes = place(attribution, extent, self.generator)
         if self.fill == "donor":
             patches = mixing.shrink(donors, extent)
@@ -204,36 +233,101 @@ class GradMix:
         return mixing.paste(images, patches, boxes), mixing.box_kept(extent, size), boxes
 
     def _mix_mask(self, images: Tensor, donors: Tensor, attribution: Tensor, lam: float) -> tuple[Tensor, float, None]:
-        area = attribution.shape[1] * attribution.shape[2]
-        pixels = max(1, round((1 - lam) * area))
+        size = (images.shape[2], images.shape[3])
+        pixels = mixing.mask_pixels(lam, size, self.lam_range)
         mask = mixing.top_mask(attribution, pixels, self.generator)[:, None]
         if self.fill == "noise":
             donors = mixing.noise_like(images, tuple(images.shape), self.generator)
         elif self.fill == "mean":
             donors = mixing.mean_like(images)
         mixed = torch.where(mask, donors, images, out=torch.empty_like(images))
-        return mixed, 1 - pixels / area, None
+        return mixed, 1 - pixels / (size[0] * size[1]), None
 
 
 def _deepest(loss: Tensor, observed: Observed, size: tuple[int, int]) -> str:
-    candidates = {name: passes[:1] for name, passes in observed.items() if passes and _fits(name, passes[0], size)}
-    found = gradients(loss, candidates) if candidates else {}
-    for name, (gradient,) in reversed(found.items()):
-        if spatial(name, gradient, size).any():
+    """The deepest whole stage or block with room whose gradient is not all zero.
+
+    The gradient counts because a transformer that is read at its class token alone passes none to its last patch
+    tokens. What is part of a module with a coarser map, as inside a strided block, comes after what is not, and a layer
+    without parts after all stages.
+    """
+    first = {name: passes[:1] for name, passes in observed.items() if passes}
+    if not first:
+        raise ValueError(NOTHING_RAN)
+    extents = {name: _extent(name, output, size) for name, (output,) in first.items()}
+    maps = {name: passes for name, passes in first.items() if extents[name]} or first
+    reached = {name: passes for name, passes in maps.items() if passes[0].requires_grad}
+    roomy = {name: passes for name, passes in reached.items() if extents[name] >= SMALLEST_MAP}
+    if reached and not roomy:
+        shapes = [f"{name} {tuple(output.shape)}" for name, (output,) in first.items()]
+        raise ValueError(
+            f"layers: no layer has a map of at least {SMALLEST_MAP}x{SMALLEST_MAP} for images of {size[0]}x{size[1]} "
+            f"(the last are {', '.join(shapes[-4:])}); name layers, or use larger images or a smaller stride"
+        )
+    modules = observed.modules()
+
+    def rank(name: str) -> tuple[int, bool]:
+        parts = name.split(".")
+        around = (".".join(parts[:end]) for end in range(1, len(parts)))
+        blocks = [each for each in around if extents.get(each) and type(modules.get(each)) not in CONTAINERS]
+        coarser = sum(extents[each] < extents[name] for each in blocks)
+        return coarser, next(modules.get(name, nn.Module()).children(), None) is None
+
+    candidates = sorted((name for name in reversed(roomy) if _fits(observed, name, size)), key=rank)
+    found = gradients(loss, roomy or maps)
+    for name in candidates:
+        (gradient,) = found[name]
+        if gradient is not None and spatial(name, gradient, size).any():
             return name
-    shapes = [f"{name} {tuple(passes[0].shape)}" for name, passes in observed.items() if passes]
-    seen = f"the last are {', '.join(shapes[-4:])}" if shapes else "nothing ran inside observe"
     raise ValueError(
-        f"layers: no layer has a map of at least {SMALLEST_MAP}x{SMALLEST_MAP} that the loss depends on for images of "
-        f"{size[0]}x{size[1]} ({seen}); name layers, or use larger images or a stem with a smaller stride"
+        f"loss: its gradient is zero in all layers (the last are {', '.join([*roomy][-4:])}); does a head start at "
+        "zeros? initialize it otherwise, or train a few steps without GradMix"
     )
 
 
-def _fits(name: str, output: Tensor, size: tuple[int, int]) -> bool:
-    try:
-        return output.requires_grad and min(spatial(name, output, size).shape[2:]) >= SMALLEST_MAP
-    except ValueError:
+def _fits(observed: Observed, name: str, size: tuple[int, int]) -> bool:
+    """Whether a layer can be attributed at, and has room."""
+    if observed.problem(name):
         return False
+    output = observed[name][0]
+    return output.requires_grad and _extent(name, output, size) >= SMALLEST_MAP
+
+
+def _extent(name: str, output: Tensor, size: tuple[int, int]) -> int:
+    """The smaller side of a layer's map; 0 where its output is none."""
+    try:
+        return min(spatial(name, output, size).shape[2:])
+    except ValueError:
+        return 1 if output.ndim == 4 else 0
+
+
+def _refuse_dead(loss: Tensor, observed: Observed, names: tuple[str, ...], count: int, size: tuple[int, int]) -> None:
+    """Looks, on the host, whether the gradient at a layer is zero for all images."""
+    outputs = {name: first_images(name, observed[name], count) for name in names}
+    for name, parts in gradients(loss, outputs).items():
+        parts = [part for part in parts if part is not None]
+        if not parts or any(spatial(name, part, size).any() for part in parts):
+            continue
+        if not any(part.any() for part in parts):
+            raise ValueError(
+                f"layers: the loss's gradient at {name!r} is zero for all images; does a head start at zeros, or is "
+                "this branch multiplied by zero? initialize it otherwise, or name another layer"
+            )
+        earlier = _before(name, observed.modules())
+        raise ValueError(
+            f"layers: the loss's gradient is zero at all places of {name!r}, as in the last block of a transformer "
+            f"read at its class token; name {repr(earlier) if earlier else 'an earlier block'}, or leave layers out"
+        )
+
+
+def _before(name: str, modules: dict[str, nn.Module]) -> str | None:
+    """The last but one of the blocks, members of containers, up to a layer."""
+    order = list(modules)
+    end = max((i for i, each in enumerate(order) if f"{each}.".startswith(f"{name}.")), default=-1)
+    blocks = [each for each in order[: end + 1] if type(modules[each.rpartition(".")[0]]) in CONTAINERS]
+    depth = min((each.count(".") for each in blocks), default=0)
+    outer = [each for each in blocks if each.count(".") == depth]
+    return outer[-2] if len(outer) > 1 else None
 
 
 def _require_one_of(name: str, value: Any, options: tuple[str, ...]) -> None:

@@ -26,10 +26,42 @@ def draw_lam(alpha: float, lam_range: tuple[float, float], generator: Generator 
     return low + (high - low) * share
 
 
-def box_extent(lam: float, size: tuple[int, int]) -> tuple[int, int]:
-    """Height and width in whole pixels of a box with the image's aspect ratio that takes about `1 - lam` of it."""
-    scale = math.sqrt(1 - lam)
-    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+def pixel_range(lam_range: tuple[float, float], area: int) -> range:
+    """Numbers of pixels to replace, of so many, that keep a share within `lam_range`; never all of them."""
+    slack = 1e-6  # of a pixel: (1 - 0.9) * 100 is 9.999999999999998
+    fewest, most = math.ceil((1 - lam_range[1]) * area - slack), math.floor((1 - lam_range[0]) * area + slack)
+    return range(max(1, fewest), min(area - 1, most) + 1)
+
+
+def box_extent(lam: float, size: tuple[int, int], lam_range: tuple[float, float] = (0.0, 1.0)) -> tuple[int, int]:
+    """Height and width in whole pixels of a box that takes about `1 - lam` of the image, in its aspect ratio.
+
+    Where rounding leaves `lam_range`, it is the most similar box inside the range. Where the pixel grid has none, it is
+    the rounded one, or what is next to the whole image.
+    """
+    height, width = (side * math.sqrt(1 - lam) for side in size)
+    allowed = pixel_range(lam_range, size[0] * size[1])
+    rounded = max(1, round(height)), max(1, round(width))
+    if rounded[0] * rounded[1] in allowed:
+        return rounded
+    widths = (
+        (h, w)
+        for h in range(1, size[0] + 1)
+        for w in (math.ceil(allowed.start / h), (allowed.stop - 1) // h, round(width))
+    )
+    inside = [(h, w) for h, w in widths if w <= size[1] and h * w in allowed]
+    if inside:
+        return min(inside, key=lambda extent: abs(math.log(extent[0] / height)) + abs(math.log(extent[1] / width)))
+    if rounded == size:
+        return (max(1, size[0] - 1), size[1]) if size[0] >= size[1] else (size[0], size[1] - 1)
+    return rounded
+
+
+def mask_pixels(lam: float, size: tuple[int, int], lam_range: tuple[float, float] = (0.0, 1.0)) -> int:
+    """Pixels of a mask that takes `1 - lam` of the image, rounded inside `lam_range` where there is room."""
+    area = size[0] * size[1]
+    allowed = pixel_range(lam_range, area) or range(1, max(2, area))
+    return min(max(round((1 - lam) * area), allowed.start), allowed.stop - 1)
 
 
 def box_kept(extent: tuple[int, int], size: tuple[int, int]) -> float:
@@ -58,7 +90,7 @@ def peak_boxes(attribution: Tensor, extent: tuple[int, int], generator: Generato
     return torch.stack([x0, y0, x0 + extent[1], y0 + extent[0]], 1)
 
 
-def densest_boxes(attribution: Tensor, extent: tuple[int, int], generator: Generator | None = None) -> Tensor:
+def max_mean_boxes(attribution: Tensor, extent: tuple[int, int], generator: Generator | None = None) -> Tensor:
     """Boxes of one extent, each where the mean of its map inside the box is highest; otherwise as `peak_boxes`."""
     rows = F.avg_pool2d(attribution[:, None], (extent[0], 1), stride=1)
     y0, x0 = _highest(F.avg_pool2d(rows, (1, extent[1]), stride=1)[:, 0], generator)
@@ -81,12 +113,6 @@ def central_boxes(count: int, extent: tuple[int, int], size: tuple[int, int], de
     y0, x0 = ((size[i] - extent[i]) // 2 for i in (0, 1))
     corners = (x0, y0, x0 + extent[1], y0 + extent[0])  # filled in on the device: a copy would wait for it
     return torch.stack([torch.full((count,), corner, device=device) for corner in corners], 1)
-
-
-def central_map(size: tuple[int, int], device: torch.device) -> Tensor:
-    """A map (1, H, W) that falls off from the middle of the image to all sides alike."""
-    y, x = (torch.linspace(-1, 1, extent, device=device) for extent in size)
-    return -(y[None, :, None] ** 2 + x**2)
 
 
 def _highest(maps: Tensor, generator: Generator | None) -> tuple[Tensor, Tensor]:

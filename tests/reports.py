@@ -42,7 +42,7 @@ def make_run(folder: Path, seed: int = 0, **settings) -> Path:
 
 
 def add_log(run: Path) -> None:
-    log = [{"epoch": e, "loss": 9.0 - e, "pair": 5.0 - e, "knn": 0.5 + 0.1 * e} for e in (1, 2, 3)]
+    log = [{"epoch": e, "loss": 9.0 - e, "loss_views": 5.0 - e, "knn": 0.5 + 0.1 * e} for e in (1, 2, 3)]
     (run / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in log) + '{"epoch": 4, "lo')
 
 

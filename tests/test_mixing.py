@@ -27,9 +27,9 @@ def test_boxes_are_centered_on_the_peak_and_shifted_inside() -> None:
 
 
 @pytest.mark.parametrize("extent", [(1, 1), (4, 7), (12, 3), (12, 15)])
-def test_the_densest_box_holds_most_of_all_that_fit(extent: tuple[int, int]) -> None:
+def test_the_max_mean_box_holds_most_of_all_that_fit(extent: tuple[int, int]) -> None:
     maps = torch.rand(6, 12, 15, generator=torch.Generator().manual_seed(0)) ** 4
-    boxes = mixing.densest_boxes(maps, extent).tolist()
+    boxes = mixing.max_mean_boxes(maps, extent).tolist()
     for each, (x0, y0, x1, y1) in zip(maps, boxes, strict=True):
         assert (y1 - y0, x1 - x0) == extent
         most = max(
@@ -40,11 +40,11 @@ def test_the_densest_box_holds_most_of_all_that_fit(extent: tuple[int, int]) -> 
         assert each[y0:y1, x0:x1].sum().item() == pytest.approx(most, rel=1e-5)
 
 
-def test_the_densest_box_prefers_a_bright_field_to_a_brighter_speck() -> None:
+def test_the_max_mean_box_prefers_a_bright_field_to_a_brighter_speck() -> None:
     maps = torch.zeros(1, 16, 16)
     maps[0, 2, 13] = 1
     maps[0, 9:13, 3:7] = 0.5
-    assert mixing.densest_boxes(maps, (4, 4)).tolist() == [[3, 9, 7, 13]]
+    assert mixing.max_mean_boxes(maps, (4, 4)).tolist() == [[3, 9, 7, 13]]
     assert mixing.peak_boxes(maps, (4, 4)).tolist() == [[11, 0, 15, 4]]
 
 
@@ -59,7 +59,7 @@ def test_central_boxes_leave_as_much_on_either_side(extent: tuple[int, int], siz
         assert size[1] - x1 - x0 in (0, 1)
 
 
-@pytest.mark.parametrize("place", [mixing.peak_boxes, mixing.densest_boxes])
+@pytest.mark.parametrize("place", [mixing.peak_boxes, mixing.max_mean_boxes])
 def test_flat_maps_put_boxes_anywhere(place: Callable[..., torch.Tensor]) -> None:
     boxes = place(torch.zeros(2000, 16, 16), (4, 4), torch.Generator().manual_seed(0))
     starts = boxes[:, :2]
@@ -74,7 +74,7 @@ def test_flat_maps_put_boxes_anywhere(place: Callable[..., torch.Tensor]) -> Non
     lam=st.floats(0.05, 0.95),
     count=st.integers(1, 4),
     seed=st.integers(0, 99),
-    place=st.sampled_from([mixing.peak_boxes, mixing.densest_boxes]),
+    place=st.sampled_from([mixing.peak_boxes, mixing.max_mean_boxes]),
 )
 @settings(max_examples=60, deadline=None)
 def test_every_box_lies_inside_and_has_the_stated_share(
@@ -90,6 +90,38 @@ def test_every_box_lies_inside_and_has_the_stated_share(
     assert (y1 <= height).all()
     kept = 1 - ((x1 - x0) * (y1 - y0)).double() / (height * width)
     assert kept.tolist() == pytest.approx([mixing.box_kept(extent, (height, width))] * count)
+
+
+SHARES = [(0.5, 0.9), (0.3, 0.7), (0.75, 0.75), (0.9, 0.9), (1e-9, 1e-9), (0.999999, 0.999999)]
+
+
+@pytest.mark.parametrize("size", [(8, 8), (5, 3), (1000, 8), (32, 32), (7, 9), (1, 2), (224, 224)])
+@pytest.mark.parametrize("lam_range", SHARES)
+def test_the_exact_share_lies_inside_lam_range_where_a_box_can_have_it(
+    size: tuple[int, int], lam_range: tuple[float, float]
+) -> None:
+    low, high = lam_range
+    shares = {1 - h * w / (size[0] * size[1]) for h in range(1, size[0] + 1) for w in range(1, size[1] + 1)}
+    possible = any(low - 1e-12 <= share <= high + 1e-12 for share in shares)
+    for step in range(21):
+        lam = low + (high - low) * step / 20
+        extent = mixing.box_extent(lam, size, lam_range)
+        kept = mixing.box_kept(extent, size)
+        assert 0 < kept < 1
+        if possible:
+            assert low - 1e-12 <= kept <= high + 1e-12
+        else:  # the rounded box
+            assert all(abs(e - s * (1 - lam) ** 0.5) <= 1 for e, s in zip(extent, size, strict=True))
+        pixels = mixing.mask_pixels(lam, size, lam_range)
+        assert 0 < pixels < size[0] * size[1]
+        assert abs(pixels - (1 - lam) * size[0] * size[1]) <= 1
+
+
+def test_a_box_that_fits_keeps_the_images_aspect_ratio() -> None:
+    # 6 x 6 of 8 x 8 would keep 0.4375; of those inside, 5 x 6 is the most similar one.
+    assert mixing.box_extent(0.5, (8, 8), (0.5, 0.9)) == (5, 6)
+    assert mixing.box_extent(0.5, (8, 8)) == (6, 6)
+    assert mixing.box_extent(0.75, (32, 64), (0.5, 0.9)) == (16, 32)
 
 
 def test_paste_and_shrink_equal_a_loop_with_torchvision_resize() -> None:

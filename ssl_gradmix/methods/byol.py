@@ -16,18 +16,18 @@ from ssl_gradmix.methods.losses import Losses, embedding_std
 
 
 class BYOL(nn.Module):
-    """A student predicts a slowly moving teacher's embedding of the other view, all inside one `forward`.
+    """The online network predicts the target network's embedding of the other view, all inside one `forward`.
 
-    The third view goes through the student only, and its prediction is compared with the teacher's embeddings of both
-    views, so that both losses are symmetrical: `pair = d(p0, t1) + d(p1, t0)` and `extra = d(p2, t0) + d(p2, t1)` with
-        `d(p, t) = 2 - 2 cos(p, t)`.
+    The target network is a moving average of the online one. The third view goes through the online network only, and
+    its prediction is compared with the targets of both views, so that both losses are symmetrical:
+    `loss_views = d(p0, t1) + d(p1, t0)` and `loss_mixed = d(p2, t0) + d(p2, t1)` with `d(p, t) = 2 - 2 cos(p, t)`.
 
     Args:
         backbone: Encoder from images (N, C, H, W) to features (N, D).
         num_features: D.
         hidden_dim: Width of the hidden layers of projector and predictor.
         output_dim: Width of the embeddings.
-        momentum: Of the teacher at the first step, in [0, 1]; it rises to 1 on a cosine.
+        momentum: Of the target network at the first step, in [0, 1]; it rises to 1 on a cosine.
         gradmix: The view generator, or None.
         weight: Factor on the third view's loss, beside `lam`.
     """
@@ -61,28 +61,27 @@ class BYOL(nn.Module):
         Args:
             views: Two, or three with a plain third one (only without `gradmix`), each (N, C, H, W).
         """
-        targets = self._teach(views[:2])
+        targets = self._target(views[:2])
         if self.gradmix is None:
             predicted = self._predict(torch.cat(views)).chunk(len(views))
-            pair = self._distance(predicted[0], targets[1]) + self._distance(predicted[1], targets[0])
+            loss_views = self._distance(predicted[0], targets[1]) + self._distance(predicted[1], targets[0])
+            zero = torch.zeros_like(loss_views)
             if len(views) == 2:
-                return Losses(
-                    pair, pair.detach(), torch.zeros_like(pair), torch.zeros_like(pair), embedding_std(targets[0])
-                )
-            third, lam = predicted[2], torch.ones_like(pair)
+                return Losses(loss_views, loss_views.detach(), zero, zero, embedding_std(targets[0]), zero)
+            third, lam, flat = predicted[2], torch.ones_like(loss_views), zero
         else:
-            pair, mixed = self._mix(views, targets)
-            third, lam = self._predict(mixed.images), mixed.lam
-        extra = self._distance(third, targets[0]) + self._distance(third, targets[1])
-        total = pair + self.weight * lam * extra
-        return Losses(total, pair.detach(), extra.detach(), lam.detach(), embedding_std(targets[0]))
+            loss_views, mixed = self._mix(views, targets)
+            third, lam, flat = self._predict(mixed.images), mixed.lam, mixed.flat.float().mean()
+        loss_mixed = self._distance(third, targets[0]) + self._distance(third, targets[1])
+        total = loss_views + self.weight * lam * loss_mixed
+        return Losses(total, loss_views.detach(), loss_mixed.detach(), lam.detach(), embedding_std(targets[0]), flat)
 
     def mixed_views(self, views: list[Tensor]) -> MixedViews:
         """The views that GradMix would add to this batch, to be looked at; `gradmix` must be set."""
-        return self._mix(views, self._teach(views))[1]
+        return self._mix(views, self._target(views))[1]
 
     def update_target(self, step: int, steps: int) -> None:
-        """Moves the teacher towards the student; to be called once after each optimizer step.
+        """Moves the target network towards the online one; to be called once after each optimizer step.
 
         Args:
             step: Optimizer steps done before this one; the momentum follows a cosine from `momentum` to 1 with it.
@@ -96,14 +95,14 @@ class BYOL(nn.Module):
         first, second = views
         with self.gradmix.observe(self.backbone) as observed:
             predicted = self._predict(torch.cat([first, second])).chunk(2)
-        pair = self._distance(predicted[0], targets[1]) + self._distance(predicted[1], targets[0])
-        return pair, self.gradmix(first, pair, observed, donors=second)
+        loss = self._distance(predicted[0], targets[1]) + self._distance(predicted[1], targets[0])
+        return loss, self.gradmix(first, loss, observed, donors=second)
 
     def _predict(self, images: Tensor) -> Tensor:
         return self.predictor(self.projector(self.backbone(images))).float()
 
     @torch.no_grad()
-    def _teach(self, views: list[Tensor]) -> tuple[Tensor, ...]:
+    def _target(self, views: list[Tensor]) -> tuple[Tensor, ...]:
         return self.target_projector(self.target_backbone(torch.cat(views))).float().chunk(2)
 
     def _distance(self, predicted: Tensor, target: Tensor) -> Tensor:

@@ -11,19 +11,22 @@ class Losses(NamedTuple):
     """Scalar tensors of one step, on the device.
 
     Attributes:
-        total: What is differentiated: `pair + weight * lam * extra`.
-        pair: Loss of the two views.
-        extra: Loss of the third view, mixed or plain, not weighted; zero where there is none.
+        total: What is differentiated: `loss_views + weight * lam * loss_mixed`.
+        loss_views: Loss of the two views.
+        loss_mixed: Loss of the third view, mixed or plain, not weighted; zero where there is none.
         lam: Share of the image that the third view keeps: 1 for a plain one, 0 where there is none.
-        spread: Standard deviation of the L2-normalized embeddings of the first view, mean over dimensions, times the
-            root of their number: about 1 for embeddings spread over the sphere, 0 for a collapsed encoder.
+        embedding_std: Standard deviation of the L2-normalized embeddings of the first view, mean over dimensions, times
+            the root of their number: about 1 for embeddings spread over the sphere, 0 for a collapsed encoder.
+        flat: Share of images whose map was flat or not finite, so that the mixed region lies at random; zero without
+            maps.
     """
 
     total: Tensor
-    pair: Tensor
-    extra: Tensor
+    loss_views: Tensor
+    loss_mixed: Tensor
     lam: Tensor
-    spread: Tensor
+    embedding_std: Tensor
+    flat: Tensor
 
 
 def embedding_std(embeddings: Tensor) -> Tensor:

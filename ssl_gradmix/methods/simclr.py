@@ -14,8 +14,8 @@ from ssl_gradmix.methods.nt_xent import nt_xent
 class SimCLR(nn.Module):
     """NT-Xent on two views, negatives gathered from all processes with gradients, all inside one `forward`.
 
-    With `gradmix` the first view is mixed where the loss of the pair looks, and the mixed view is pulled towards the
-    second one. Without it the method is plain SimCLR; a third view given to `forward` then is the control: the same
+    With `gradmix` the first view is mixed where the loss of the two views looks, and the mixed view is pulled towards
+    the second one. Without it the method is plain SimCLR; a third view given to `forward` then is the control: the same
     number of encoder passes and the same loss, without mixing.
 
     Args:
@@ -54,15 +54,17 @@ class SimCLR(nn.Module):
         """
         if self.gradmix is None:
             z = self._embed(torch.cat(views)).chunk(len(views))
-            pair = nt_xent(z[0], z[1], self.temperature)
+            loss_views = nt_xent(z[0], z[1], self.temperature)
+            zero = torch.zeros_like(loss_views)
             if len(views) == 2:
-                return Losses(pair, pair.detach(), torch.zeros_like(pair), torch.zeros_like(pair), embedding_std(z[0]))
-            extra, lam = nt_xent(z[2], z[1], self.temperature), torch.ones_like(pair)
+                return Losses(loss_views, loss_views.detach(), zero, zero, embedding_std(z[0]), zero)
+            loss_mixed, lam, flat = nt_xent(z[2], z[1], self.temperature), torch.ones_like(loss_views), zero
         else:
-            z, pair, mixed = self._mix(views)
-            extra, lam = nt_xent(self._embed(mixed.images), z[1], self.temperature), mixed.lam
-        total = pair + self.weight * lam * extra
-        return Losses(total, pair.detach(), extra.detach(), lam.detach(), embedding_std(z[0]))
+            z, loss_views, mixed = self._mix(views)
+            loss_mixed, lam = nt_xent(self._embed(mixed.images), z[1], self.temperature), mixed.lam
+            flat = mixed.flat.float().mean()
+        total = loss_views + self.weight * lam * loss_mixed
+        return Losses(total, loss_views.detach(), loss_mixed.detach(), lam.detach(), embedding_std(z[0]), flat)
 
     def mixed_views(self, views: list[Tensor]) -> MixedViews:
         """The views that GradMix would add to this batch, to be looked at; `gradmix` must be set."""
@@ -72,8 +74,8 @@ class SimCLR(nn.Module):
         first, second = views
         with self.gradmix.observe(self.backbone) as observed:
             z = self._embed(torch.cat([first, second])).chunk(2)
-        pair = nt_xent(z[0], z[1], self.temperature)
-        return z, pair, self.gradmix(first, pair, observed, donors=second)
+        loss = nt_xent(z[0], z[1], self.temperature)
+        return z, loss, self.gradmix(first, loss, observed, donors=second)
 
     def _embed(self, images: Tensor) -> Tensor:
         # The loss is computed in float32: under autocast its normalization and products would stay in half precision.

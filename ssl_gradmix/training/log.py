@@ -7,19 +7,19 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-COLLAPSED_SPREAD = 0.1
+COLLAPSED_STD = 0.1
 COLLAPSED_RANK = 2.0
-"""Below either an encoder counts as collapsed. Healthy ones keep a spread of 0.7 to 1, and effective ranks above 10;
-untrained ones have ranks above 4."""
+"""Below either an encoder counts as collapsed. Healthy ones keep an embedding_std of 0.7 to 1, and effective ranks
+above 10; untrained ones have ranks above 4."""
 
 FLAT = 0.5
 """Above this share of flat maps, most boxes lie at random."""
 
 READINGS = {
     "loss": "loss {:.4f}",
-    "pair": "pair {:.4f}",
-    "extra": "extra {:.4f}",
-    "spread": "spread {:.2f}",
+    "loss_views": "views {:.4f}",
+    "loss_mixed": "mixed {:.4f}",
+    "embedding_std": "embedding_std {:.2f}",
     "flat": "flat {:.0%}",
     "lr": "lr {:.4f}",
     "images_per_second": "{:,.0f} images/s",
@@ -41,7 +41,7 @@ def line(entry: dict[str, Any], epochs: int) -> str:
     parts = [f"epoch {entry['epoch']:>{len(str(epochs))}}/{epochs}"]
     for name, form in READINGS.items():
         value = entry.get(name)
-        if isinstance(value, int | float) and (value or name not in ("extra", "flat")):
+        if isinstance(value, int | float) and (value or name not in ("loss_mixed", "flat")):
             parts.append(form.format(clock(value) if name == "seconds_left" else value))
     return "  ".join(parts)
 
@@ -56,13 +56,14 @@ def warnings(entry: dict[str, Any]) -> list[str]:
     """Lines on an epoch in which the encoder collapsed, or most attribution maps were flat."""
     found = []
     rank = entry.get("rankme")
-    if entry["spread"] < COLLAPSED_SPREAD or (rank is not None and rank < COLLAPSED_RANK):
+    if entry["embedding_std"] < COLLAPSED_STD or (rank is not None and rank < COLLAPSED_RANK):
         found.append(
-            f"warning: the encoder collapses, it hardly tells images apart (spread {entry['spread']:.3f}"
+            "warning: the encoder collapses, it hardly tells images apart "
+            f"(embedding_std {entry['embedding_std']:.3f}"
             + ("" if rank is None else f", effective rank {rank:.2f}")
             + "); a lower --optimizer.lr or --optimizer.weight_decay may help, for BYOL another --method.momentum"
         )
-    if entry.get("flat", 0) > FLAT:
+    if entry["flat"] > FLAT:
         found.append(
             f"warning: {entry['flat']:.0%} of the attribution maps are flat, so that boxes lie at random; "
             "another layer in --gradmix.layers, or --training.precision no, may help"

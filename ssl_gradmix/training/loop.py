@@ -242,10 +242,7 @@ class Trainer:
             group["lr"] = self._rate(step)
         views = [view.contiguous(memory_format=torch.channels_last) for view in self.source.views(batch)]
         with self.accelerator.accumulate(self.method):
-            try:
-                losses = self.method(views)
-            except ValueError as error:  # on a CPU, GradMix refuses NaN in a map
-                self._diverged(f"{error} in epoch {self.epoch + 1}, batch {self.batch + 1}")
+            losses = self.method(views)
             self.accelerator.backward(losses.total)
             if self.settings.clip is not None and self.accelerator.sync_gradients:
                 self.accelerator.clip_grad_norm_(self.method.parameters(), self.settings.clip)

@@ -44,7 +44,8 @@ def draw(images: Tensor, mixed: MixedViews, mean: Sequence[float], std: Sequence
     for axis in grid.flat:
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
-    for row, label in enumerate(("image", "attribution", "region", f"mixed view\nkept {mixed.lam.item():.0%}")):
+    layers = "\n".join(("attribution", *mixed.layers))
+    for row, label in enumerate(("image", layers, "region", f"mixed view\nkept {mixed.lam.item():.0%}")):
         grid[row, 0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=10)
     write_whole(path, lambda temporary: figure.savefig(temporary, format="png"))
 

@@ -52,40 +52,40 @@ def test_simclr_is_lightlys_loss_of_the_projected_views() -> None:
     z0, z1, z2 = copy.deepcopy(simclr.projector)(copy.deepcopy(simclr.backbone)(torch.cat([x0, x1, x2]))).chunk(3)
     criterion = NTXentLoss(0.2)
     losses = simclr([x0, x1, x2])
-    torch.testing.assert_close(losses.pair, criterion(z0, z1).detach())
-    torch.testing.assert_close(losses.extra, criterion(z2, z1).detach())
+    torch.testing.assert_close(losses.loss_views, criterion(z0, z1).detach())
+    torch.testing.assert_close(losses.loss_mixed, criterion(z2, z1).detach())
     torch.testing.assert_close(losses.total, criterion(z0, z1) + 0.7 * criterion(z2, z1))
     assert losses.lam == 1
 
 
-def test_byol_compares_predictions_with_the_teachers_other_view() -> None:
+def test_byol_compares_predictions_with_the_target_networks_other_view() -> None:
     byol, (x0, x1, x2) = method("byol", weight=0.7), views(3)
-    for parameter in byol.target_backbone.parameters():  # a teacher unlike the student
+    for parameter in byol.target_backbone.parameters():  # a target network unlike the online one
         parameter.data.mul_(1.5).add_(0.1)
     other = copy.deepcopy(byol)
     p0, p1, p2 = other.predictor(other.projector(other.backbone(torch.cat([x0, x1, x2])))).chunk(3)
     t0, t1 = other.target_projector(other.target_backbone(torch.cat([x0, x1]))).chunk(2)
-    pair = cosine_distance(p0, t1) + cosine_distance(p1, t0)
-    extra = cosine_distance(p2, t0) + cosine_distance(p2, t1)
+    expected = cosine_distance(p0, t1) + cosine_distance(p1, t0)
+    third = cosine_distance(p2, t0) + cosine_distance(p2, t1)
     losses = byol([x0, x1, x2])
-    assert losses.pair.item() == pytest.approx(pair, rel=1e-4)
-    assert losses.extra.item() == pytest.approx(extra, rel=1e-4)
-    assert losses.total.item() == pytest.approx(pair + 0.7 * extra, rel=1e-4)
+    assert losses.loss_views.item() == pytest.approx(expected, rel=1e-4)
+    assert losses.loss_mixed.item() == pytest.approx(third, rel=1e-4)
+    assert losses.total.item() == pytest.approx(expected + 0.7 * third, rel=1e-4)
 
 
-def test_the_teacher_follows_a_cosine_momentum_and_gets_no_gradient() -> None:
+def test_the_target_network_follows_a_cosine_momentum_and_gets_no_gradient() -> None:
     byol = method("byol", momentum=0.9)
     for parameter in byol.backbone.parameters():
         parameter.data.add_(1.0)
-    student, teacher = (next(net.parameters()).clone() for net in (byol.backbone, byol.target_backbone))
+    online, target = (next(net.parameters()).clone() for net in (byol.backbone, byol.target_backbone))
     for step, steps in ((0, 100), (25, 100), (99, 100)):
         before = next(byol.target_backbone.parameters()).clone()
         byol.update_target(step, steps)
         momentum = 1 - 0.1 * (1 + math.cos(math.pi * step / (steps - 1))) / 2
         torch.testing.assert_close(
-            next(byol.target_backbone.parameters()).data, momentum * before + (1 - momentum) * student
+            next(byol.target_backbone.parameters()).data, momentum * before + (1 - momentum) * online
         )
-    assert not torch.equal(teacher, next(byol.target_backbone.parameters()))
+    assert not torch.equal(target, next(byol.target_backbone.parameters()))
     byol(views(2)).total.backward()
     assert all(
         parameter.grad is None
@@ -94,7 +94,7 @@ def test_the_teacher_follows_a_cosine_momentum_and_gets_no_gradient() -> None:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_mixing_adds_the_mixed_views_loss_and_leaves_the_pairs_gradient(name: str) -> None:
+def test_mixing_adds_the_mixed_views_loss_and_leaves_the_two_views_gradient(name: str) -> None:
     """With weight 0 the gradient is the plain method's, bit for bit: the attribution leaves no trace."""
     plain, mixing = method(name), method(name, gradmix=GradMix(layers=["stage"]), weight=0.0)
     for each in (plain, mixing):
@@ -114,10 +114,21 @@ def test_the_mixed_view_is_the_third_view(name: str) -> None:
     torch.manual_seed(3)
     losses = mixing(views(2))
     expected = control([*views(2), mixed.images])
-    torch.testing.assert_close(losses.extra, expected.extra)
-    torch.testing.assert_close(losses.pair, expected.pair)
-    torch.testing.assert_close(losses.total, losses.pair + mixed.lam * losses.extra)
+    torch.testing.assert_close(losses.loss_mixed, expected.loss_mixed)
+    torch.testing.assert_close(losses.loss_views, expected.loss_views)
+    torch.testing.assert_close(losses.total, losses.loss_views + mixed.lam * losses.loss_mixed)
     assert losses.lam == mixed.lam
+    assert losses.flat == 0
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_share_of_flat_maps_is_told(name: str) -> None:
+    net = method(name, gradmix=GradMix(layers=["stage"])).eval()
+    net.gradmix.attribution = lambda activation, gradient: activation.sum(1)
+    first, second = views(2)
+    first[:2] = torch.nan  # of six images
+    assert net([first, second]).flat.item() == pytest.approx(2 / 6)
+    assert method(name)(views(3)).flat == 0
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -132,6 +143,6 @@ def test_no_gradient_exists_before_backward_and_flags_stay(name: str) -> None:
     losses.total.backward()
 
 
-def test_spread_is_one_on_the_sphere_and_zero_when_collapsed() -> None:
+def test_embedding_std_is_one_on_the_sphere_and_zero_when_collapsed() -> None:
     assert embedding_std(torch.randn(5000, 64)).item() == pytest.approx(1, abs=0.02)
     assert embedding_std(torch.ones(10, 1) * torch.randn(64)).item() == pytest.approx(0, abs=1e-6)

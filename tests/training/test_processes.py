@@ -21,7 +21,7 @@ Script = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def losses(path: Path) -> list[float]:
-    return [entry[name] for entry in RunFolder(path).read_log() for name in ("loss", "pair", "extra")]
+    return [entry[name] for entry in RunFolder(path).read_log() for name in ("loss", "loss_views", "loss_mixed")]
 
 
 @pytest.mark.distributed

@@ -152,7 +152,7 @@ def _settings(runs: Sequence[Run]) -> Section:
 def _training(runs: Sequence[Run]) -> Section:
     curves = {
         "loss": "Loss",
-        "pair": "Loss between the two plain views",
+        "loss_views": "Loss between the two plain views",
         "knn": "kNN accuracy, held-out training images (%)",
     }
     panels = []
