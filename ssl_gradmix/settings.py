@@ -218,6 +218,10 @@ class BYOLSettings:
         _require_between("method.weight", self.weight, 0)
 
 
+METHODS = {"simclr": SimCLRSettings, "byol": BYOLSettings}
+"""The settings of each method, by `method.name`."""
+
+
 @dataclass
 class Optimizer:
     """How weights are updated.
