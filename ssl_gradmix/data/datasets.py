@@ -64,6 +64,14 @@ class ImageSet(torch.utils.data.Dataset):
         decoded = Image.fromarray(image) if isinstance(self.images, np.ndarray) else image_files.decode(image)
         return decoded, int(self.labels[index])
 
+    def decoded(self, index: int) -> torch.Tensor:
+        """Image `index` at its own size, uint8 (3, H, W).
+
+        Raises:
+            ValueError: As `__getitem__`.
+        """
+        return torch.from_numpy(np.array(self[index][0]).transpose(2, 0, 1).copy())
+
     @property
     def labeled(self) -> bool:
         """Whether every image has a label."""
@@ -144,7 +152,7 @@ class ImageSet(torch.utils.data.Dataset):
         decoded: list[torch.Tensor] = [torch.empty(0)] * len(self)
 
         def fill(i: int) -> None:
-            decoded[i] = torch.from_numpy(np.array(self[i][0]).transpose(2, 0, 1).copy())
+            decoded[i] = self.decoded(i)
 
         image_files.for_each(len(self), fill, f"decoding {self.name}")
         if len({image.shape for image in decoded}) > 1:

@@ -265,6 +265,7 @@ def rates(lines: Sequence[Line], y_label: str) -> Figure:
     """Draws ROC or OSCR curves over the false positive rate."""
     figure, axes = _panel((3.6, 2.9))
     _rates(axes, lines, y_label)
+    axes.set_xlabel("FPR: unknown accepted (%)")
     axes.set_aspect("equal")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(lambda share, _: f"{100 * share:g}")

@@ -154,12 +154,14 @@ def _difference_table(
             text = percent(difference.value, True)
             detail = f"{percent(difference.low, True)} to {percent(difference.high, True)}"
             cells.append(Cell(text, detail, difference.is_clear))
-            (clear if difference.is_clear else unclear).append(f"{measure} {text} ({detail})")
+            (clear if difference.is_clear else unclear).append(
+                f"{measure[0].lower() if measure[1].islower() else measure[0]}{measure[1:]} {text} ({detail})"
+            )
         lines.append([Cell(name, run=run), *cells])
-        parts = [f"clear of 0 in {', '.join(clear)}"] if clear else []
-        parts += [f"no difference shown in {', '.join(unclear)}"] if unclear else []
+        parts = [f"clear of 0: {', '.join(clear)}"] if clear else []
+        parts += [f"no difference shown: {', '.join(unclear)}"] if unclear else []
         said.append(f"{name} minus {first}: {'; '.join(parts) or 'not evaluated on the same images'}.")
-    return Table(f"Difference to {first}", [Cell(""), *map(Cell, measures)], lines, note), said
+    return Table(f"Difference from {first}", [Cell(""), *map(Cell, measures)], lines, note), said
 
 
 def _difference_of_hits(first: Run, other: Run, score: str) -> Difference | None:

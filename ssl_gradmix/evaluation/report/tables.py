@@ -92,7 +92,9 @@ def measure_of(row: pd.Series) -> Measure:
 
 
 def _said(name: str, value: object) -> str:
-    return f"{in_words(value)} {_COUNTS[name]}" if name in _COUNTS else f"{plots.plain(name)} {in_words(value)}"
+    if name in _COUNTS:
+        return f"{in_words(value)} {_COUNTS[name].removesuffix('s' * (value == 1))}"
+    return f"{plots.plain(name)} {in_words(value)}"
 
 
 def comparison(

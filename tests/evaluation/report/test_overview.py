@@ -33,14 +33,14 @@ def test_differences_to_the_first_run_are_paired(tmp_path):
         found["hits"] = {"images": "0123", "n": 1000, "linear": packed, "knn": packed}
         path.write_text(json.dumps(found))
     page, _ = report(*runs)
-    value, low, high = numbers(page.tables["Difference to none"][1][1])
+    value, low, high = numbers(page.tables["Difference from none"][1][1])
     d = hits[1].astype(float) - hits[0]
     margin = 1.96 * d.std() / np.sqrt(len(d))
     assert value == pytest.approx(100 * d.mean(), abs=0.05)
     assert [low, high] == pytest.approx([100 * (d.mean() - margin), 100 * (d.mean() + margin)], abs=0.35)
     clear = d.mean() - margin > 0
-    assert (("Difference to none", "gradmix", 1) in page.best) == clear
-    assert ("clear of 0 in Linear probe" in page.words) == clear
+    assert (("Difference from none", "gradmix", 1) in page.best) == clear
+    assert ("clear of 0: Linear probe" in page.words) == clear
 
 
 def test_no_difference_where_the_images_are_others(tmp_path):
@@ -50,7 +50,7 @@ def test_no_difference_where_the_images_are_others(tmp_path):
         path = run / "eval" / "linear_probe.json"
         path.write_text(path.read_text().replace("0123", images))
     page, _ = report(*runs)
-    assert page.tables["Difference to none"][1] == ["gradmix", "–", "–", "–"]
+    assert page.tables["Difference from none"][1] == ["gradmix", "–", "–", "–"]
     assert not page.best
 
 
@@ -63,7 +63,7 @@ def test_differences_of_auroc_are_means_over_trials(tmp_path):
     aurocs = [[roc_auc_score(each["is_known"], each["knn_distance"]) for each in of_run.values()] for of_run in found]
     difference = np.subtract(*aurocs[::-1])
     low, high = stats.ttest_1samp(difference, 0).confidence_interval()
-    shown = numbers(page.tables["Difference to none"][1][3])
+    shown = numbers(page.tables["Difference from none"][1][3])
     assert shown == pytest.approx([100 * each for each in (difference.mean(), low, high)], abs=0.051)
 
 
@@ -85,7 +85,7 @@ def test_seeds_are_grouped_and_compared_by_welch(tmp_path):
     freedom = sum(variances) ** 2 / sum(v**2 / 2 for v in variances)
     margin = stats.t.ppf(0.975, freedom) * np.sqrt(sum(variances))
     mean = np.mean(values["gradmix"]) - 0.6
-    shown = numbers(page.tables["Difference to none0 (3 seeds)"][1][1])
+    shown = numbers(page.tables["Difference from none0 (3 seeds)"][1][1])
     assert shown == pytest.approx([100 * mean, 100 * (mean - margin), 100 * (mean + margin)], abs=0.051)
 
 
@@ -97,7 +97,7 @@ def test_seeds_of_other_protocols_are_not_compared(tmp_path):
             one = row("linear_probe", "linear", "top1", 0.5 + 0.1 * seed, 0.03, n=n)
             write_rows(runs[-1] / "eval" / "linear_probe.json", [one])
     page, _ = report(*runs)
-    assert page.tables["Difference to none0 (2 seeds)"][1][1] == "–"
+    assert page.tables["Difference from none0 (2 seeds)"][1][1] == "–"
     assert "different data or protocols" in page.words
 
 
