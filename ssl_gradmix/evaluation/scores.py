@@ -235,8 +235,13 @@ def vim(
     if not 0 <= dim < train.shape[1]:
         raise ValueError(f"dim must be at least 0 and below the {train.shape[1]} features, got {dim}")
     zero = train.new_zeros(len(train), dtype=torch.int64)
-    origin = _class_means(train, zero) if origin is None else torch.as_tensor(origin, device=train.device).double()
-    moment = _second_moment(train, zero, origin.reshape(1, -1))
+    if origin is None:
+        origin = _class_means(train, zero)[0]
+    else:
+        origin = torch.as_tensor(origin, device=train.device).double()
+        if origin.shape != train.shape[1:] or not origin.isfinite().all():
+            raise ValueError(f"origin must be {train.shape[1]} finite values, got {origin.tolist()}")
+    moment = _second_moment(train, zero, origin[None])
     _, directions = torch.linalg.eigh(moment)  # eigenvalues rise
     residual = directions[:, : train.shape[1] - dim]
 
