@@ -33,16 +33,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     # These take seconds to import: after parsing, so that --help is quick.
     import torch
 
-    from ssl_gradmix import backbones
-    from ssl_gradmix.data.datasets import load_known
-    from ssl_gradmix.methods.byol import BYOL
+    from ssl_gradmix import backbones, methods
+    from ssl_gradmix.data.open_set import load_known
     from ssl_gradmix.run_folder import RunFolder
     from ssl_gradmix.training.loop import Trainer, check_images
-    from ssl_gradmix.training.processes import create_accelerator
+    from ssl_gradmix.training.processes import create_accelerator, precision
 
+    plain["training"]["precision"] = settings.training.precision = precision(settings.training)
     folder = RunFolder(settings.run)
     folder.check(plain, settings.overwrite)
-    accelerator = create_accelerator(settings.training, settings.expect_processes, settings.run)
+    accelerator = create_accelerator(settings.training, settings.expect_processes, folder)
     with accelerator.main_process_first(), accelerator.local_main_process_first():  # one process a machine downloads
         images = load_known(settings.data, "train")
 
@@ -50,15 +50,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     backbone = backbones.create(
         settings.backbone.name, settings.backbone.pretrained, **(settings.backbone.kwargs or {})
     )
-    method = BYOL(
-        backbone,
-        backbones.num_features(backbone),
-        hidden_dim=settings.method.hidden_dim,
-        output_dim=settings.method.output_dim,
-        momentum=settings.method.momentum,
-        gradmix=settings.gradmix if settings.extra_view == "gradmix" else None,
-        weight=settings.method.weight,
-    )
+    gradmix = settings.gradmix if settings.extra_view == "gradmix" else None
+    method = methods.create(settings.method, backbone, gradmix)
     check_images(method, settings.data.size, accelerator.device)
     trainer = Trainer(
         method,
@@ -72,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         n_views=3 if settings.extra_view == "augmented" else 2,
     )
     if accelerator.is_main_process:
-        folder.start(plain, settings.overwrite)
+        folder.start(plain, images, settings.overwrite)
     accelerator.wait_for_everyone()
     trainer.run()
 

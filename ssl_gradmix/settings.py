@@ -7,11 +7,14 @@ Only what the standard library offers is imported here, so that `--help` is quic
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from typing import Literal
 
 WIDEST = 65536
 """Of a projector's layers: far above what is in use (8192), and far below what no memory holds."""
+
+MOST_EPOCHS = 10**6
 
 
 def _require(holds: bool, name: str, value: object, wanted: str) -> None:
@@ -167,6 +170,7 @@ class SimCLRSettings:
     """SimCLR's own settings.
 
     Args:
+        name: Of the method, for whoever reads config.yaml.
         temperature: Of the contrastive loss.
         hidden_dim: Width of the projector's hidden layer; null takes the backbone's number of features.
         output_dim: Width of the embeddings.
@@ -174,6 +178,7 @@ class SimCLRSettings:
         allow_fewer_negatives: Accept gradient accumulation, under which each micro-batch contrasts with itself alone.
     """
 
+    name: Literal["simclr"] = "simclr"
     temperature: float = 0.2
     hidden_dim: int | None = None
     output_dim: int = 128
@@ -193,12 +198,14 @@ class BYOLSettings:
     """BYOL's own settings.
 
     Args:
+        name: Of the method, for whoever reads config.yaml.
         hidden_dim: Width of the hidden layers of projector and predictor.
         output_dim: Width of the embeddings.
         momentum: Of the teacher at the start; it rises to 1 on a cosine.
         weight: Factor on the third view's loss, beside the share of the image it keeps.
     """
 
+    name: Literal["byol"] = "byol"
     hidden_dim: int = 1024
     output_dim: int = 256
     momentum: float = 0.99
@@ -209,6 +216,10 @@ class BYOLSettings:
         _require_between("method.output_dim", self.output_dim, 1, WIDEST)
         _require_between("method.momentum", self.momentum, 0, 1)
         _require_between("method.weight", self.weight, 0)
+
+
+METHODS = {"simclr": SimCLRSettings, "byol": BYOLSettings}
+"""The settings of each method, by `method.name`."""
 
 
 @dataclass
@@ -246,11 +257,11 @@ class Training:
         batch_size: Images in a global batch, over all processes together.
         accumulate: Micro-batches to an optimizer step; the batch is split into so many.
         seed: Seeds initialization, shuffling, augmentation and mixing.
-        precision: `no` is float32; `bf16` and `fp16` are mixed precision.
-        nonfinite: What to do where a loss or a weight is not finite: `stop` with the step and the last good checkpoint,
-            or `skip` that step, counted in the log (which takes memory for a copy of weights and optimizer state).
+        precision: `no` is float32; `bf16` and `fp16` (on accelerators) are mixed precision. Null does as
+            `accelerate launch --mixed_precision` says, or `accelerate config`, and else as `no`.
         workers: Loader processes, where augmentation runs in workers.
-        threads: CPU threads of each process, where it trains on the CPU; null shares the cores out.
+        threads: CPU threads of each process, where it trains on the CPU. Null does as OMP_NUM_THREADS says, or else
+            shares the cores out.
         knn_every: Epochs between two readings of features of training images: their effective rank and, where images
             are labeled, kNN accuracy on held-out ones; 0 for never.
         samples_every: Epochs between two pictures of mixed views in `samples/`; 0 for never.
@@ -262,8 +273,7 @@ class Training:
     batch_size: int = 128
     accumulate: int = 1
     seed: int = 0
-    precision: Literal["no", "bf16", "fp16"] = "no"
-    nonfinite: Literal["stop", "skip"] = "stop"
+    precision: Literal["no", "bf16", "fp16"] | None = None
     workers: int = 2
     threads: int | None = None
     knn_every: int = 10
@@ -273,12 +283,14 @@ class Training:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "accumulate", "checkpoint_every"):
-            _require_between(f"training.{name}", getattr(self, name), 1)
+            _require_between(f"training.{name}", getattr(self, name), 1, MOST_EPOCHS)
         _require_between("training.batch_size", self.batch_size, 2)
-        _require(self.threads is None or self.threads >= 1, "training.threads", self.threads, "at least 1 or null")
+        crowd = 16 * (os.cpu_count() or 1)  # more only wait for each other, and thousands bring a machine down
+        _require_between("training.threads", 1 if self.threads is None else self.threads, 1, crowd)
+        _require_between("training.workers", self.workers, 0, crowd)
         _require_between("training.seed", self.seed, 0, 2**63 - 1)
-        for name in ("workers", "knn_every", "samples_every"):
-            _require_between(f"training.{name}", getattr(self, name), 0)
+        for name in ("knn_every", "samples_every"):
+            _require_between(f"training.{name}", getattr(self, name), 0, MOST_EPOCHS)
         _require(
             self.batch_size % self.accumulate == 0,
             "training.batch_size",

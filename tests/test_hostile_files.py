@@ -29,6 +29,9 @@ from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
+from ssl_gradmix.evaluation.open_set.samples import Samples
+from ssl_gradmix.evaluation.results import Row, read_rows, write_rows
+from ssl_gradmix.evaluation.robustness import Published
 from support import ROOT, load_script, make_run
 
 from ssl_gradmix import backbones, command_line
@@ -36,9 +39,6 @@ from ssl_gradmix.data.corruption_sets import make_c, read_cifar_c
 from ssl_gradmix.data.datasets import load
 from ssl_gradmix.evaluation.encoders import load_encoder
 from ssl_gradmix.evaluation.features import extract
-from ssl_gradmix.evaluation.open_set.samples import Samples
-from ssl_gradmix.evaluation.results import Row, read_rows, write_rows
-from ssl_gradmix.evaluation.robustness import Published
 from ssl_gradmix.files import read_json, read_yaml
 from ssl_gradmix.settings import Data
 from ssl_gradmix.training import checkpoint

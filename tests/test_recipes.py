@@ -105,6 +105,10 @@ BAD = {
     "unwritable": (["--run", "/proc/run"], "/proc/run cannot be written to"),
     "fewer negatives": (["--training.accumulate", "2"], "another loss than that of the whole batch"),
     "processes": (["--expect_processes", "4"], "4 expected, 1 running"),
+    "epochs": (["--training.epochs", "9" * 20], r"training.epochs must be at least 1 and at most 1e\+06, got 9"),
+    "threads": (["--training.threads", "100000"], "training.threads must be at least 1 and at most [0-9]+, got 100000"),
+    "workers": (["--training.workers", "100000"], "training.workers must be at least 0 and at most [0-9]+, got 100000"),
+    "another method's": (["--method.name", "byol"], "method.name must be one of 'simclr', got byol"),
     "unknown class": (["--data.classes", "[cat]"], "neither a class nor its number"),
 }
 
@@ -139,7 +143,7 @@ def test_trains_on_a_folder_and_answers_the_same_command_again(
     assert command_line.run(main, arguments) == 0
     run = tmp_path / "runs" / name
     assert sorted(path.name for path in run.iterdir()) == [
-        "backbone", "checkpoint", "config.yaml", "log.jsonl", "projector.safetensors",
+        ".lock", "backbone", "checkpoint", "config.yaml", "log.jsonl", "projector.safetensors",
     ]  # fmt: skip
     (entry,) = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert entry["epoch"] == 1
@@ -167,7 +171,11 @@ def test_a_runs_config_runs_it_again(folder: Path, tmp_path: Path) -> None:
     main = recipe("byol").main
     assert command_line.run(main, [*small(folder), "--gradmix.layers", "[layer3]", "--data.classes", "[bright]"]) == 0
     config = tmp_path / "runs/byol/config.yaml"
-    assert yaml.safe_load(config.read_text())["environment"]["torch"] == version("torch")
+    recorded = yaml.safe_load(config.read_text())
+    assert recorded["environment"]["torch"] == version("torch")
+    assert (recorded["method"]["name"], recorded["training"]["precision"]) == ("byol", "no")
+    assert command_line.run(recipe("simclr").main, ["--config", str(config), "--run", "other"]) == 2
+    assert not (tmp_path / "other").exists()
     assert command_line.run(main, ["--config", str(config), "--run", "again"]) == 0
     first, second = (
         load_file(next((tmp_path / run / "checkpoint").glob("epoch-*")) / "method.safetensors")

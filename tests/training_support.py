@@ -35,10 +35,11 @@ def trainer(path: Path, kind: type = SimCLR, training: Training = TRAINING, wher
     backbone = backbones.create("resnet10_tiny")
     method = kind(backbone, 128, hidden_dim=32, output_dim=16, gradmix=GradMix(layers=["layer2"]))
     folder = RunFolder(path)
-    folder.start({"training": {}}, overwrite=False)
+    images = kwargs.pop("images", image_set())
+    folder.start({"training": {}}, images)
     return Trainer(
         method,
-        image_set(),
+        images,
         folder,
         accelerator,
         16,
@@ -47,6 +48,11 @@ def trainer(path: Path, kind: type = SimCLR, training: Training = TRAINING, wher
         training,
         **kwargs,
     )
+
+
+def tree(folder: Path) -> list[str]:
+    """The files of a folder, by their paths in it."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
 def final(path: Path) -> dict[str, torch.Tensor]:

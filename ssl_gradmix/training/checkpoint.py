@@ -1,9 +1,10 @@
-"""Resume state: written whole or not at all, read without unpickling."""
+"""Resume state: written whole or not at all, bound to its run by digests, read without unpickling."""
 
 from __future__ import annotations
 
 import hashlib
 import io
+import json
 import logging
 import os
 import shutil
@@ -15,6 +16,8 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import Tensor
+
+from ssl_gradmix.files import read_json
 
 logger = logging.getLogger("ssl_gradmix")
 
@@ -42,54 +45,55 @@ class State:
     scaler: dict[str, Any] | None
 
 
-def save(folder: Path, state: State) -> None:
+def save(folder: Path, state: State, run: str) -> None:
     """Writes a checkpoint beside the previous one, which goes only when the new one is complete and on the disk.
+
+    Args:
+        folder: Of the checkpoints.
+        state: To be kept.
+        run: Identity of the run, without which the checkpoint is not read again.
 
     Raises:
         OSError: The disk is full, or cannot be written to; what had been written of the new checkpoint is removed.
     """
     path = path_of(folder, state.epoch, state.batch)
     unfinished = folder / ".unfinished"
-    shutil.rmtree(unfinished, ignore_errors=True)
+    _remove(unfinished)
     try:
         unfinished.mkdir(parents=True)
-        # safetensors refuses tensors that share memory, hence the copies.
-        weights = safetensors.torch.save(
-            {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.method.items()}
-        )
-        progress = {
-            "epoch": state.epoch,
-            "batch": state.batch,
-            "totals": state.totals,
-            "optimizer": state.optimizer,
-            "scaler": state.scaler,
-            "sha256": hashlib.sha256(weights).hexdigest(),
-        }
         # Through Python's own files, whose errors say what the disk said.
         stream = io.BytesIO()
+        progress = {name: value for name, value in vars(state).items() if name != "method"}
         torch.save(progress, stream)
-        (unfinished / "method.safetensors").write_bytes(weights)
-        (unfinished / "progress.pt").write_bytes(stream.getbuffer())
+        # safetensors refuses tensors that share memory, hence the copies.
+        tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.method.items()}
+        contents = {"method.safetensors": safetensors.torch.save(tensors), "progress.pt": stream.getvalue()}
+        for name, content in contents.items():
+            (unfinished / name).write_bytes(content)
+        manifest = {"place": path.name, "run": run, "sha256": {name: _sha256(c) for name, c in contents.items()}}
+        (unfinished / "manifest.json").write_bytes(json.dumps(manifest, indent=2).encode())
         for written in [*unfinished.iterdir(), unfinished]:
             flush(written)
     except OSError:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        _remove(unfinished)
         raise
     # One of that name can only be damaged: a training that has read it is past its place.
-    shutil.rmtree(path, ignore_errors=True)
+    _remove(path)
     unfinished.rename(path)
     flush(folder)
     # Those of later places were passed over when this training was resumed, and count for nothing.
     for old in [each for each in _oldest_first(folder) if each <= path][:-KEPT]:
-        shutil.rmtree(old)
+        _remove(old)
 
 
-def load(folder: Path, like: Mapping[str, Tensor]) -> State | None:
-    """Reads the newest checkpoint that is whole; one that is damaged, or not of this method, is named and passed over.
+def load(folder: Path, run: str, method: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> State | None:
+    """Reads the newest checkpoint that is whole and of this run; others are named and passed over.
 
     Args:
         folder: Of the checkpoints.
-        like: The method's tensors, whose names and shapes a checkpoint must have.
+        run: Identity of the run that saved it.
+        method: Tensors, whose names and shapes a checkpoint must have.
+        optimizer: Whose parameter groups and shapes it must have.
 
     Returns:
         None where there is no checkpoint at all.
@@ -100,15 +104,15 @@ def load(folder: Path, like: Mapping[str, Tensor]) -> State | None:
     paths = _oldest_first(folder)[::-1]
     for path in paths:
         try:
-            return _read(path, like)
+            return _read(path, run, method, optimizer)
         except Exception as error:  # foreign files make torch, zipfile and pickle raise errors of their own
             logger.warning(
                 "checkpoint %s cannot be read (%s: %s)", path, type(error).__name__, str(error).split("\n")[0]
             )
     if paths:
         raise ValueError(
-            f"no readable checkpoint in {folder}: {', '.join(path.name for path in paths)} are damaged; "
-            "--overwrite true starts anew"
+            f"no readable checkpoint in {folder}: {', '.join(path.name for path in paths)} are damaged or of another "
+            "run; remove them to start anew"
         )
     return None
 
@@ -127,15 +131,48 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _read(path: Path, like: Mapping[str, Tensor]) -> State:
-    progress = torch.load(path / "progress.pt", map_location="cpu", weights_only=True)
-    weights = (path / "method.safetensors").read_bytes()
-    if progress.pop("sha256") != hashlib.sha256(weights).hexdigest():
-        raise ValueError("method.safetensors is not the file that was written")
-    state = State(method=safetensors.torch.load(weights), **progress)
-    if {name: t.shape for name, t in state.method.items()} != {name: t.shape for name, t in like.items()}:
+def _read(path: Path, run: str, method: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> State:
+    manifest = read_json(path / "manifest.json")
+    if manifest["run"] != run:
+        raise ValueError("it is of a run with other settings or images")
+    if manifest["place"] != path.name:
+        raise ValueError(f"it was written as {manifest['place']}")
+    weights, progress = ((path / name).read_bytes() for name in ("method.safetensors", "progress.pt"))
+    for name, content in (("method.safetensors", weights), ("progress.pt", progress)):
+        if manifest["sha256"][name] != _sha256(content):
+            raise ValueError(f"{name} is not the file that was written")
+    loaded = torch.load(io.BytesIO(progress), map_location="cpu", weights_only=True)
+    state = State(method=safetensors.torch.load(weights), **loaded)
+    if {name: t.shape for name, t in state.method.items()} != {name: t.shape for name, t in method.items()}:
         raise ValueError("its tensors are not this method's")
+    if path_of(path.parent, state.epoch, state.batch) != path:
+        raise ValueError(f"it stands at epoch {state.epoch}, batch {state.batch}")
+    if not all(isinstance(total, int | float) for total in state.totals.values()):
+        raise ValueError("its totals are no numbers")
+    if _groups(state.optimizer) != _groups(optimizer.state_dict()):
+        raise ValueError("its optimizer is not this run's")
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, values in state.optimizer["state"].items():
+        if any(torch.is_tensor(v) and v.shape not in ((), parameters[index].shape) for v in values.values()):
+            raise ValueError("its optimizer's tensors are not of this method's shapes")
     return state
+
+
+def _groups(optimizer: dict[str, Any]) -> list[dict[str, Any]]:
+    """Options of parameter groups, but for the learning rate, which the training sets at every step."""
+    return [{name: value for name, value in group.items() if name != "lr"} for group in optimizer["param_groups"]]
+
+
+def _remove(path: Path) -> None:
+    """Whatever it is; a link goes, and what it leads to stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _oldest_first(folder: Path) -> list[Path]:

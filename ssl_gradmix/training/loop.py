@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import logging
+import shlex
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from signal import Signals
+from signal import SIGTERM, Signals
 from typing import Any
 
 import torch
@@ -25,9 +26,8 @@ from ssl_gradmix.files import write_whole
 from ssl_gradmix.methods.losses import Losses
 from ssl_gradmix.run_folder import RunFolder
 from ssl_gradmix.settings import Augmentation, Optimizer, Training
-from ssl_gradmix.training import batches, checkpoint, optimizers, samples, signals
+from ssl_gradmix.training import batches, checkpoint, log, optimizers, processes, samples, signals
 from ssl_gradmix.training.monitor import Monitor
-from ssl_gradmix.training.nonfinite import Undo, all_finite
 
 logger = logging.getLogger("ssl_gradmix")
 
@@ -36,11 +36,6 @@ READ_EVERY = 50
 
 READ_SECONDS = 5.0
 """About so long is between two readings where steps are slow: several processes agree on a signal only then."""
-
-COLLAPSED_STD = 0.1
-COLLAPSED_RANK = 2.0
-"""Below either an encoder counts as collapsed. Healthy ones keep an embedding_std of 0.7 to 1, and effective ranks
-above 10; untrained ones have ranks above 4."""
 
 SAMPLED = 8
 """Images in a picture of mixed views."""
@@ -68,6 +63,11 @@ def check_images(method: nn.Module, size: int, device: torch.device) -> None:
         method.train()
 
 
+def all_finite(tensors: Iterable[Tensor]) -> Tensor:
+    """Whether all floating-point numbers of some tensors are finite: a boolean scalar, on the device."""
+    return torch.nn.utils.get_total_norm([tensor for tensor in tensors if tensor.is_floating_point()]).isfinite()
+
+
 class Trainer:
     """Trains a method on images and leaves a run folder; goes on where an earlier training in that folder was stopped.
 
@@ -75,7 +75,7 @@ class Trainer:
         method: Module with `forward(views) -> Losses`, a timm `backbone`, a `projector`, a `gradmix` (or None) and,
             where it has a teacher, `update_target(step, steps)`.
         images: To train on; their labels serve the kNN reading alone.
-        folder: Where everything is written, already started.
+        folder: Where everything is written, started by the main process.
         accelerator: From `processes.create_accelerator`.
         size: Side of the views in pixels.
         augmentation: How views are made.
@@ -99,8 +99,9 @@ class Trainer:
         training: Training,
         n_views: int = 2,
     ) -> None:
-        self.folder, self.accelerator, self.training = folder, accelerator, training
-        self.size = size
+        self.images, self.folder, self.accelerator, self.size = images, folder, accelerator, size
+        self.training, self.settings = training, optimizer
+        self.peak = optimizers.peak_rate(optimizer, training.batch_size)
         config = method.backbone.pretrained_cfg
         self.mean, self.std = config["mean"], config["std"]
         if len(images) < training.batch_size:
@@ -117,9 +118,6 @@ class Trainer:
         )
         self.steps_per_epoch = len(indices) // training.accumulate
         self.steps = self.steps_per_epoch * training.epochs
-        self.warmup = optimizer.warmup_epochs * self.steps_per_epoch
-        self.peak = optimizers.peak_rate(optimizer, training.batch_size)
-        self.clip = optimizer.clip
         self.source = batches.create(
             images, augmentation, indices, size, self.mean, self.std, n_views, training.workers, accelerator.device
         )
@@ -133,65 +131,72 @@ class Trainer:
         method.to(memory_format=torch.channels_last)
         self.method, self.optimizer = accelerator.prepare(method, optimizers.create(method, optimizer))
         self.bare = accelerator.unwrap_model(self.method)
-        self.undo = Undo(self.bare, self.optimizer) if training.nonfinite == "skip" else None
-        self.bad = torch.zeros((), dtype=torch.bool, device=accelerator.device)
         self.epoch, self.batch, self.totals = 0, 0, {}
         self.read_every = 1
         self.saved: Path | None = None
 
     def run(self) -> None:
-        """Trains from the last checkpoint, or from the start, to the end.
+        """Trains from the last checkpoint, or from the start, to the end, and releases the folder.
 
         Raises:
-            FloatingPointError: A loss or a weight that is not finite; names the step and the last good checkpoint.
+            FloatingPointError: A loss, a weight or the optimizer's state is not finite; names the step and the last
+                good checkpoint.
             OSError: The run folder cannot be written to, a full disk for instance; names the last good checkpoint.
-            SystemExit: SIGTERM or SIGINT came and the state is saved; the status is 143 or 130.
+            SystemExit: SIGTERM, SIGINT or SIGHUP came, or the launcher is gone, and the state is saved; the status is
+                143, 130 or 129.
         """
         try:
-            self._run()
-        except (ValueError, OSError) as error:
+            self._resume()
+            if self.epoch == self.training.epochs:
+                lines = [f": {log.line(entry, self.epoch)}" for entry in self.folder.read_log()]
+                self._say(f"{self.folder.path} is finished{lines[-1] if lines else ''}; --overwrite starts anew")
+                return
+            self._say_what_begins()
+            if self.training.trackers:
+                processes.start_trackers(self.accelerator, self.folder)
+            began, first = time.perf_counter(), self.epoch
+            with signals.collected() as received:
+                while self.epoch < self.training.epochs:
+                    entry = self._one_epoch(received)
+                    pace = (time.perf_counter() - began) / (self.epoch - first)
+                    entry["seconds_left"] = round(pace * (self.training.epochs - self.epoch), 1)
+                    self._report(entry)
+                    if self.epoch % self.training.checkpoint_every == 0 or self.epoch == self.training.epochs:
+                        self._save()
+                    if self.epoch < self.training.epochs:
+                        self._stop_if_asked(received)
+            if self.training.trackers:
+                self.accelerator.end_training()
+            path = shlex.quote(str(self.folder.path))
+            self._say(f"finished; the results are in {path}. Next: python eval/linear_probe.py {path}")
+        except (ValueError, OSError, FloatingPointError) as error:
             # What ends one process alone, such as a broken image in its share, is not known to the one that speaks.
             if not self.accelerator.is_main_process:
                 logger.error("process %d: %s", self.accelerator.process_index, error)
             raise
+        finally:
+            self.folder.release()
 
-    def _run(self) -> None:
-        self._resume()
-        if self.epoch == self.training.epochs:
-            if self.accelerator.is_main_process:
-                lines = [f": {_line(entry, self.epoch)}" for entry in self.folder.read_log()]
-                self._say(f"{self.folder.path} is finished{lines[-1] if lines else ''}; --overwrite true starts anew")
-            return
-        if self.training.trackers:
-            self.accelerator.init_trackers("trackers")
+    def _say_what_begins(self) -> None:
+        in_workers = isinstance(self.source, batches.WorkerBatches)
+        self._say(f"{self.images.describe()}, views {'in workers' if in_workers else 'on the device'}")
         if self.epoch or self.batch:
+            batch = f" and {self.batch} batches" if self.batch else ""
+            self._say(f"{self.folder.path} goes on after epoch {self.epoch}{batch}")
+            return
+        self._say(
+            f"{self.steps_per_epoch * self.training.batch_size:,} images an epoch in batches of "
+            f"{self.training.batch_size}, learning rate {self.peak:.4g} (scaled by batch / "
+            f"{optimizers.REFERENCE_BATCH}), {self.steps:,} steps"
+        )
+        if self.settings.warmup_epochs >= self.training.epochs:
             self._say(
-                f"{self.folder.path} goes on after epoch {self.epoch}"
-                + (f" and {self.batch} batches" if self.batch else "")
+                f"warning: optimizer.warmup_epochs {self.settings.warmup_epochs:g} is not below training.epochs "
+                f"{self.training.epochs}: the learning rate rises to the end, and never gets to {self.peak:.4g}"
             )
-        else:
-            self._say(
-                f"{self.steps_per_epoch * self.training.batch_size:,} images an epoch "
-                f"in batches of {self.training.batch_size}, "
-                f"learning rate {self.peak:.4g} (scaled by batch / {optimizers.REFERENCE_BATCH}), {self.steps:,} steps"
-            )
-        began, first = time.perf_counter(), self.epoch
-        with signals.collected() as received:
-            while self.epoch < self.training.epochs:
-                entry = self._one_epoch(received)
-                done = self.epoch - first
-                entry["seconds_left"] = round(
-                    (time.perf_counter() - began) / done * (self.training.epochs - self.epoch), 1
-                )
-                self._report(entry)
-                if self.epoch % self.training.checkpoint_every == 0 or self.epoch == self.training.epochs:
-                    self._save()
-                if self.epoch < self.training.epochs:
-                    self._stop_if_asked(received)
-        if self.training.trackers:
-            self.accelerator.end_training()
 
     def _one_epoch(self, received: list[int]) -> dict[str, Any]:
+        """Trains an epoch, or what is left of it; returns its entry in the log."""
         self.method.train()
         began, seen, unread = time.perf_counter(), 0, []
         last_read = began
@@ -203,62 +208,52 @@ class Trainer:
             leave=False,
         )
         for batch in self.source.epoch(self.epoch, self.batch):
-            losses, skipped = self._step(batch)
-            unread.append(torch.stack([losses.total.detach(), *losses[1:], skipped]))
+            unread.append(torch.stack([value.detach() for value in self._step(batch)]))
             self.batch += 1
             seen += self.source.indices.micro
             bar.update()
-            if self.accelerator.sync_gradients and (len(unread) >= self.read_every or self._alone_and_asked(received)):
+            if not received and signals.orphaned():
+                received.append(SIGTERM)
+            alone_and_asked = bool(received) and self.accelerator.num_processes == 1
+            if self.accelerator.sync_gradients and (len(unread) >= self.read_every or alone_and_asked):
                 self._read(unread, time.perf_counter() - last_read)
                 self._stop_if_asked(received)
                 last_read = time.perf_counter()
-        self._read(unread, time.perf_counter() - last_read)
+        if unread:
+            self._read(unread, time.perf_counter() - last_read)
         bar.close()
-        seconds = time.perf_counter() - began
-        entry = self._means()
+        read = self.totals.pop("read")
+        means = {name: round(total / read, 5) for name, total in self.totals.items()}
         self.epoch, self.batch, self.totals = self.epoch + 1, 0, {}
         step = self.epoch * self.steps_per_epoch
         return {
             "epoch": self.epoch,
             "step": step,
-            **entry,
-            "lr": optimizers.rate(step - 1, self.steps, self.warmup, self.peak),
-            "images_per_second": round(seen / seconds, 1),
+            **means,
+            "lr": self._rate(step - 1),
+            "images_per_second": round(seen / (time.perf_counter() - began), 1),
         }
 
-    def _step(self, batch: Any) -> tuple[Losses, Tensor]:
-        """Losses of a (micro-)batch, and 1 where its optimizer step was skipped, 0 otherwise."""
+    def _step(self, batch: Any) -> Losses:
+        """Trains on a (micro-)batch."""
         batches.seed_step(self.training.seed, self.epoch, self.batch, self.accelerator.process_index)
         step = self.epoch * self.steps_per_epoch + self.batch // self.training.accumulate
-        rate = optimizers.rate(step, self.steps, self.warmup, self.peak)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        if self.undo is not None and self.batch % self.training.accumulate == 0:
-            self.undo.remember()
+            group["lr"] = self._rate(step)
         views = [view.contiguous(memory_format=torch.channels_last) for view in self.source.views(batch)]
         with self.accelerator.accumulate(self.method):
             losses = self.method(views)
             self.accelerator.backward(losses.total)
-            if self.clip is not None and self.accelerator.sync_gradients:
-                self.accelerator.clip_grad_norm_(self.method.parameters(), self.clip)
+            if self.settings.clip is not None and self.accelerator.sync_gradients:
+                self.accelerator.clip_grad_norm_(self.method.parameters(), self.settings.clip)
             self.optimizer.step()
             self.optimizer.zero_grad()
         if self.accelerator.sync_gradients and hasattr(self.bare, "update_target"):
             self.bare.update_target(step, self.steps)
-        return losses, self._skip_if_bad(losses)
+        return losses
 
-    def _skip_if_bad(self, losses: Losses) -> Tensor:
-        """Takes an optimizer step back, on all processes, if one of its losses or a weight after it is not finite."""
-        skipped = torch.zeros_like(losses.loss_views)
-        if self.undo is None:
-            return skipped
-        self.bad = self.bad | ~losses.total.detach().isfinite()
-        if self.accelerator.sync_gradients:
-            bad = self.bad | ~all_finite(self.bare.state_dict().values())
-            skipped = (self.accelerator.reduce(bad.float(), "sum") > 0).to(skipped.dtype)
-            self.undo.take_back(skipped > 0)
-            self.bad = torch.zeros_like(self.bad)
-        return skipped
+    def _rate(self, step: int) -> float:
+        return optimizers.rate(step, self.steps, self.settings.warmup_epochs * self.steps_per_epoch, self.peak)
 
     def _read(self, unread: list[Tensor], seconds: float) -> None:
         """Adds the losses of some steps, mean over processes, to the epoch's totals.
@@ -266,40 +261,28 @@ class Trainer:
         Every checkpoint comes right after it, so that what is not finite is never saved.
 
         Args:
-            unread: A row a (micro-)batch: its losses, and whether its optimizer step was skipped.
+            unread: The losses of each (micro-)batch.
             seconds: Since the last reading.
         """
-        if not unread:
-            return
         values = self.accelerator.reduce(torch.stack(unread), "mean").cpu()
         finite = values.isfinite().all(1)
-        if self.undo is None and not finite.all():
+        if not finite.all():
             at = self.batch - len(unread) + int((~finite).nonzero()[0])
             self._diverged(f"loss is {values[~finite][0, 0]:g} in epoch {self.epoch + 1}, batch {at + 1}")
+        # A gradient that overflows leaves its traces in both, for which the device need not be asked at every step.
+        state = [value for each in self.optimizer.state.values() for value in each.values() if torch.is_tensor(value)]
+        sound = all_finite([*self.bare.state_dict().values(), *state]).float()
         # Mean over processes in float32: the same on all of them, who have to agree on when they read.
-        sound = all_finite(self.bare.state_dict().values()).float()
         sound, waited = self.accelerator.reduce(torch.stack([sound, sound.new_tensor(seconds)]), "mean").tolist()
         if sound < 1:
-            self._diverged(f"weights are not finite after epoch {self.epoch + 1}, batch {self.batch}")
+            self._diverged(
+                f"weights, or the optimizer's state, are not finite after epoch {self.epoch + 1}, batch {self.batch}"
+            )
         self.read_every = max(1, min(READ_EVERY, int(READ_SECONDS * len(unread) / max(waited, 1e-6))))
-        sums = {
-            **dict(zip(("loss", *Losses._fields[1:]), values[finite, :-1].double().sum(0).tolist(), strict=True)),
-            "read": int(finite.sum()),
-            "skipped": round(float(values[:, -1].sum())),
-        }
+        sums = dict(zip(("loss", *Losses._fields[1:]), values.double().sum(0).tolist(), strict=True))
+        sums["read"] = len(unread)
         self.totals = {name: self.totals.get(name, 0) + total for name, total in sums.items()}
         unread.clear()
-
-    def _means(self) -> dict[str, float]:
-        """The epoch's mean losses; of the batches that had finite ones, where others were skipped."""
-        totals = dict(self.totals)
-        read, skipped = totals.pop("read"), totals.pop("skipped")
-        if skipped == self.steps_per_epoch:
-            self._diverged(
-                f"all {skipped} steps of epoch {self.epoch + 1} were skipped, with losses or weights not finite"
-            )
-        means = {name: round(total / read, 5) for name, total in totals.items()}
-        return means if self.undo is None else {**means, "skipped": skipped}
 
     def _diverged(self, what: str) -> None:
         raise FloatingPointError(
@@ -308,9 +291,6 @@ class Trainer:
 
     def _last_good(self) -> str:
         return f"the last good checkpoint is {self.saved}" if self.saved else "there is no checkpoint yet"
-
-    def _alone_and_asked(self, received: list[int]) -> bool:
-        return bool(received) and self.accelerator.num_processes == 1
 
     def _stop_if_asked(self, received: list[int]) -> None:
         """Saves and stops where any process got a signal; all agree, or some would wait for the others for ever."""
@@ -322,37 +302,23 @@ class Trainer:
             raise SystemExit(128 + number)
 
     def _report(self, entry: dict[str, Any]) -> None:
-        due = self.epoch == self.training.epochs
-        if self.monitor and (due or self.epoch % self.training.knn_every == 0):
+        """Adds what is read now and then to an epoch's entry, logs it, and draws a picture where it is due."""
+        last, every = self.epoch == self.training.epochs, self.training.samples_every
+        if self.monitor and (last or self.epoch % self.training.knn_every == 0):
             readings = self.monitor(self.bare.backbone, self.accelerator.device)
             entry.update({name: round(value, 4) for name, value in readings.items()})
-        if (
-            self.bare.gradmix is not None
-            and self.training.samples_every
-            and (due or self.epoch % self.training.samples_every == 0)
-        ):
+        self.accelerator.log({name: value for name, value in entry.items() if name != "epoch"}, step=self.epoch)
+        if self.bare.gradmix is not None and every and (last or self.epoch % every == 0):
             self._draw_samples()
-        if self.training.trackers:
-            self.accelerator.log({name: value for name, value in entry.items() if name != "epoch"}, step=self.epoch)
         if self.accelerator.is_main_process:
             with self._writing():
                 self.folder.append_log(entry)
-        self._say(_line(entry, self.training.epochs))
-        self._warn_of_collapse(entry)
-
-    def _warn_of_collapse(self, entry: dict[str, Any]) -> None:
-        rank = entry.get("rankme")
-        if entry["embedding_std"] < COLLAPSED_STD or (rank is not None and rank < COLLAPSED_RANK):
-            self._say(
-                "warning: the encoder collapses, it hardly tells images apart "
-                f"(embedding_std {entry['embedding_std']:.3f}"
-                + ("" if rank is None else f", effective rank {rank:.2f}")
-                + "); a lower --optimizer.lr or --optimizer.weight_decay may help, for BYOL another --method.momentum"
-            )
+        for line in (log.line(entry, self.training.epochs), *log.warnings(entry)):
+            self._say(line)
 
     def _say(self, line: str) -> None:
         if self.accelerator.is_main_process:
-            tqdm.write(line)
+            log.say(line)
 
     def _draw_samples(self) -> None:
         """Mixes a few images with a copy of the method, on all processes because the loss gathers, and draws them."""
@@ -361,8 +327,10 @@ class Trainer:
         views = [view[:SAMPLED].clone() for view in self.source.views(next(iter(self.source.epoch(0, 0))))[:2]]
         mixed = method.mixed_views(views)
         if self.accelerator.is_main_process:
+            path = self.folder.samples / f"epoch-{self.epoch:05d}.png"
             with self._writing():
-                samples.draw(views[0], mixed, self.mean, self.std, self.folder.samples / f"epoch-{self.epoch:05d}.png")
+                samples.draw(views[0], mixed, self.mean, self.std, path)
+            processes.show(self.accelerator, path, self.epoch)
 
     def _save(self) -> None:
         path = checkpoint.path_of(self.folder.checkpoint, self.epoch, self.batch)
@@ -385,7 +353,7 @@ class Trainer:
                 _save_projector(self.bare.projector, self.folder)
                 for written in (*self.folder.backbone.iterdir(), self.folder.projector, self.folder.path):
                     checkpoint.flush(written)
-                checkpoint.save(self.folder.checkpoint, state)
+                checkpoint.save(self.folder.checkpoint, state, self.folder.identity)
         self.saved = path
 
     @contextmanager
@@ -401,8 +369,10 @@ class Trainer:
     def _resume(self) -> None:
         # One process reads for all: on several machines they need not share the folder, and never start from different
         # checkpoints.
-        main = self.accelerator.is_main_process
-        state = checkpoint.load(self.folder.checkpoint, self.bare.state_dict()) if main else None
+        state = None
+        if self.accelerator.is_main_process:
+            run, method = self.folder.identity, self.bare.state_dict()
+            state = checkpoint.load(self.folder.checkpoint, run, method, self.optimizer)
         (state,) = broadcast_object_list([state])
         if state is not None:
             self.bare.load_state_dict(state.method)
@@ -411,7 +381,7 @@ class Trainer:
                 self.accelerator.scaler.load_state_dict(state.scaler)
             self.epoch, self.batch, self.totals = state.epoch, state.batch, state.totals
             self.saved = checkpoint.path_of(self.folder.checkpoint, self.epoch, self.batch)
-        if main:
+        if self.accelerator.is_main_process:
             with self._writing():
                 self.folder.rewind_log(self.epoch)
 
@@ -419,20 +389,3 @@ class Trainer:
 def _save_projector(projector: nn.Module, run: RunFolder) -> None:
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in projector.state_dict().items()}
     write_whole(run.projector, lambda temporary: temporary.write_bytes(to_bytes(weights)))
-
-
-def _line(entry: dict[str, Any], epochs: int) -> str:
-    parts: Sequence[str] = [
-        f"epoch {entry['epoch']:>{len(str(epochs))}}/{epochs}",
-        f"loss {entry['loss']:.4f}",
-        f"views {entry['loss_views']:.4f}",
-        *([f"mixed {entry['loss_mixed']:.4f}"] if entry["loss_mixed"] else []),
-        f"embedding_std {entry['embedding_std']:.2f}",
-        f"lr {entry['lr']:.4f}",
-        f"{entry['images_per_second']:,.0f} images/s",
-        f"{time.strftime('%H:%M:%S', time.gmtime(entry['seconds_left']))} left",
-        *([f"skipped {entry['skipped']}"] if entry.get("skipped") else []),
-        *([f"rank {entry['rankme']:.1f}"] if "rankme" in entry else []),
-        *([f"kNN {entry['knn']:.1%}"] if "knn" in entry else []),
-    ]
-    return "  ".join(parts)

@@ -52,7 +52,7 @@ def create(folder: Path, kind: Kind) -> Trainer:
     )
     images = ImageSet(PIXELS, np.zeros(len(PIXELS), np.int64), ("noise",), "noise")
     run = RunFolder(folder)
-    run.start({"training": {}}, overwrite=False)
+    run.start({"training": {}}, images)
     return Trainer(method, images, run, accelerator, 16, Augmentation(where=where), Optimizer(optimizer), training)
 
 
@@ -124,7 +124,7 @@ def finished(folder: Path) -> dict[str, object]:
         "backbone": (folder / "backbone" / "model.safetensors").read_bytes(),
         "projector": (folder / "projector.safetensors").read_bytes(),
         "log": [{k: v for k, v in line.items() if k not in timed} for line in RunFolder(folder).read_log()],
-        "left over": [path.name for path in folder.rglob(".*")],
+        "left over": [path.name for path in folder.rglob(".*") if path.name != ".lock"],
     }
 
 

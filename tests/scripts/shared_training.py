@@ -27,7 +27,7 @@ from ssl_gradmix.training.processes import create_accelerator
 
 METHODS = {"SimCLR": SimCLR, "BYOL": BYOL}
 STEPS, EPOCHS = 2, 10
-STOP, POISONED = 6, 9
+STOP = 6
 PIXELS = np.random.default_rng(0).integers(0, 256, (STEPS * 8 + 1, 16, 16, 3), np.uint8)
 TRAINING = Training(epochs=EPOCHS, batch_size=8, workers=0, threads=1, knn_every=0, samples_every=0)
 
@@ -45,10 +45,9 @@ def make_comparable(module: nn.Module) -> None:
             make_comparable(child)
 
 
-def create(folder: Path, name: str, nonfinite: str = "stop") -> Trainer:
+def create(folder: Path, name: str) -> Trainer:
     """Views are made by image, and in `run` a donor is an image's own other view: neither depends on the process."""
-    training = Training(**{**vars(TRAINING), "nonfinite": nonfinite})
-    accelerator = create_accelerator(training)
+    accelerator = create_accelerator(TRAINING)
     torch.manual_seed(0)
     gradmix = GradMix(layers=["layer2"], fill="crop", lam_range=(0.7, 0.7))
     method = METHODS[name](backbones.create("resnet10_tiny"), 128, hidden_dim=32, output_dim=16, gradmix=gradmix)
@@ -56,9 +55,9 @@ def create(folder: Path, name: str, nonfinite: str = "stop") -> Trainer:
     images = ImageSet(PIXELS, np.zeros(len(PIXELS), np.int64), ("noise",), "noise")
     into = RunFolder(folder / name)
     if accelerator.is_main_process:
-        into.start({"training": {}}, overwrite=False)
+        into.start({"training": {}}, images)
     accelerator.wait_for_everyone()
-    return Trainer(method, images, into, accelerator, 16, Augmentation(where="workers"), Optimizer(), training)
+    return Trainer(method, images, into, accelerator, 16, Augmentation(where="workers"), Optimizer(), TRAINING)
 
 
 def act_at(trainer: Trainer, step: int, act: object) -> None:
@@ -78,9 +77,9 @@ def run(trainer: Trainer) -> None:
         trainer.run()
 
 
-def train(folder: Path, name: str, *, stop: bool = False, poison: bool = False) -> None:
-    """Trains to the end, or to a SIGTERM; the last process gets it alone, and has the poison alone."""
-    trainer = create(folder, name, "skip" if poison else "stop")
+def train(folder: Path, name: str, *, stop: bool = False) -> None:
+    """Trains to the end, or to a SIGTERM, which the last process gets alone."""
+    trainer = create(folder, name)
     last = trainer.accelerator.is_last_process
 
     def signalled(batch: list[Tensor]) -> list[Tensor]:
@@ -88,13 +87,8 @@ def train(folder: Path, name: str, *, stop: bool = False, poison: bool = False) 
             os.kill(os.getpid(), signal.SIGTERM)
         return batch
 
-    def poisoned(batch: list[Tensor]) -> list[Tensor]:
-        return [view * torch.nan for view in batch] if last else batch
-
     if stop:
         act_at(trainer, STOP, signalled)
-    if poison:
-        act_at(trainer, POISONED, poisoned)
     status = None
     try:
         run(trainer)
@@ -126,7 +120,6 @@ def main(folder: Path, how: str) -> None:
             train(folder / "two", name)
         train(folder / "two then one", "SimCLR", stop=True)
         train(folder / "one then two", "BYOL")
-        train(folder / "two skip", "BYOL", poison=True)
         try:
             create_accelerator(Training(batch_size=7))
         except ValueError as error:

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
+import json
 import os
 import pickle
+import random
+import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +20,18 @@ from training_support import file_size_limit
 from ssl_gradmix.training import checkpoint
 from ssl_gradmix.training.checkpoint import State
 
+RUN = "0123456789abcdef"
+NET = torch.nn.Linear(3, 2)
 LIKE = {"weight": torch.empty(2, 3), "bias": torch.empty(2), "tied": torch.empty(2, 3)}
+PLACE = "epoch-00002-batch-0000000"
+
+
+def save(folder: Path, saved: State) -> None:
+    checkpoint.save(folder, saved, RUN)
+
+
+def load(folder: Path, run: str = RUN) -> State | None:
+    return checkpoint.load(folder, run, LIKE, torch.optim.AdamW(NET.parameters()))
 
 
 def state(epoch: int, batch: int = 0) -> State:
@@ -27,8 +45,8 @@ def state(epoch: int, batch: int = 0) -> State:
 
 def test_comes_back_as_it_was(tmp_path: Path) -> None:
     saved = state(3, 7)
-    checkpoint.save(tmp_path, saved)
-    loaded = checkpoint.load(tmp_path, LIKE)
+    save(tmp_path, saved)
+    loaded = load(tmp_path)
     assert (loaded.epoch, loaded.batch, loaded.totals, loaded.scaler) == (3, 7, {"loss": 1.5}, None)
     assert all(torch.equal(loaded.method[name], tensor) for name, tensor in saved.method.items())
     assert loaded.optimizer["param_groups"] == saved.optimizer["param_groups"]
@@ -36,37 +54,111 @@ def test_comes_back_as_it_was(tmp_path: Path) -> None:
 
 
 def test_the_newest_is_read_and_two_are_kept(tmp_path: Path) -> None:
-    assert checkpoint.load(tmp_path, LIKE) is None
+    assert load(tmp_path) is None
     for epoch, batch in ((8, 0), (9, 0), (9, 50), (10, 0)):
-        checkpoint.save(tmp_path, state(epoch, batch))
-        assert (checkpoint.load(tmp_path, LIKE).epoch, checkpoint.load(tmp_path, LIKE).batch) == (epoch, batch)
+        save(tmp_path, state(epoch, batch))
+        assert (load(tmp_path).epoch, load(tmp_path).batch) == (epoch, batch)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "epoch-00009-batch-0000050",
         "epoch-00010-batch-0000000",
     ]
 
 
-@pytest.mark.parametrize("name", ["method.safetensors", "progress.pt"])
-@pytest.mark.parametrize("damage", ["truncated", "empty", "missing", "foreign"])
+def rewritten(path: Path, progress: bytes) -> None:
+    """Puts another progress.pt into a checkpoint, with the manifest that goes with it, as only a forger would."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["sha256"]["progress.pt"] = hashlib.sha256(progress).hexdigest()
+    (path / "progress.pt").write_bytes(progress)
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("name", ["method.safetensors", "progress.pt", "manifest.json"])
+@pytest.mark.parametrize("damage", ["missing", "foreign", "truncated", "a flipped bit", "a lost block"])
 def test_a_damaged_one_is_named_and_the_previous_used(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, damage: str
 ) -> None:
-    checkpoint.save(tmp_path, state(1))
-    checkpoint.save(tmp_path, state(2))
-    path = tmp_path / "epoch-00002-batch-0000000" / name
-    content = {"truncated": path.read_bytes()[:-20], "empty": b"", "foreign": b"not a checkpoint at all"}
-    path.unlink() if damage == "missing" else path.write_bytes(content[damage])
-    assert checkpoint.load(tmp_path, LIKE).epoch == 1
-    assert "epoch-00002-batch-0000000" in caplog.text
+    save(tmp_path, state(1))
+    save(tmp_path, state(2))
+    path = tmp_path / PLACE / name
+    content, draw = path.read_bytes(), random.Random(0)
+    for _ in range(1 if damage in ("missing", "foreign") else 150):
+        place, block = draw.randrange(len(content)), 4096 * draw.randrange(-(-len(content) // 4096))
+        damaged = {
+            "missing": b"",
+            "foreign": b"not a checkpoint at all",
+            "truncated": content[:place],
+            "a flipped bit": content[:place] + bytes([content[place] ^ 1 << draw.randrange(8)]) + content[place + 1 :],
+            "a lost block": content[:block] + bytes(len(content[block : block + 4096])) + content[block + 4096 :],
+        }
+        path.write_bytes(damaged[damage])
+        if damage == "missing":
+            path.unlink()
+        caplog.clear()
+        assert load(tmp_path).epoch == 1
+        assert f"checkpoint {path.parent} cannot be read (" in caplog.text
 
 
 def test_all_damaged_is_an_error(tmp_path: Path) -> None:
-    checkpoint.save(tmp_path, state(1))
+    save(tmp_path, state(1))
     (tmp_path / "epoch-00001-batch-0000000" / "method.safetensors").write_bytes(b"")
     with pytest.raises(
-        ValueError, match=r"no readable checkpoint in .*: epoch-00001-batch-0000000 are damaged; --overwrite"
+        ValueError,
+        match=r"no readable checkpoint in .*: epoch-00001-batch-0000000 are damaged or of another run; remove them",
     ):
-        checkpoint.load(tmp_path, LIKE)
+        load(tmp_path)
+
+
+def test_one_of_another_run_place_or_method_is_not_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save(tmp_path / "ours", state(1))
+    theirs, moved, foreign = state(2), state(2), state(4)
+    foreign.method = {"foreign": torch.ones(1)}
+    checkpoint.save(tmp_path / "theirs", theirs, "another run")
+    save(tmp_path / "moved", moved)
+    save(tmp_path / "ours", foreign)
+    shutil.copytree(tmp_path / "theirs" / PLACE, tmp_path / "ours" / PLACE)
+    shutil.copytree(tmp_path / "moved" / PLACE, tmp_path / "ours" / PLACE.replace("2", "3"))
+    assert load(tmp_path / "ours").epoch == 1
+    reasons = re.findall(r"(epoch-\S+) cannot be read \(ValueError: (.*)\)", caplog.text)
+    assert reasons == [
+        ("epoch-00004-batch-0000000", "its tensors are not this method's"),
+        ("epoch-00003-batch-0000000", f"it was written as {PLACE}"),
+        (PLACE, "it is of a run with other settings or images"),
+    ]
+
+
+def weird(name: str, value: object) -> Callable[[dict], object]:
+    def change(progress: dict) -> object:
+        *names, last = name.split(".")
+        inner = progress
+        for each in names:
+            inner = inner[int(each) if each.isdigit() else each]
+        inner[last] = value
+        return progress
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(weird(name, value) for name in ("epoch", "batch") for value in (None, "x", 7)),
+        *(weird("totals", value) for value in (None, [], {"loss": None})),
+        *(weird("optimizer", value) for value in (None, [], {}, {"state": {}, "param_groups": []})),
+        weird("optimizer.state.0.exp_avg", torch.zeros(9)),
+        weird("optimizer.state.0", None),
+        weird("optimizer.param_groups.0.maximize", True),
+        weird("more", 1),
+        lambda progress: None,
+        lambda progress: [],
+    ],
+)
+def test_a_forged_progress_is_passed_over(tmp_path: Path, change: Callable[[dict], object]) -> None:
+    save(tmp_path, state(1))
+    save(tmp_path, state(2))
+    progress, stream = torch.load(tmp_path / PLACE / "progress.pt", weights_only=True), io.BytesIO()
+    torch.save(change(progress), stream)
+    rewritten(tmp_path / PLACE, stream.getvalue())
+    assert load(tmp_path).epoch == 1
 
 
 def test_a_pickle_with_code_in_it_does_not_run(tmp_path: Path) -> None:
@@ -74,12 +166,13 @@ def test_a_pickle_with_code_in_it_does_not_run(tmp_path: Path) -> None:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "owned"),)
 
-    checkpoint.save(tmp_path, state(1))
-    path = tmp_path / "epoch-00001-batch-0000000" / "progress.pt"
-    for write in (lambda: path.write_bytes(pickle.dumps(Attack())), lambda: torch.save(Attack(), path)):
-        write()
+    save(tmp_path, state(2))
+    saved = io.BytesIO()
+    torch.save(Attack(), saved)
+    for content in (pickle.dumps(Attack()), saved.getvalue()):
+        rewritten(tmp_path / PLACE, content)
         with pytest.raises(ValueError, match="no readable checkpoint"):
-            checkpoint.load(tmp_path, LIKE)
+            load(tmp_path)
     assert not (tmp_path / "owned").exists()
 
 
@@ -107,7 +200,7 @@ def test_a_kill_at_any_file_operation_leaves_one_that_is_whole(
                 patch.setattr(owner, name, counted(getattr(owner, name)))
             patch.setattr(checkpoint.shutil, "rmtree", counted(checkpoint.shutil.rmtree))
             try:
-                checkpoint.save(folder, state(2))
+                save(folder, state(2))
             except Killed:
                 return True
         return False
@@ -115,61 +208,47 @@ def test_a_kill_at_any_file_operation_leaves_one_that_is_whole(
     operations, epochs = 0, []
     for operations in range(100):
         folder = tmp_path / str(operations)
-        checkpoint.save(folder, state(1))
+        save(folder, state(1))
         if again:
-            (folder / "epoch-00002-batch-0000000").mkdir()
+            (folder / PLACE).mkdir()
         if not run_until(operations, folder):
             break
-        epochs.append(checkpoint.load(folder, LIKE).epoch)
-        checkpoint.save(folder, state(2))
-        assert checkpoint.load(folder, LIKE).epoch == 2
+        epochs.append(load(folder).epoch)
+        save(folder, state(2))
+        assert load(folder).epoch == 2
         assert not (folder / ".unfinished").exists()
     assert operations > 8
     assert epochs == sorted(epochs)
     assert epochs[0] == 1
 
 
-@pytest.mark.parametrize("full", [False, True], ids=["of another run", "of another method"])
-def test_a_whole_file_that_is_not_this_runs_is_passed_over(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, full: bool
-) -> None:
-    checkpoint.save(tmp_path / "ours", state(1))
-    checkpoint.save(tmp_path / "ours", state(2))
-    other = state(2)
-    other.method = {"foreign": torch.ones(1)} if full else {name: t + 1 for name, t in other.method.items()}
-    checkpoint.save(tmp_path / "theirs", other)
-    ours, theirs = (tmp_path / name / "epoch-00002-batch-0000000" for name in ("ours", "theirs"))
-    for name in ("method.safetensors", "progress.pt") if full else ("method.safetensors",):
-        (ours / name).write_bytes((theirs / name).read_bytes())
-    assert checkpoint.load(tmp_path / "ours", LIKE).epoch == 1
-    reason = "its tensors are not this method's" if full else "method.safetensors is not the file that was written"
-    assert f"{ours} cannot be read (ValueError: {reason})" in caplog.text
-
-
-def test_one_flipped_bit_is_noticed(tmp_path: Path) -> None:
-    checkpoint.save(tmp_path, state(1))
-    path = tmp_path / "epoch-00001-batch-0000000" / "method.safetensors"
-    content = bytearray(path.read_bytes())
-    content[-3] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match="no readable checkpoint"):
-        checkpoint.load(tmp_path, LIKE)
-
-
 def test_damaged_ones_of_later_places_do_not_push_good_ones_out(tmp_path: Path) -> None:
     for epoch in (1, 7, 8):
-        checkpoint.save(tmp_path, state(epoch))
+        save(tmp_path, state(epoch))
     for name in ("epoch-00007-batch-0000000", "epoch-00008-batch-0000000"):
         (tmp_path / name / "progress.pt").write_bytes(b"")
-    checkpoint.save(tmp_path, state(1))
-    checkpoint.save(tmp_path, state(2))
-    assert checkpoint.load(tmp_path, LIKE).epoch == 2
+    save(tmp_path, state(1))
+    save(tmp_path, state(2))
+    assert load(tmp_path).epoch == 2
     assert (tmp_path / "epoch-00001-batch-0000000").exists()
 
 
+@pytest.mark.parametrize("place", [".unfinished", "epoch-00001-batch-0000000"])
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_what_lies_where_one_is_to_be_goes_and_no_link_is_followed(tmp_path: Path, place: str, kind: str) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/file").write_text("mine")
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    (folder / place).write_text("half") if kind == "file" else (folder / place).symlink_to(tmp_path / "mine")
+    save(folder, state(1))
+    assert load(folder).epoch == 1
+    assert (tmp_path / "mine/file").read_text() == "mine"
+
+
 def test_without_room_it_says_so_and_leaves_nothing_half_done(tmp_path: Path) -> None:
-    checkpoint.save(tmp_path, state(1))
+    save(tmp_path, state(1))
     with file_size_limit(100), pytest.raises(OSError, match="File too large"):
-        checkpoint.save(tmp_path, state(2))
+        save(tmp_path, state(2))
     assert [path.name for path in tmp_path.iterdir()] == ["epoch-00001-batch-0000000"]
-    assert checkpoint.load(tmp_path, LIKE).epoch == 1
+    assert load(tmp_path).epoch == 1

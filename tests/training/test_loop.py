@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from training_support import TRAINING, before_step, final, image_set, trainer
+from accelerate.tracking import GeneralTracker
+from training_support import TRAINING, before_step, final, image_set, trainer, tree
 
-from ssl_gradmix import backbones
+from ssl_gradmix import GradMix, backbones
 from ssl_gradmix.evaluation.knn import knn_accuracy
 from ssl_gradmix.evaluation.rank import rankme
 from ssl_gradmix.methods.byol import BYOL
+from ssl_gradmix.methods.losses import Losses
 from ssl_gradmix.methods.simclr import SimCLR
 from ssl_gradmix.run_folder import RunFolder
 from ssl_gradmix.settings import Optimizer
-from ssl_gradmix.training.loop import check_images
+from ssl_gradmix.training.loop import Trainer, all_finite, check_images
 from ssl_gradmix.training.monitor import Monitor
 from ssl_gradmix.training.processes import create_accelerator
 
@@ -82,7 +86,7 @@ def test_a_finished_run_is_reported_and_left_alone(tmp_path: Path, capsys: pytes
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")} == before
     (tmp_path / "log.jsonl").unlink()
     trainer(tmp_path).run()
-    assert f"{tmp_path} is finished; --overwrite true starts anew" in capsys.readouterr().out
+    assert f"{tmp_path} is finished; --overwrite starts anew" in capsys.readouterr().out
 
 
 def test_the_run_folder_holds_a_backbone_that_timm_loads(tmp_path: Path) -> None:
@@ -163,23 +167,113 @@ def test_a_collapse_is_noticed_and_a_healthy_encoder_is_not_accused(
     collapsing.run()
     last = RunFolder(tmp_path / "collapsing").read_log()[-1]
     assert last["embedding_std"] < 0.1
-    line = capsys.readouterr().out.splitlines()[-1]
-    assert line.startswith(
-        f"warning: the encoder collapses, it hardly tells images apart (embedding_std {last['embedding_std']:.3f}); a "
-    )
+    told = f"the encoder collapses, it hardly tells images apart (embedding_std {last['embedding_std']:.3f}); a lower"
+    assert told in capsys.readouterr().out
+
+
+def poison(broken: Trainer, place: tuple[int, int], what: str) -> None:
+    """At this (epoch, batch) all images are NaN, or a gradient overflows while the loss is finite."""
+    parameter, views = next(broken.bare.projector.parameters()), broken.source.views
+
+    def spoil() -> None:
+        if what == "gradient":
+            parameter.register_hook(lambda gradient: gradient * torch.inf)
+        else:
+            broken.source.views = lambda batch: [view * torch.nan for view in views(batch)]
+
+    before_step(broken, place, spoil)
 
 
 @pytest.mark.parametrize(
-    ("entry", "warned"),
+    ("what", "gradmix", "message"),
     [
-        ({"embedding_std": 0.3}, False),
-        ({"embedding_std": 0.09}, True),
-        ({"embedding_std": 0.8, "rankme": 1.26}, True),  # features on a line
-        ({"embedding_std": 0.3, "rankme": 4.2}, False),
+        ("images", None, "loss is nan in epoch 2, batch 3"),
+        ("images", GradMix(layers=["layer2"]), "loss is nan in epoch 2, batch 3"),
+        ("gradient", None, "loss is nan in epoch 2, batch 4"),
     ],
 )
-def test_either_reading_tells_of_a_collapse(
-    entry: dict[str, float], warned: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("kind", [SimCLR, BYOL])
+def test_what_is_not_finite_stops_the_training_and_is_never_saved(
+    kind: type, what: str, gradmix: GradMix | None, message: str, tmp_path: Path
 ) -> None:
-    trainer(tmp_path)._warn_of_collapse(entry)
-    assert ("the encoder collapses" in capsys.readouterr().out) == warned
+    broken = trainer(tmp_path, kind)
+    broken.bare.gradmix = gradmix
+    poison(broken, (1, 2), what)
+    checkpoint = tmp_path / "checkpoint/epoch-00001-batch-0000000"
+    with pytest.raises(FloatingPointError, match=f"{message}; the last good checkpoint is {checkpoint}. A lower --opt"):
+        broken.run()
+    assert [path.name for path in (tmp_path / "checkpoint").iterdir()] == [checkpoint.name]
+    assert all(tensor.isfinite().all() for tensor in final(tmp_path).values())
+
+
+def test_weights_that_the_last_step_of_an_epoch_spoilt_are_not_saved(tmp_path: Path) -> None:
+    broken = trainer(tmp_path)
+    poison(broken, (0, 3), "gradient")
+    message = "weights, or the optimizer's state, are not finite after epoch 1, batch 4; there is no checkpoint yet"
+    with pytest.raises(FloatingPointError, match=message):
+        broken.run()
+    assert tree(tmp_path) == [".lock", "config.yaml", "log.jsonl"]
+    assert RunFolder(tmp_path).read_log() == []
+
+
+def test_all_finite_looks_at_every_floating_point_number() -> None:
+    tensors = [torch.ones(3), torch.zeros(2, 2, dtype=torch.float16), torch.tensor(5), torch.full((2,), 1e18)]
+    assert all_finite(tensors)
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        assert not all_finite([*tensors, torch.tensor([1.0, bad])])
+
+
+def test_it_says_what_it_trains_on_and_what_comes_next(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer(tmp_path / "my run", where="workers", optimizer=Optimizer(warmup_epochs=3)).run()
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first == "noise: 36 images of 2 classes (dark, bright), views in workers"
+    assert lines[1].startswith("warning: optimizer.warmup_epochs 3 is not below training.epochs 3: the learning rate ")
+    assert lines[-1].endswith(f"Next: python eval/linear_probe.py '{tmp_path}/my run'")
+
+
+def test_a_run_whose_images_changed_does_not_go_on(tmp_path: Path) -> None:
+    """Not even where config.yaml is exchanged: the checkpoint itself is of other images."""
+    stopped = trainer(tmp_path / "a")
+    before_step(stopped, (1, 1), lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit):
+        stopped.run()
+    other = trainer(tmp_path / "b", images=image_set(44))
+    shutil.copytree(tmp_path / "a/checkpoint", tmp_path / "b/checkpoint")
+    with pytest.raises(ValueError, match="no readable checkpoint in .* of another run"):
+        other.run()
+    with pytest.raises(ValueError, match=r"was started on other images \(36, now 44, in noise"):
+        trainer(tmp_path / "a", images=image_set(44))
+
+
+def test_trackers_get_name_settings_readings_and_pictures(tmp_path: Path) -> None:
+    class Noted(GeneralTracker):
+        name, requires_logging_directory = "wandb", True
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.got: list[tuple] = []
+
+        @property
+        def tracker(self) -> object:
+            return self
+
+        def store_init_configuration(self, values: dict) -> None:
+            self.got.append(("settings", values))
+
+        def log(self, values: dict, step: int, **kwargs: object) -> None:
+            self.got.append(("log", step, set(values)))
+
+        def log_images(self, values: dict, step: int) -> None:
+            self.got.append(("images", step, values["mixed views"].shape[-1], values["mixed views"].dtype))
+
+    training = replace(TRAINING, epochs=2, samples_every=2, trackers=["noted"])
+    watched = trainer(tmp_path, training=replace(training, trackers=None))
+    watched.training, noted = training, Noted()
+    watched.folder.settings = {"optimizer": {"lr": 0.1}, "gradmix": {"layers": ["layer2"]}, "run": None}
+    watched.accelerator.log_with = [noted]
+    watched.run()
+    (_, settings), *rest = noted.got
+    assert settings == {"optimizer.lr": 0.1, "gradmix.layers": "['layer2']", "run": "None"}
+    assert [entry[:2] for entry in rest] == [("log", 1), ("log", 2), ("images", 2)]
+    assert {"loss", *Losses._fields[1:], "lr", "images_per_second"} <= rest[0][2]
+    assert rest[2][2:] == (3, np.uint8)

@@ -24,6 +24,18 @@ def test_signals_are_collected_and_handlers_restored() -> None:
     assert [signal.getsignal(number) for number in signals.SIGNALS] == before
 
 
+def test_a_closed_terminal_is_a_signal_too_unless_nohup_has_it_ignored() -> None:
+    with signals.collected() as received:
+        os.kill(os.getpid(), signal.SIGHUP)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with signals.collected() as ignoring:
+            os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert (received, ignoring) == ([signal.SIGHUP], [])
+
+
 def test_a_second_one_after_a_while_does_what_it_always_does(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(signals, "ECHO", -1.0)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's shell has it ignored
@@ -52,7 +64,7 @@ def test_loader_processes_outlive_signals_to_the_whole_group_but_obey_their_pare
     epoch = source.epoch(0, 0)
     next(epoch)
     workers = source.loader._iterator._workers
-    for name in ("-INT", "-TERM"):
+    for name in ("-INT", "-TERM", "-HUP"):
         subprocess.run(["kill", name, *(str(worker.pid) for worker in workers)], check=True)
     assert len(list(epoch)) == 8
     assert all(worker.is_alive() for worker in workers)
