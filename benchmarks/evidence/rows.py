@@ -22,7 +22,7 @@ COLUMNS = (
     *("grid", "method", "variant", "data", "seed", "measure", "value", "passes", "attributions", "target_passes"),
     *("seconds", "threads", "commit", "settings"),
 )
-"""Of a row: which number, the passes of a training image as in `Passes`, what training alone took, of which commit."""
+"""Of a row: which number, the passes of a training image as in `passes`, what training alone took, of which commit."""
 
 
 @dataclass(frozen=True)
