@@ -1,7 +1,7 @@
 """Does GradMix help? A grid of cells (method, variant, data, seed), each a training run and its evaluations.
 
     python benchmarks/evidence.py --data cifar10 --jobs 2                   runs it; stopped, it goes on where it was
-    python benchmarks/evidence.py --data cifar10 --print simclr/gradmix/all/0    the commands of one cell
+    python benchmarks/evidence.py --data cifar10 --print                    its commands, such as anyone can repeat
     python benchmarks/evidence.py --report                                  tables and figures: results/evidence.md
 
 On a GPU: --grid gpu --images 50000 --epochs 100 --backbone resnet18_small --batch 512 -- --training.precision bf16
@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     add("--jobs", type=int, choices=(1, 2), default=1, help="cells at a time, which share the cores")
     add("--cache", type=Path, default=Path(".cache/evidence"), help="for images and runs (default: %(default)s)")
     add("--results", type=Path, default=RESULTS, help="file of rows; tables and figures beside it")
-    add("--print", metavar="CELL", help="print a cell's commands")
+    add("--print", action="store_true", help="print the cells' commands")
     add("--report", action="store_true", help="write the tables and figures of all rows")
     add("recipe", nargs="*", help=argparse.SUPPRESS)
     return made
@@ -58,23 +58,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         return print(*page.write(rows.read(options.results), options.results.with_suffix(".md")), sep="\n")
     if options.data is None:
         raise ValueError("--data is missing: CIFAR-10 as a folder with train/ and test/ in it")
-    grid = Grid(
-        options.grid,
-        options.data.absolute(),
-        options.images,
-        options.epochs,
-        options.batch,
-        options.backbone,
-        options.corrupted,
-        tuple(options.recipe),
-        options.cache.absolute(),
-        max(1, len(os.sched_getaffinity(0)) // options.jobs),
-    )
-    if options.print:
-        return print(*(step.shell(grid.threads) for step in steps(Cell.parse(options.print), grid)), sep="\n")
+    threads = max(1, len(os.sched_getaffinity(0)) // options.jobs)
+    common = {name: getattr(options, name) for name in ("images", "epochs", "batch", "backbone", "corrupted")}
+    data, cache = options.data.absolute(), options.cache.absolute()
+    grid = Grid(options.grid, data, **common, recipe=tuple(options.recipe), cache=cache, threads=threads)
     # All variants of a seed before the next seed, so that what there is can be compared.
     cells = itertools.product(options.methods, options.seeds, options.kinds, options.variants)
     chosen = [Cell(method, variant, kind, seed) for method, seed, kind, variant in cells]
+    if options.print:
+        return print(*(step.shell(threads) for cell in chosen for step in steps(cell, grid)), sep="\n")
     rows.finished(rows.read(options.results), grid)  # refuses another grid's name before anything runs
     failed = runner.run(chosen, grid, options.results, options.jobs)
     if failed:

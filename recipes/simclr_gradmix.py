@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     plain["training"]["precision"] = settings.training.precision = precision(settings.training)
     folder = RunFolder(settings.run)
     folder.check(plain, settings.overwrite)
-    accelerator = create_accelerator(settings.training, settings.expect_processes, folder)
+    accelerator = create_accelerator(settings.training, settings.expect_processes, folder.trackers)
     with accelerator.main_process_first(), accelerator.local_main_process_first():  # one process a machine downloads
         images = load_known(settings.data, "train")
 

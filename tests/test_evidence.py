@@ -77,29 +77,17 @@ class TestCells:
     @pytest.mark.parametrize(
         ("cell", "expected"),
         [
-            ("simclr/plain/all/0", (40, 0, 0)),
-            ("simclr/plain-more-epochs/all/0", (60, 0, 0)),
-            ("simclr/third-view/all/0", (60, 0, 0)),
-            ("simclr/random-box/all/0", (60, 0, 0)),
-            ("simclr/gradmix-layer2/known/0", (60, 20, 0)),
-            ("byol/plain/all/0", (40, 0, 40)),
-            ("byol/gradmix/two-cue/0", (60, 20, 40)),
+            ("simclr/plain/all", (40, 0, 0)),
+            ("simclr/plain-more-epochs/all", (60, 0, 0)),
+            ("simclr/third-view/all", (60, 0, 0)),
+            ("simclr/random-box/all", (60, 0, 0)),
+            ("simclr/gradmix-layer2/known", (60, 20, 0)),
+            ("byol/plain/all", (40, 0, 40)),
+            ("byol/gradmix/two-cue", (60, 20, 40)),
         ],
     )
     def test_passes(self, cell, expected, grid):
-        assert passes(Cell.parse(cell), grid) == expected
-
-    @pytest.mark.parametrize(
-        ("text", "message"),
-        [
-            ("simclr/gradmix/all", "METHOD/VARIANT/DATA/SEED"),
-            ("simclr/e/all/0", "variant must be one of plain, "),
-            ("moco/gradmix/all/0", "method must be one of simclr, byol"),
-        ],
-    )
-    def test_what_is_no_cell_is_refused(self, text, message):
-        with pytest.raises(ValueError, match=message):
-            Cell.parse(text)
+        assert passes(Cell(*cell.split("/"), 0), grid) == expected
 
 
 class TestImages:
@@ -181,8 +169,8 @@ class TestRows:
             **dict(corruption_error=0.61, ood_auroc=pytest.approx(0.8), ood_auroc_mahalanobis=0.95, rankme=33.0),
         }
         assert set(found.seconds) == {3 * 32 / 32 + 3 * 32 / 96}
-        assert rows.finished(found, grid) == {"simclr/gradmix/all/3"}
-        with pytest.raises(ValueError, match=r"--grid tiny has rows with other settings \(epochs was 20, now 21\)"):
+        assert rows.finished(found, grid) == {Cell("simclr", "gradmix", "all", 3)}
+        with pytest.raises(ValueError, match=r"--grid tiny has rows of .*'epochs': 20.*, not of .*'epochs': 21"):
             rows.finished(found, replace(grid, epochs=21))
 
         (run / "eval" / "ood.json").write_text('{"rows": []}')
@@ -206,7 +194,7 @@ class TestRows:
     def test_a_file_that_will_not_do_is_named(self, tmp_path):
         path = tmp_path / "rows.jsonl"
         rows.append(path, [row("gradmix", "linear", 0.1), row("gradmix", "linear", 0.2)])
-        with pytest.raises(ValueError, match=r"has linear of simclr/gradmix/all/0 in the grid tiny twice"):
+        with pytest.raises(ValueError, match=r"has linear of simclr/gradmix/all/0 in grid tiny twice"):
             rows.read(path)
         path.write_text(path.read_text().splitlines()[0] + '\n{"grid": "tin')
         with pytest.raises(ValueError, match=r"rows.jsonl, line 2 is no row"):
@@ -259,7 +247,7 @@ class TestPage:
         lines = text.read_text().splitlines()
         assert "| linear probe | 56.3 ± 1.5 (3) | 62.3 ± 2.1 (3) |" in lines
         # The differences are 5, 7, 6 and 5, 6, 4: their mean, and 4.3027 standard errors to either side.
-        assert "| gradmix | 62.3; **+6.0 [+3.5, +8.5]** (3) |  | 65.0; ***+5.0 [+2.5, +7.5]*** (3) |  |" in lines
+        assert "| gradmix | 62.3; **+6.0 [+3.5, +8.5]** (3) | 65.0; ***+5.0 [+2.5, +7.5]*** (3) |" in lines
         assert "| better / worse / open | 1 / 1 / 0 |" in lines  # held-out rows are not counted
         assert Image.open(figure).size > (200, 100)
         panels = {axes.get_title(loc="left"): axes for axes in page.forest(
@@ -314,7 +302,7 @@ class TestRunner:
         first = f"open({str(tmp_path / 'one')!r}, 'x')"  # fails where it is run twice
         failed = run({"one": first, "two": "print('out of luck'); raise SystemExit(3)"}, cells=2)
         assert [cell.seed for cell in failed] == [0, 1]
-        assert "simclr/gradmix/two-cue/0: failed with status 3" in capsys.readouterr().out
+        assert "simclr/gradmix/two-cue/0: failed: status 3, see" in capsys.readouterr().out
         assert "out of luck" in (grid.cache / "runs/tiny/simclr-gradmix-two-cue-0.txt").read_text()
         assert not (tmp_path / "rows.jsonl").exists()
         assert run({"one": first, "two": "pass"}) == []

@@ -210,5 +210,10 @@ def test_a_kill_at_the_very_start_does_not_lock_the_folder(tmp_path: Path, monke
     folder.check(changed)
 
 
+def test_a_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert RunFolder("~/runs/x").config == Path("/home/somebody/runs/x/config.yaml")
+
+
 def test_flat_settings() -> None:
     assert flat({"a": {"b": {"c": 1}, "d": [1, 2]}, "e": None}) == {"a.b.c": 1, "a.d": [1, 2], "e": None}

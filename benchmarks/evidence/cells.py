@@ -94,11 +94,10 @@ class Grid:
         return {"data": self.data.resolve().name, **chosen, "recipe": list(self.recipe), "ood": ["digits"]}
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One training and its evaluations; written `simclr/gradmix/all/0`.
+class Cell(NamedTuple):
+    """One training and its evaluations.
 
-    Args:
+    Attributes:
         method: One of `METHODS`.
         variant: One of `VARIANTS`.
         data: One of `DATA`.
@@ -110,45 +109,12 @@ class Cell:
     data: str
     seed: int
 
-    def __post_init__(self) -> None:
-        for name, allowed in {"method": METHODS, "variant": VARIANTS, "data": DATA}.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        if self.seed < 0:
-            raise ValueError(f"seed must be 0 or larger, got {self.seed}")
-
-    @classmethod
-    def parse(cls, text: str) -> Cell:
-        """Reads `simclr/gradmix/all/0`.
-
-        Raises:
-            ValueError: It is none.
-        """
-        parts = text.split("/")
-        if len(parts) != 4 or not parts[3].isdecimal():
-            raise ValueError(f"a cell is METHOD/VARIANT/DATA/SEED, such as simclr/gradmix/all/0, got {text!r}")
-        return cls(*parts[:3], int(parts[3]))
-
     def __str__(self) -> str:
         return f"{self.method}/{self.variant}/{self.data}/{self.seed}"
 
     def run(self, grid: Grid) -> Path:
         """Its run folder."""
         return grid.cache / "runs" / grid.name / str(self).replace("/", "-")
-
-
-class Passes(NamedTuple):
-    """How often a training image goes through an encoder in the whole training.
-
-    Attributes:
-        encoder: Of the encoder that is trained, forward and backward.
-        attribution: GradMix's backward passes to the observed layer, beside those.
-        target: Of BYOL's target network, forward only.
-    """
-
-    encoder: int
-    attribution: int
-    target: int
 
 
 class Step(NamedTuple):
@@ -167,12 +133,17 @@ def epochs(cell: Cell, grid: Grid) -> int:
     return math.ceil(grid.epochs * 3 / 2) if cell.variant == "plain-more-epochs" else grid.epochs
 
 
-def passes(cell: Cell, grid: Grid) -> Passes:
-    """Counts the passes of a cell's training: views times epochs."""
+def passes(cell: Cell, grid: Grid) -> tuple[int, int, int]:
+    """Passes of a training image in the whole training.
+
+    Returns:
+        Through the encoder, forward and backward; GradMix's backward passes to the observed layer beside those; and
+        through BYOL's target network, forward only.
+    """
     settings, n = VARIANTS[cell.variant], epochs(cell, grid)
     views = 2 if settings["extra_view"] == "none" else 3
     attributed = settings["extra_view"] == "gradmix" and settings.get("gradmix.region") not in ("random", "center")
-    return Passes(views * n, n if attributed else 0, 2 * n if cell.method == "byol" else 0)
+    return views * n, n if attributed else 0, 2 * n if cell.method == "byol" else 0
 
 
 def steps(cell: Cell, grid: Grid) -> list[Step]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from evidence.cells import DATA, VARIANTS, options
-from evidence.rows import CHOSEN_BY, MEASURES, Measure, differences
+from evidence.rows import CHOSEN_BY, MEASURES, differences
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -64,7 +64,7 @@ def write(rows: pd.DataFrame, path: Path) -> list[Path]:
             figure.savefig(written[-1], dpi=120)
             parts += [f"### Against {REFERENCE}, in short", "", *summary(found), ""]
             parts += [f"![Differences to {REFERENCE} with 95% intervals]({written[-1].name})", ""]
-        parts += ["### Means ± standard deviations over seeds (number of seeds)", "", *_numbers(found)]
+        parts += ["### Means ± standard deviations over seeds (number of seeds)", "", *_means(found)]
         for reference in REFERENCES:
             compared = differences(found, reference)
             if len(compared):
@@ -81,19 +81,11 @@ def in_order(variants: Iterable[str]) -> list[str]:
 
 def summary(rows: pd.DataFrame) -> list[str]:
     """Markdown lines: variants by the measures in `SHORT`, mean and paired difference to `REFERENCE`."""
-    compared = differences(rows, REFERENCE)
-
-    def cell(variant: str, measure: str) -> str:
-        values = rows[(rows.variant == variant) & (rows.measure == measure)].value
-        if not len(values):
-            return ""
-        mean = number(MEASURES[measure], values.mean())
-        if (measure, variant) not in compared.index:
-            return f"{mean} ({len(values)})"
-        return f"{mean}; {difference(measure, compared.loc[measure, variant])}"
-
-    lines = [[variant, *(cell(variant, measure) for measure in SHORT)] for variant in in_order(rows.variant)]
-    return table(["variant", *(MEASURES[measure].title for measure in SHORT)], lines)
+    found = rows[rows.measure.isin(SHORT)].groupby(["measure", "variant"]).value.agg(["mean", "count"])
+    behind = texts(differences(rows, REFERENCE), difference).reindex(found.index)
+    cells = texts(found, lambda measure, row: number(measure, row["mean"])) + "; " + behind
+    cells = cells.fillna(texts(found, lambda measure, row: f"{number(measure, row['mean'])} ({row['count']:.0f})"))
+    return pivot(cells.swaplevel())
 
 
 def _described(rows: pd.DataFrame) -> list[str]:
@@ -133,35 +125,37 @@ def _cells(rows: pd.DataFrame) -> list[str]:
     ]
 
 
-def _numbers(rows: pd.DataFrame) -> list[str]:
-    found = rows.groupby(["measure", "variant"]).value.agg(["mean", "std", "count"])
+def _means(rows: pd.DataFrame) -> list[str]:
+    def text(measure: str, row: pd.Series) -> str:
+        spread = f" ± {number(measure, row['std'])}" if row["count"] > 1 else ""
+        return f"{number(measure, row['mean'])}{spread} ({row['count']:.0f})"
 
-    def cell(measure: str, variant: str) -> str:
-        mean, spread, count = found.loc[measure, variant]
-        spread = "" if math.isnan(spread) else f" ± {number(MEASURES[measure], spread)}"
-        return f"{number(MEASURES[measure], mean)}{spread} ({count:.0f})"
-
-    return _by_measure(found, cell)
+    return pivot(texts(rows.groupby(["measure", "variant"]).value.agg(["mean", "std", "count"]), text))
 
 
 def _differences(compared: pd.DataFrame) -> list[str]:
-    lines = _by_measure(compared, lambda measure, variant: difference(measure, compared.loc[measure, variant]))
-    counted = compared.drop(index=[name for name in CHOSEN_BY if name in compared.index], level="measure")
+    counted = compared[~compared.index.isin(CHOSEN_BY, level="measure")]
     verdicts = counted.groupby("variant").verdict.value_counts().unstack(fill_value=0)
-    verdicts = verdicts.reindex(columns=["better", "worse", "open"], fill_value=0)
-    ends = [" / ".join(map(str, verdicts.loc[name])) for name in in_order(compared.index.get_level_values("variant"))]
-    return [*lines, *table(["better / worse / open", *ends], [])[:1]]
+    verdicts = verdicts.reindex(in_order(verdicts.index), columns=["better", "worse", "open"], fill_value=0)
+    ends = [" / ".join(map(str, line)) for line in verdicts.values]
+    return [*pivot(texts(compared, difference)), f"| better / worse / open | {' | '.join(ends)} |"]
 
 
-def _by_measure(found: pd.DataFrame, cell: Callable[[str, str], str]) -> list[str]:
-    """A line a measure, a column a variant, of what `found` holds by both."""
-    variants = in_order(found.index.get_level_values("variant"))
-    lines = [
-        [measure.title, *(cell(name, variant) if (name, variant) in found.index else "" for variant in variants)]
-        for name, measure in MEASURES.items()
-        if name in found.index
-    ]
-    return table(["measure", *variants], lines)
+def texts(found: pd.DataFrame, text: Callable[[str, pd.Series], str]) -> pd.Series:
+    """What `text` makes of each line's measure and numbers, by measure and variant."""
+    return pd.Series([text(key[0], row) for key, row in found.iterrows()], found.index, dtype=object)
+
+
+def pivot(cells: pd.Series) -> list[str]:
+    """Markdown lines of texts by two names, measures and variants in their usual order."""
+    frame = cells.unstack(fill_value="")
+    order = [*MEASURES, *VARIANTS]
+    frame = frame.sort_index(key=lambda names: names.map(order.index))
+    frame = frame.sort_index(axis=1, key=lambda names: names.map(order.index))
+    titles = {name: measure.title for name, measure in MEASURES.items()}
+    frame = frame.rename(index=titles, columns=titles)
+    lines = [[name, *line] for name, line in zip(frame.index, frame.values, strict=True)]
+    return table([frame.index.name, *frame.columns], lines)
 
 
 def table(header: list[str], lines: list[list[str]]) -> list[str]:
@@ -171,15 +165,15 @@ def table(header: list[str], lines: list[list[str]]) -> list[str]:
 
 def difference(measure: str, found: pd.Series) -> str:
     """A paired difference with its interval, marked by its verdict."""
-    text = number(MEASURES[measure], found["mean"], "+")
+    text = number(measure, found["mean"], "+")
     if not math.isnan(found.low):
-        text += f" [{number(MEASURES[measure], found.low, '+')}, {number(MEASURES[measure], found.high, '+')}]"
+        text += f" [{number(measure, found.low, '+')}, {number(measure, found.high, '+')}]"
     mark = {"better": "**", "worse": "***", "open": ""}[found.verdict]
     return f"{mark}{text}{mark} ({found.seeds})"
 
 
-def number(measure: Measure, value: float, sign: str = "") -> str:
-    shown = round(100 * value if measure.percent else value, 1) + 0.0  # no "-0.0"
+def number(measure: str, value: float, sign: str = "") -> str:
+    shown = round(float(100 * value if MEASURES[measure].percent else value), 1) + 0.0  # no "-0.0"
     return f"{shown:{sign}.1f}".replace("-", "−")
 
 

@@ -22,7 +22,7 @@ COLUMNS = (
     *("grid", "method", "variant", "data", "seed", "measure", "value", "passes", "attributions", "target_passes"),
     *("seconds", "threads", "commit", "settings"),
 )
-"""Of a row: which number, the passes of a training image as in `Passes`, what training alone took, of which commit."""
+"""Of a row: which number, the passes of a training image as in `passes`, what training alone took, of which commit."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def condense(cell: Cell, grid: Grid) -> list[dict[str, Any]]:
     run = cell.run(grid)
     config = yaml.safe_load((run / "config.yaml").read_text())
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    about = dict(grid=grid.name, method=cell.method, variant=cell.variant, data=cell.data, seed=cell.seed)
+    about = dict(grid=grid.name, **cell._asdict())
     cost = dict(zip(("passes", "attributions", "target_passes"), passes(cell, grid), strict=True))
     cost |= dict(seconds=round(_seconds(log, config["training"]["batch_size"]), 1), threads=grid.threads)
     origin = dict(commit=config["environment"]["commit"], settings=grid.settings())
@@ -155,15 +155,14 @@ def read(path: Path) -> pd.DataFrame:
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}, line {number} is no row: {error!r}") from error
     frame = pd.DataFrame(rows, columns=COLUMNS)
-    twice = frame[frame.duplicated(["grid", "method", "variant", "data", "seed", "measure"])]
+    twice = frame[frame.duplicated(["grid", *Cell._fields, "measure"])]
     if len(twice):
         row = twice.iloc[0]
-        cell = f"{row.method}/{row.variant}/{row.data}/{row.seed}"
-        raise ValueError(f"{path} has {row.measure} of {cell} in the grid {row.grid} twice: remove one")
+        raise ValueError(f"{path} has {row.measure} of {Cell(*row[list(Cell._fields)])} in grid {row.grid} twice")
     return frame
 
 
-def finished(rows: pd.DataFrame, grid: Grid) -> set[str]:
+def finished(rows: pd.DataFrame, grid: Grid) -> set[Cell]:
     """The cells of a grid that have rows.
 
     Raises:
@@ -171,11 +170,9 @@ def finished(rows: pd.DataFrame, grid: Grid) -> set[str]:
     """
     mine, wanted = rows[rows.grid == grid.name], grid.settings()
     for settings in mine.settings:
-        other = [f"{name} was {settings[name]!r}, now {wanted[name]!r}" for name in wanted]
-        other = [text for text, name in zip(other, wanted, strict=True) if settings[name] != wanted[name]]
-        if other:
-            raise ValueError(f"--grid {grid.name} has rows with other settings ({'; '.join(other)}): name another grid")
-    return {f"{row.method}/{row.variant}/{row.data}/{row.seed}" for row in mine.itertuples()}
+        if settings != wanted:
+            raise ValueError(f"--grid {grid.name} has rows of {settings}, not of {wanted}: name another grid")
+    return {Cell(*row) for row in mine[list(Cell._fields)].itertuples(index=False)}
 
 
 def differences(rows: pd.DataFrame, reference: str) -> pd.DataFrame:

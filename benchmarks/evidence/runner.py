@@ -37,15 +37,21 @@ def run(cells: Sequence[Cell], grid: Grid, results: Path, jobs: int) -> list[Cel
         while waiting or running:
             while waiting and len(running) < jobs:
                 cell = waiting.pop(0)
-                running[cell] = Running(cell, grid, results)
-            for cell, each in list(running.items()):
-                status = each.advance()
-                if status is not None:
-                    running.pop(cell).output.close()
-                    failed += [cell] if status else []
+                running[cell] = commands(cell, grid, results), None
+            for cell, (started, process) in list(running.items()):
+                if process is not None and process.poll() is None:
+                    continue
+                try:
+                    running[cell] = started, next(started)
+                except StopIteration:
+                    del running[cell]
+                except (ValueError, KeyError, OSError) as error:
+                    print(f"{cell}: failed: {error}", flush=True)
+                    failed.append(cell)
+                    del running[cell]
             time.sleep(0.05)
     finally:
-        processes = [each.process for each in running.values() if each.process is not None]
+        processes = [process for _, process in running.values() if process is not None]
         for process in processes:
             process.terminate()
         for process in processes:
@@ -57,58 +63,33 @@ def run(cells: Sequence[Cell], grid: Grid, results: Path, jobs: int) -> list[Cel
     return failed
 
 
-class Running:
-    """A cell that is being run.
+def commands(cell: Cell, grid: Grid, results: Path) -> Iterator[subprocess.Popen]:
+    """Starts what a cell still lacks, one command whenever it is asked for the next, and appends the cell's rows.
 
-    Args:
-        cell: The cell.
-        grid: Of the cell.
-        results: File of rows.
+    Raises:
+        ValueError: A command has failed, or its results are not what is wanted.
     """
-
-    def __init__(self, cell: Cell, grid: Grid, results: Path) -> None:
-        self.cell, self.grid, self.results = cell, grid, results
-        self.process: subprocess.Popen | None = None
-        run = cell.run(grid)
-        run.parent.mkdir(parents=True, exist_ok=True)
-        self.output = run.with_name(f"{run.name}.txt").open("ab")
-        self.waiting = self._steps()
-
-    def _steps(self) -> Iterator[Step]:
-        """The steps that are still to be done."""
+    run = cell.run(grid)
+    run.parent.mkdir(parents=True, exist_ok=True)
+    with run.with_name(f"{run.name}.txt").open("ab") as output:
         # Commands inherit the lock with the file that they write to: one that outlives this process keeps others
         # from its run folder.
         try:
-            fcntl.flock(self.output, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(output, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"{self.cell}: another process runs it", flush=True)
+            print(f"{cell}: another process runs it", flush=True)
             return
-        if str(self.cell) in rows.finished(rows.read(self.results), self.grid):
+        if cell in rows.finished(rows.read(results), grid):
             return
-        print(f"{self.cell}: output in {self.output.name}", flush=True)
-        for step in steps(self.cell, self.grid):
+        print(f"{cell}: output in {output.name}", flush=True)
+        for step in steps(cell, grid):
             if step.writes is None or not step.writes.exists():
-                yield step
-        rows.append(self.results, rows.condense(self.cell, self.grid))
-        print(f"{self.cell}: done", flush=True)
-
-    def advance(self) -> int | None:
-        """Starts the next command where the last one has ended; the cell's status once it is done or has failed."""
-        status = 0 if self.process is None else self.process.poll()
-        if status is None:
-            return None
-        if status:
-            print(f"{self.cell}: failed with status {status}, see {self.output.name}", flush=True)
-            return status
-        try:
-            step = next(self.waiting, None)
-        except (ValueError, KeyError, OSError) as error:
-            print(f"{self.cell}: no rows: {error}", flush=True)
-            return 1
-        if step is None:
-            return 0
-        self.process = start(step, self.output, self.grid.threads)
-        return None
+                process = start(step, output, grid.threads)
+                yield process
+                if process.returncode != 0:
+                    raise ValueError(f"status {process.returncode}, see {output.name}")
+        rows.append(results, rows.condense(cell, grid))
+        print(f"{cell}: done", flush=True)
 
 
 def start(step: Step, output: BinaryIO, threads: int) -> subprocess.Popen:

@@ -1,11 +1,17 @@
-"""What a training says: a line an epoch, and warnings of what goes wrong in silence."""
+"""What a training says: a line an epoch, warnings of what goes wrong in silence, and what trackers get."""
 
 from __future__ import annotations
 
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+from accelerate import Accelerator
+from PIL import Image
 from tqdm.auto import tqdm
+
+from ssl_gradmix.run_folder import RunFolder, flat
 
 COLLAPSED_STD = 0.1
 COLLAPSED_RANK = 2.0
@@ -69,3 +75,22 @@ def warnings(entry: dict[str, Any]) -> list[str]:
             "another layer in --gradmix.layers, or --training.precision no, may help"
         )
     return found
+
+
+def start_trackers(accelerator: Accelerator, folder: RunFolder) -> None:
+    """Opens the trackers of a training, with its name and settings; what they write lies in the run folder."""
+    folder.trackers.mkdir(parents=True, exist_ok=True)
+    # TensorBoard takes neither lists nor null.
+    settings = {n: v if isinstance(v, bool | int | float | str) else str(v) for n, v in flat(folder.settings).items()}
+    wandb = {"name": folder.path.resolve().name, "dir": str(folder.trackers)}
+    accelerator.init_trackers("ssl_gradmix", settings, {"wandb": wandb})
+
+
+def show(accelerator: Accelerator, picture: Path, epoch: int) -> None:
+    """Hands a picture of mixed views to the trackers that take pictures."""
+    for tracker in accelerator.trackers:
+        if tracker.name in ("tensorboard", "wandb"):
+            with Image.open(picture) as opened:
+                pixels = np.asarray(opened.convert("RGB"))[None]
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({"mixed views": pixels}, step=epoch, **layout)

@@ -27,7 +27,7 @@ from ssl_gradmix.files import write_whole
 from ssl_gradmix.methods.losses import Losses
 from ssl_gradmix.run_folder import RunFolder
 from ssl_gradmix.settings import Augmentation, Optimizer, Training
-from ssl_gradmix.training import batches, checkpoint, log, optimizers, processes, samples, signals
+from ssl_gradmix.training import batches, checkpoint, log, optimizers, samples, signals
 from ssl_gradmix.training.monitor import Monitor
 
 logger = logging.getLogger("ssl_gradmix")
@@ -151,7 +151,7 @@ class Trainer:
                 return
             self._say_what_begins()
             if self.training.trackers:
-                processes.start_trackers(self.accelerator, self.folder)
+                log.start_trackers(self.accelerator, self.folder)
             began, first = time.perf_counter(), self.epoch
             with signals.collected() as received:
                 while self.epoch < self.training.epochs:
@@ -167,7 +167,7 @@ class Trainer:
                 self.accelerator.end_training()
             path = shlex.quote(str(self.folder.path))
             self._say(f"finished; the results are in {path}. Next: python eval/linear_probe.py {path}")
-        except (ValueError, OSError, FloatingPointError) as error:
+        except (ValueError, OSError) as error:
             # What ends one process alone, such as a broken image in its share, is not known to the one that speaks.
             if not self.accelerator.is_main_process:
                 logger.error("process %d: %s", self.accelerator.process_index, error)
@@ -330,7 +330,7 @@ class Trainer:
             path = self.folder.samples / f"epoch-{self.epoch:05d}.png"
             with self._writing():
                 samples.draw(views[0], mixed, self.mean, self.std, path)
-            processes.show(self.accelerator, path, self.epoch)
+            log.show(self.accelerator, path, self.epoch)
 
     def _save(self) -> None:
         path = checkpoint.path_of(self.folder.checkpoint, self.epoch, self.batch)
