@@ -5,6 +5,7 @@ Attacks are planted and shown to work where they are let in. What a report reads
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import os
@@ -113,11 +114,32 @@ def refusal(capsys: pytest.CaptureFixture[str]) -> str:
 @pickled
 @pytest.mark.parametrize("name", ["progress.pt", "method.safetensors"])
 def test_a_checkpoint(tmp_path: Path, planted: Planted, write: Callable, name: str) -> None:
-    state = checkpoint.State(1, 0, {}, {"x": torch.zeros(2)}, {}, None)
-    checkpoint.save(tmp_path, state)
-    write(planted, tmp_path / "epoch-00001-batch-0000000" / name)
+    """Its manifest, which may be of strangers too, says that all is right."""
+    path = save_checkpoint(tmp_path, 1)
+    write(planted, path / name)
+    sign(path)
     with pytest.raises(ValueError, match="no readable checkpoint in"):
-        checkpoint.load(tmp_path, state.method)
+        load_checkpoint(tmp_path)
+
+
+OPTIMIZER = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1)
+
+
+def save_checkpoint(folder: Path, epoch: int) -> Path:
+    state = checkpoint.State(epoch, 0, {}, {"x": torch.zeros(2)}, OPTIMIZER.state_dict(), None)
+    checkpoint.save(folder, state, "a run")
+    return folder / f"epoch-{epoch:05d}-batch-0000000"
+
+
+def load_checkpoint(folder: Path) -> checkpoint.State | None:
+    return checkpoint.load(folder, "a run", {"x": torch.zeros(2)}, OPTIMIZER)
+
+
+def sign(path: Path) -> None:
+    """Makes a checkpoint's manifest fit its files."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["sha256"] = {name: hashlib.sha256((path / name).read_bytes()).hexdigest() for name in manifest["sha256"]}
+    (path / "manifest.json").write_text(json.dumps(manifest))
 
 
 @pickled
@@ -526,16 +548,16 @@ def test_a_checkpoint_whose_archive_lies_is_passed_over(
     tmp_path: Path, claimed: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     for epoch in (1, 2):
-        state = checkpoint.State(epoch, 0, {}, {"x": torch.zeros(2)}, {"big": torch.zeros(4096)}, None)
-        checkpoint.save(tmp_path, state)
-    path = tmp_path / "epoch-00002-batch-0000000" / "progress.pt"
+        folder = save_checkpoint(tmp_path, epoch)
+    path = folder / "progress.pt"
     content = bytearray(path.read_bytes())
     with zipfile.ZipFile(path) as archive:
         directory = archive.start_dir
     for offset in (20, 24):  # sizes in the first entry of the archive's directory, packed and unpacked
         struct.pack_into("<I", content, directory + offset, claimed)
     path.write_bytes(content)
-    assert checkpoint.load(tmp_path, state.method).epoch == 1
+    sign(folder)
+    assert load_checkpoint(tmp_path).epoch == 1
     assert "epoch-00002-batch-0000000 cannot be read" in caplog.text
 
 

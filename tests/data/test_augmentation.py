@@ -44,7 +44,7 @@ def view_of(images: torch.Tensor, settings: Augmentation, size: int = 32, seed: 
 def test_resized_crop_is_torchvisions_antialiased_one(height: int, width: int, size: int) -> None:
     images = photographs(12, height, width)
     torch.manual_seed(1)
-    boxes = augmentation.crop_boxes(torch.tensor([[height, width]]).expand(12, 2), 0.05)
+    boxes = augmentation.crop_boxes(torch.tensor([[height, width]]).expand(12, 2), 0.05, torch.rand(12, CROP_NUMBERS))
     boxes[0], boxes[1] = torch.tensor([0, 0, height, width]), torch.tensor([height - 1, 3, 1, 2])
     flip = torch.tensor([0.0, 1.0]).repeat(6).view(12, 1)
 

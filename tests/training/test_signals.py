@@ -10,6 +10,7 @@ import pytest
 import torch
 from training_support import image_set
 
+from ssl_gradmix.data.augmentation import Views
 from ssl_gradmix.settings import Augmentation
 from ssl_gradmix.training import batches, signals
 
@@ -50,17 +51,9 @@ def test_a_second_one_after_a_while_does_what_it_always_does(monkeypatch: pytest
 
 
 def test_loader_processes_outlive_signals_to_the_whole_group_but_obey_their_parent() -> None:
-    source = batches.create(
-        image_set(),
-        Augmentation(),
-        batches.BatchIndices(36, 4, 0),
-        16,
-        (0.5,) * 3,
-        (0.5,) * 3,
-        2,
-        2,
-        torch.device("cpu"),
-    )
+    views = Views(Augmentation(), 16, (0.5,) * 3, (0.5,) * 3)
+    indices = batches.BatchIndices(36, 4, 0)
+    source = batches.Batches(image_set(), views, indices, 2, "workers", 2, torch.device("cpu"))
     epoch = source.epoch(0, 0)
     next(epoch)
     workers = source.loader._iterator._workers
