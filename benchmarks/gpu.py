@@ -1,10 +1,14 @@
-"""Everything that is to be measured on a GPU, in parts of at most ten minutes each; done parts are skipped.
+"""What a GPU is to be asked, in parts that each call runs for at most so many minutes; finished parts are skipped.
 
-Each part is a command line that this script prints and runs; what it prints is kept in OUT/<part>.md, and a training
-that runs out of time goes on where it stopped when the part is run again.
+    python benchmarks/gpu.py --data cifar10 --out .gpu --parts step profile throughput    # about 6 minutes
+    python benchmarks/gpu.py --data cifar10 --out .gpu --parts simclr                     # about 6
+    python benchmarks/gpu.py --data cifar10 --out .gpu --parts plain byol                 # the controls
+    python benchmarks/gpu.py --data cifar10 --out .gpu                                    # what is left
+    python benchmarks/gpu.py --tiny --out .gpu/tiny                                       # a rehearsal on a CPU
 
-    python benchmarks/gpu.py --data data --out results/gpu            # all parts, CIFAR-10 as torchvision keeps it
-    python benchmarks/gpu.py --data cifar10 --folder --out results/gpu --part simclr-200 --minutes 9.5
+The data is CIFAR-10 as class folders in train/ and test/. A part is a list of command lines that need no installed
+package; what it prints is kept in OUT/<part>.md. A part that runs out of time leaves what it printed until then, and a
+training goes on where it stopped when the same call is repeated. OUT/summary.md has all of it.
 """
 
 from __future__ import annotations
@@ -21,99 +25,135 @@ from pathlib import Path
 import timing
 import torch
 
-HERE = Path(__file__).parent
-STEP = [str(HERE / "step_cost.py"), "--precision", "bfloat16", "--rounds", "30"]
-CIFAR = [
-    *("--backbone.name", "resnet18_small", "--training.batch_size", "512", "--training.precision", "bf16"),
-    *("--training.epochs", "200", "--training.knn_every", "20", "--optimizer.warmup_epochs", "10"),
-]
+ROOT = Path(__file__).parents[1]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="data", help="where CIFAR-10 lies (default: %(default)s)")
-    parser.add_argument("--folder", action="store_true", help="it lies there as class folders in train/ and test/")
+    parser.add_argument("--data", type=Path, help="CIFAR-10 as a folder; not needed with --tiny")
     parser.add_argument("--out", type=Path, required=True, help="folder for tables and runs")
-    parser.add_argument("--part", nargs="+", help="only these; all by default")
-    parser.add_argument("--minutes", type=float, default=9.5, help="of all parts together (default: %(default)s)")
+    parser.add_argument("--parts", nargs="+", help="only these (default: all)")
+    parser.add_argument("--minutes", type=float, default=9.5, help="of this call (default: %(default)s)")
+    parser.add_argument("--tiny", action="store_true", help="rehearse on a CPU: tiny sizes, digits, a minute")
     options = parser.parse_args()
+    if not options.tiny and not (torch.cuda.is_available() and options.data):
+        parser.error("a GPU and --data are needed; --tiny rehearses without")
+    commands = parts(options)
+    unknown = set(options.parts or ()) - set(commands)
+    if unknown:
+        parser.error(f"--parts: {', '.join(sorted(unknown))}; there are {', '.join(commands)}")
     options.out.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 60 * options.minutes
-    print(timing.origin("cuda"))
-    commands = parts(options)
-    for name in options.part or commands:
+    for name in options.parts or commands:
         done = options.out / f"{name}.md"
         if done.exists():
-            print(f"{name}: done, see {done}")
+            state = "done before"
         elif time.monotonic() >= deadline:
-            print(f"{name}: no time left, run it again")
-        elif run(name, commands[name], done, deadline):
-            print(f"{name}: written to {done}", flush=True)
+            state = "no time left, repeat the call"
         else:
-            print(f"{name}: out of time or failed, run it again", flush=True)
+            began = time.monotonic()
+            state = "done" if run(commands[name], done, deadline) else "out of time or failed, repeat the call"
+            state += f", {time.monotonic() - began:.0f} s"
+        print(f"{name}: {state}", flush=True)
+        summarize(list(commands), options.out)
 
 
-def parts(options: argparse.Namespace) -> dict[str, list[str]]:
-    """Command lines by name, the most wanted first."""
-    data = ["--data.name", "folder" if options.folder else "cifar10", "--data.root", options.data]
-    recipes = HERE.parent / "recipes"
+def parts(options: argparse.Namespace) -> dict[str, list[list[str]]]:
+    """Command lines by the part's name, the most wanted first."""
+    out = options.out.absolute()
+    data = ["--data.name", "folder", "--data.root", str(options.data and options.data.absolute())]
+    small, vit = "resnet18_small", ["vit_small_patch16_224", "--kwargs", '{"img_size": 32, "patch_size": 4}']
+    if options.tiny:
+        data, small = ["--data.name", "digits", "--data.classes", "[0, 1]", "--data.size", "16"], "resnet10_tiny"
+        vit = ["vit_tiny_patch16_224", "--kwargs", '{"img_size": 32, "patch_size": 4, "embed_dim": 24}']
 
-    def train(recipe: str, name: str, *settings: str) -> list[str]:
-        run = ["--run", str(options.out / name)]
-        return [str(recipes / f"{recipe}_gradmix.py"), *data, *CIFAR, *settings, *run]
+    def step(*backbone: str, batch: str = "512") -> list[str]:
+        tiny = ["--device", "cpu", "--rounds", "1", "--batch", "2"]
+        usual = ["--device", "cuda", "--precision", "bfloat16", "--rounds", "30", "--batch", *batch.split()]
+        return ["benchmarks/step_cost.py", *(tiny if options.tiny else usual), "--backbone", *backbone]
 
-    small_vit = ["--backbone", "vit_small_patch16_224", "--kwargs", '{"img_size": 32, "patch_size": 4}']
-    return {
-        "roofline": [str(HERE / "roofline.py")],
-        "step-resnet18": [*STEP, "--batch", "512"],
-        "profile-resnet18": [*STEP, "--batch", "512", "--profile"],
-        "throughput": [
-            *(str(HERE / "throughput.py"), "--backbone", "resnet18_small", "--batch", "512", "--images", "50000"),
-            *("--precision", "bf16", "--rounds", "3", "--rows", "step", "step NCHW", "step compiled", "step fused"),
-            *("loop", "plain loop"),
-        ],
-        "simclr-200": train("simclr", "simclr-200", "--optimizer.lr", "0.12"),
-        "augmentation": [str(HERE / "augmentation.py"), "--batch", "512"],
-        "throughput-workers": [
-            *(str(HERE / "throughput.py"), "--backbone", "resnet18_small", "--batch", "512", "--images", "25600"),
-            *("--precision", "bf16", "--workers", str(len(os.sched_getaffinity(0))), "--rounds", "3"),
-            *("--rows", "step", "loop workers", "loop pageable", "plain loop", "lightly"),
-        ],
-        "step-resnet50": [*STEP, "--batch", "256", "--backbone", "resnet50_small"],
-        "step-vit": [*STEP, "--batch", "256", *small_vit, "--layers", "blocks.8", "blocks.5"],
-        "step-float32": [*STEP, "--batch", "512", "--precision", "float32"],
-        "scaling": [
-            *(str(HERE / "scaling.py"), "--backbone", "resnet18_small", "--batches", "64", "256", "1024"),
-            *("--batch", "128", "--processes", "1", "--global-batch", "512", "--precision", "bfloat16"),
-        ],
-        "evaluation": [str(HERE / "evaluation_speed.py"), "--images", "50000", "--rounds", "3"],
-        "simclr-200-plain": train("simclr", "simclr-200-plain", "--optimizer.lr", "0.12", "--extra_view", "none"),
-        "byol-200": train("byol", "byol-200", "--optimizer.lr", "0.12", "--augmentation.min_scale", "0.2"),
+    def throughput(*rows: str) -> list[str]:
+        tiny = ["--device", "cpu", "--batch", "8", "--images", "16", "--workers", "1"]
+        usual = ["--device", "cuda", "--batch", "512", "--images", "50000", "--data", data[-1], "--precision", "bf16"]
+        usual += ["--workers", str(len(os.sched_getaffinity(0)))]
+        sizes = ["--backbone", small, "--rounds", "1", *(tiny if options.tiny else usual)]
+        return ["benchmarks/throughput.py", *sizes, "--rows", *rows]
+
+    def train(recipe: str, name: str, *given: str) -> list[list[str]]:
+        epochs, batch, precision = ("1", "64", "no") if options.tiny else ("100", "512", "bf16")
+        settings = ["--backbone.name", small, "--training.epochs", epochs, "--training.batch_size", batch]
+        settings += ["--training.precision", precision, "--training.knn_every", "20", "--run", str(out / name)]
+        settings += ["--optimizer.lr", "0.12", "--optimizer.warmup_epochs", "0.5" if options.tiny else "10"]
+        probe = [["eval/linear_probe.py", str(out / name)]] if not options.tiny or name == "simclr" else []
+        return [[f"recipes/{recipe}_gradmix.py", *data, *settings, *given], *probe]
+
+    loops = ("loop", "plain loop", "step", "step NCHW", "step fused")
+    chosen = {
+        "step": [step(small)],
+        "profile": [step(small, "--profile")],
+        "throughput": [throughput(*loops, *([] if options.tiny else ["step benchmark"]), "lightly")],
+        "simclr": train("simclr", "simclr"),
+        "plain": train("simclr", "plain", "--extra_view", "none"),
+        "byol": train("byol", "byol", "--augmentation.min_scale", "0.2"),
+        "vit": [step(*vit, "--layers", "blocks.8", "blocks.5", "--method", "simclr", batch="256")],
     }
+    if not options.tiny:  # as sizes differ alone, or a compiler is needed
+        chosen["batches"] = [step(small, "--method", "simclr", batch="64 256 1024")]
+        chosen["compiled"] = [throughput("step", "step compiled")]
+    return chosen
 
 
-def run(name: str, command: list[str], done: Path, deadline: float) -> bool:
+def run(commands: list[list[str]], done: Path, deadline: float) -> bool:
     """Runs a part until the deadline; SIGTERM then lets a training save its state."""
-    print(f"$ python {shlex.join(command)}", flush=True)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    if not torch.cuda.is_available():
+        environment["OMP_NUM_THREADS"] = "1"  # tiny batches, and other work beside them
     partial = done.with_suffix(".partial")
-    with partial.open("a") as output:
-        output.write(f"`python {shlex.join(command)}`, {timing.origin('cuda')}\n\n")
-        output.flush()
-        process = subprocess.Popen(
-            [sys.executable, *command], stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        try:
-            process.wait(deadline - time.monotonic())
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGTERM)  # what a part started would go on and disturb the next
-            process.wait()
-            return False
-    if process.returncode == 0:
-        partial.rename(done)
-    return process.returncode == 0
+    partial.unlink(missing_ok=True)
+    with partial.open("w") as output:
+        for command in commands:
+            output.write(f"`python {shlex.join(command)}`\n\n")
+            output.flush()
+            process = subprocess.Popen(
+                [sys.executable, *command],
+                cwd=ROOT,
+                env=environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            try:
+                status = process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                stop(process)
+                return False
+            if status != 0:
+                return False
+    partial.rename(done)
+    return True
+
+
+def stop(process: subprocess.Popen) -> None:
+    """Ends a part with all that it started, which would disturb the next one."""
+    os.killpg(process.pid, signal.SIGTERM)
+    try:
+        process.wait(30)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def summarize(names: list[str], out: Path) -> None:
+    """Writes what all parts have printed so far, the last lines of long ones."""
+    text = [timing.origin("cuda" if torch.cuda.is_available() else "cpu"), ""]
+    for name in names:
+        for path in (out / f"{name}.md", out / f"{name}.partial"):
+            if path.exists():
+                lines = path.read_text(errors="replace").splitlines()
+                unfinished = " (unfinished)" if path.suffix == ".partial" else ""
+                text += [f"## {name}{unfinished}", "", *lines[-80:], ""]
+    (out / "summary.md").write_text("\n".join(text))
 
 
 if __name__ == "__main__":
-    if not torch.cuda.is_available():
-        sys.exit("no GPU here: this script measures nothing on a CPU")
     main()

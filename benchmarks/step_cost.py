@@ -14,6 +14,7 @@ would have to be augmented, while the mixed view is not. On a GPU the step runs 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import time
 from collections import defaultdict
@@ -24,6 +25,7 @@ from functools import wraps
 import timing
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from ssl_gradmix import GradMix, attribution, backbones
 from ssl_gradmix import gradmix as gradmix_module
@@ -42,7 +44,7 @@ def main() -> None:
     parser.add_argument("--backbone", default="resnet18_small", help="any timm model (default: %(default)s)")
     parser.add_argument("--kwargs", type=json.loads, default={}, help="the model's own arguments, as JSON")
     parser.add_argument("--size", type=int, default=32, help="side of the images in pixels (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=32, help="images a step (default: %(default)s)")
+    parser.add_argument("--batch", type=int, nargs="+", default=[32], help="images a step (default: %(default)s)")
     parser.add_argument(
         "--layers",
         nargs=2,
@@ -55,11 +57,13 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     print(
-        f"{options.backbone}, {options.size} px, batch {options.batch}, {options.precision}, {options.rounds} rounds, "
+        f"{options.backbone}, {options.size} px, {options.precision}, {options.rounds} rounds, "
         f"{timing.origin(options.device)}\n"
     )
-    for name in options.method:
-        print(f"{name}\n\n{(profile if options.profile else ratios)(METHODS[name], options)}\n", flush=True)
+    report = profile if options.profile else ratios
+    for name, batch in itertools.product(options.method, options.batch):
+        options.batch = batch
+        print(f"{name}, batch {batch}\n\n{report(METHODS[name], options)}\n", flush=True)
 
 
 def ratios(kind: type[nn.Module], options: argparse.Namespace) -> str:
@@ -74,6 +78,7 @@ def ratios(kind: type[nn.Module], options: argparse.Namespace) -> str:
         f"GradMix, {first} and {second}": Step(kind, GradMix(layers=[first, second]), 2, options),
     }
     taken = timing.take_turns(steps, options.rounds, options.device)
+    flops = {name: step.flops() for name, step in steps.items()}
     if options.device.startswith("cuda"):
         for step in steps.values():
             step.without_waiting()
@@ -83,10 +88,11 @@ def ratios(kind: type[nn.Module], options: argparse.Namespace) -> str:
             timing.median_ms(times.wall),
             timing.ratio(times.wall, taken[third].wall),
             timing.ratio(times.processor, taken[third].processor),
+            f"{flops[name] / flops[third]:.4f}",
         ]
         for name, times in taken.items()
     ]
-    return timing.table(["step", "ms", "ratio, wall", "ratio, processor"], rows)
+    return timing.table(["step", "ms", "ratio, wall", "ratio, processor", "ratio, FLOPs"], rows)
 
 
 def profile(kind: type[nn.Module], options: argparse.Namespace) -> str:
@@ -146,6 +152,12 @@ class Step:
         self.optimizer.zero_grad()
         self.forward().total.backward()
         self.optimizer.step()
+
+    def flops(self) -> int:
+        """Operations of a step's convolutions and matrix products, which repeat exactly where times do not."""
+        with FlopCounterMode(display=False) as counter:
+            self()
+        return counter.get_total_flops()
 
     def without_waiting(self) -> None:
         """Raises where the host waits for the GPU."""

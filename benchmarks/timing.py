@@ -67,7 +67,10 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 def origin(device: str = "cpu") -> str:
     """Where, when and of which commit something was measured."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "no git checkout"
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # a machine without git, or no checkout
+        commit = "unknown"
     where = torch.cuda.get_device_name() if device.startswith("cuda") else f"{torch.get_num_threads()} threads"
     versions = f"torch {torch.__version__}, Python {platform.python_version()}"
     return f"{where}, {versions}, {time.strftime('%F')}, commit {commit}"

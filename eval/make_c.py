@@ -56,12 +56,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     # These take seconds to import: after parsing, so that --help is quick.
     from joblib import cpu_count
 
-    from ssl_gradmix.data.corruption_sets import make_c
+    from ssl_gradmix.data.corruption_sets import check_can_make, choose, make_c
     from ssl_gradmix.data.corruptions import default_preset
     from ssl_gradmix.data.datasets import load
-    from ssl_gradmix.evaluation.robustness import check_can_make, choose_corruptions
 
-    names = choose_corruptions(options.corruptions, options.extra)
+    names = choose(options.corruptions, options.extra)
     check_can_make(names)
     images = load(given.data, options.split)
     if not images.labeled:

@@ -1,11 +1,13 @@
 """How well scores on frozen features tell test images of known classes from unknown ones.
 
 Classifiers and scores see training images of the known classes alone. The unknown images are those of the data's other
-classes, over several trials; or those of other data sets, which is out-of-distribution detection.
+classes, over several trials; or those of other data sets, which is out-of-distribution detection. Trials are named as
+in --data.open_set: `cifar10` is the five of the literature, `cifar10:2` one of them, `random:6` five random ones with
+six known classes, `random:6:0` one of these.
 
     python eval/osr.py runs/x
-    python eval/osr.py runs/x --protocol random --n_known 6 --trials '[0, 1, 2]'
-    python eval/osr.py runs/x --protocol cifar+10 --unknown.name cifar100 --unknown.root data
+    python eval/osr.py runs/x --trials random:6
+    python eval/osr.py runs/x --trials cifar+10 --unknown.name cifar100 --unknown.root data
     python eval/osr.py runs/x --unknown.name svhn --unknown.root data
     python eval/osr.py runs/x --unknown '[{name: svhn, root: data}, {name: folder, root: textures}]'
     python eval/osr.py runs/x --compare runs/y
@@ -13,23 +15,36 @@ classes, over several trials; or those of other data sets, which is out-of-distr
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Any
 
-from ssl_gradmix.evaluation import cli
+import numpy as np
+import pandas as pd
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+from tqdm import tqdm
+
+from ssl_gradmix.data import open_set
+from ssl_gradmix.data.datasets import ImageSet, has_splits, load
+from ssl_gradmix.evaluation import cli, plots, rows
+from ssl_gradmix.evaluation.intervals import accuracy_interval, bootstrap_intervals, paired_difference
+from ssl_gradmix.evaluation.knn import knn_predict, used_k
+from ssl_gradmix.evaluation.metrics import all_metrics, auroc, oscr, threshold_at_tpr
+from ssl_gradmix.evaluation.probes import LinearProbe, linear_probe
+from ssl_gradmix.evaluation.scores import all_scores, parameters_used
+from ssl_gradmix.files import write_whole
 from ssl_gradmix.settings import Data
 
-if TYPE_CHECKING:
-    from ssl_gradmix.data.datasets import ImageSet
-    from ssl_gradmix.evaluation.open_set.samples import Samples
-    from ssl_gradmix.evaluation.open_set.trials import Group, Labeled
-    from ssl_gradmix.evaluation.probes import LinearProbe
-    from ssl_gradmix.evaluation.results import Row
-    from ssl_gradmix.evaluation.setup import Evaluation
+_VOTERS, _TEMPERATURE = 20, 0.07  # those of `knn_predict`
+_K, _TOP_K = 50, 3  # those of `all_scores`
+_ON_LOGITS = ("vim", "msp", "max_logit", "energy")
+_NO_SCORES = ("is_known", "correct", "labels")
 
 _SHOWN = {"auroc": "AUROC", "fpr95_id_pos": "FPR95, known positive", "oscr": "OSCR"}
 _DIFFERENCES = {"auroc_difference": "AUROC difference", "oscr_difference": "OSCR difference"}
@@ -40,13 +55,12 @@ class Options:
     """What is measured, and how.
 
     Args:
-        protocol: Trials of the literature, which go by class numbers (of a folder too, in the order of its class
-            folders' names), or random ones. `auto` takes the known classes that the run was pretrained on, or that
-            --data.open_set or --data.classes give; else the trials of the data set; else random ones.
-        trials: Numbers of the trials, or seeds of random ones; null takes 0 to 4.
-        n_known: Number of known classes in random trials; null takes 60%.
+        trials: One name of trials, or a list of names. Null takes the known classes that the run was pretrained on, or
+            that --data.open_set or --data.classes give; else the trials of the data set; else random ones with 60% of
+            the classes known. Trials of the literature go by class numbers (of a folder too, in the order of its class
+            folders' names).
         unknown: Other data sets, each with the settings of --data; a single one also as --unknown.name and so on. Their
-            test images, or all images of a folder without train/ and test/, are the unknown ones. With protocol
+            test images, or all images of a folder without train/ and test/, are the unknown ones. With the trials
             cifar+10 or cifar+50: where CIFAR-100 is.
         compare: Another run evaluated so, to test whether the two differ on the same images.
         k: Whose neighbor's distance is the score knn_distance; null takes 50, or as many as there are.
@@ -55,9 +69,7 @@ class Options:
         seed: Of the linear classifier's training.
     """
 
-    protocol: Literal["auto", "mnist", "svhn", "cifar10", "cifar+10", "cifar+50", "tinyimagenet", "random"] = "auto"
-    trials: list[int] | None = None
-    n_known: int | None = None
+    trials: list[str] | str | None = None
     unknown: list[Data] | None = None
     compare: str | None = None
     k: int | None = None
@@ -65,63 +77,446 @@ class Options:
     epochs: int = 100
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ValueError(f"seed must be 0 or larger, got {self.seed}")
+        if self.unknown is not None:
+            self.unknown = [Data(**vars(each)) for each in self.unknown]  # the parser leaves them plain
 
-def evaluate(evaluation: Evaluation, options: Options) -> None:
+    def check(self, labels: np.ndarray) -> None:
+        """Refuses more neighbors than training images of the known classes, with labels (N,), can be.
+
+        Raises:
+            ValueError: If `k` is above N, `top_k` above the size of the smallest class, or one is below 1.
+        """
+        sizes = np.unique(labels, return_counts=True)[1]
+        for name, value, most, what in (
+            ("k", self.k, sizes.sum(), "the training images of all known classes"),
+            ("top_k", self.top_k, sizes.min(), "those of the smallest known class"),
+        ):
+            if value is not None and not 1 <= value <= most:
+                raise ValueError(f"{name} must be from 1 to {most}, {what}, got {value}")
+
+    def scoring(self) -> dict[str, int | None]:
+        """What two runs must have in common to be compared."""
+        return {name: getattr(self, name) for name in ("k", "top_k", "epochs", "seed")}
+
+
+@dataclass(eq=False)
+class Group:
+    """Test images of known classes against unknown ones: a trial, or another data set.
+
+    Args:
+        name: What results of it are kept under, for instance `random:6:0` or `svhn`.
+        trial: Its number, or None where the unknown images are those of another data set, whatever their class.
+        known: Label numbers.
+        images: Where the unknown images are: the test images themselves, or another set.
+        is_unknown: Boolean, which of `images` they are.
+        params: What result rows say of it.
+    """
+
+    name: str
+    trial: int | None
+    known: tuple[int, ...]
+    images: ImageSet
+    is_unknown: np.ndarray
+    params: dict[str, Any]
+
+    def check(self, train: ImageSet, test: ImageSet) -> None:
+        """Makes sure that there are images of all kinds.
+
+        Raises:
+            ValueError: If a known class has no training image, or no test image is known, or none unknown.
+        """
+        missing = sorted(set(self.known) - set(train.labels.tolist()))
+        if missing:
+            raise ValueError(f"{self.name}: {train.name} has no image of the known classes {missing}")
+        if not np.isin(test.labels, self.known).any():
+            raise ValueError(f"{self.name}: {test.name} has no image of the known classes {list(self.known)}")
+        if not self.is_unknown.any():
+            raise ValueError(f"{self.name}: {self.images.name} has no image of an unknown class")
+
+    def fingerprint(self, test: ImageSet) -> str:
+        """Of the images and labels compared, in their order; of files by folder, name and size."""
+        both = test.only(self.known), self.images.subset(self.is_unknown)
+        return hashlib.sha256(" ".join(images.fingerprint() for images in both).encode()).hexdigest()[:16]
+
+    def select(self, test: cli.Labeled, unknown: cli.Labeled) -> tuple[cli.Labeled, torch.Tensor]:
+        """Picks out of the features of all test images, and of `images`.
+
+        Returns:
+            Those of known test images, then of unknown ones; and which of them are known, boolean.
+        """
+        known = torch.isin(test[1], test[1].new_tensor(self.known))
+        other = torch.from_numpy(self.is_unknown).to(known.device)
+        features, labels = (torch.cat([mine[known], theirs[other]]) for mine, theirs in zip(test, unknown, strict=True))
+        return (features, labels), torch.arange(len(labels), device=labels.device) < known.sum()
+
+
+def evaluate(evaluation: cli.Evaluation, options: Options) -> None:
     """Measures, and on the main process writes rows, samples and a picture, and prints tables."""
-    from ssl_gradmix.evaluation.open_set.samples import Samples, Settings
-
     # All that may be wrong with what is asked for is found before the encoder starts.
     every_class = replace(evaluation.data, classes=None, open_set=None)
-    train, test = (evaluation.load_labeled(split, every_class) for split in ("train", "test"))
-    task, groups = _groups(evaluation, options, test)
-    settings = Settings(options.k, options.top_k, options.epochs, options.seed)
+    train, test = (evaluation.load(split, every_class) for split in ("train", "test"))
+    with evaluation.one_first():
+        task, groups, repeated = choose_groups(evaluation, options, test)
     for group in groups:
         group.check(train, test)
-        settings.check(train.only(group.trial.known).labels)
-    samples = Samples(evaluation.encoder.title, settings, {group.name: group.fingerprint(test) for group in groups})
-    other = None if options.compare is None else _read_other(options.compare, task, evaluation.encoder.feature)
+        options.check(train.only(group.known).labels)
+    samples = Samples(evaluation.encoder.title, options.scoring(), {g.name: g.fingerprint(test) for g in groups})
+    other = None if options.compare is None else read_other(options.compare, task, evaluation.encoder.feature)
     if other is not None:
         samples.check_comparable(other)
 
-    train = train.only(sorted({label for group in groups for label in group.trial.known}))
     sets = dict.fromkeys([train, test, *(group.images for group in groups)])
-    features = {images: evaluation.features(images) for images in sets}
-    if evaluation.accelerator.is_main_process:
-        rows = _measure(evaluation, task, groups, (train, test), features, samples, other)
-        _report(evaluation, task, groups, test, rows, samples)
+    seen = train.only(sorted({label for group in groups for label in group.known}))
+    features = {images: evaluation.features(seen if images is train else images) for images in sets}
+    if not evaluation.accelerator.is_main_process:
+        return
+    found, remarks, probes = [], [], {}
+    for group in tqdm(groups, desc="scoring", delay=3, disable=None):
+        bank = of_classes(features[train], group.known)
+        tested, is_known = group.select(features[test], features[group.images])
+        if group.known not in probes:
+            probes[group.known] = linear_probe(*bank, epochs=options.epochs, seed=options.seed)
+            if remark := probes[group.known].remark:
+                remarks.append(f"{group.name}: {remark}")
+        probe = probes[group.known]
+        if task == "osr" or group is groups[0]:  # data sets are told from the same known images
+            closed = closed_set(probe, bank, tuple(part[is_known] for part in tested), options)
+            found.append(evaluation.frame(task, test.name, closed, group.trial, **group.params))
+        numbers, arrays = detect(probe, bank, tested, is_known, options)
+        if other is not None and group.name in other.arrays:
+            numbers += compare(arrays, other.arrays[group.name], other.encoder)
+        name = test.name if task == "osr" else group.images.name
+        found.append(evaluation.frame(task, name, numbers, group.trial, **group.params))
+        samples.arrays[group.name] = arrays
+    about = {**evaluation.about(*sets), "groups": {group.name: describe(group, test) for group in groups}}
+    report(evaluation, task, groups, test.name, rows.joined(found), samples, about, [*repeated, *remarks])
 
 
-def _groups(evaluation: Evaluation, options: Options, test: ImageSet) -> tuple[str, list[Group]]:
-    """The task, `osr` or `ood`, and what is told apart in it."""
-    from ssl_gradmix.evaluation.open_set.trials import (
-        ELSEWHERE,
-        choose_trials,
-        load_cifar100,
-        set_groups,
-        trial_groups,
+def choose_groups(
+    evaluation: cli.Evaluation, options: Options, test: ImageSet
+) -> tuple[str, list[Group], Sequence[str]]:
+    """The task, `osr` or `ood`, what is told apart in it, and remarks on trials that are left out.
+
+    Raises:
+        ValueError: If what is asked for does not fit the data, or the run saw other classes in pretraining.
+    """
+    data, config = evaluation.data, evaluation.encoder.config
+    if options.trials is None:
+        trials = [] if options.unknown is not None else open_set.own_trials(data, test.classes)
+    else:
+        names = [options.trials] if isinstance(options.trials, str) else options.trials
+        trials = [trial for name in names for trial in open_set.trials(name, data.name, len(test.classes))]
+        kinds = sorted({trial.name.rpartition(":")[0] for trial in trials})
+        if len(kinds) != 1:
+            several = f"of one split, as means are taken over them, got {' and '.join(kinds)}: evaluate each by itself"
+            raise ValueError(f"trials must be {several if kinds else 'at least one'}")
+    elsewhere = [trial for trial in trials if trial.elsewhere]
+    if options.unknown is not None and len(elsewhere) < len(trials):
+        raise ValueError(
+            "unknown goes with the trials cifar+10 or cifar+50, or else without trials: then the known test images are "
+            "told from other data sets"
+        )
+    if not trials:
+        return "ood", set_groups(data, test, config, options.unknown), []
+
+    others = load_cifar100(data, options.unknown) if elsewhere else test
+    first: dict[frozenset[int], open_set.Trial] = {}
+    repeated = []
+    for trial in trials:
+        same = first.setdefault(frozenset(trial.known), trial)
+        if same is not trial:
+            repeated.append(f"{trial.name} is left out, as it has the known classes of {same.name}")
+    return (
+        "osr",
+        [trial_group(trial, data, test, others if trial.elsewhere else test, config) for trial in first.values()],
+        repeated,
     )
 
-    data, config = evaluation.data, evaluation.encoder.config
-    others = None if options.unknown is None else [Data(**vars(other)) for other in options.unknown]
-    if others is not None and options.protocol not in ELSEWHERE:
-        if (options.protocol, options.trials, options.n_known) != ("auto", None, None):
-            raise ValueError(
-                "unknown goes with protocol cifar+10 or cifar+50, or else without protocol, trials and n_known: "
-                "then the known test images are told from other data sets"
-            )
-        with evaluation.one_first():
-            return "ood", set_groups(data, test, config, others)
-    protocol, trials = choose_trials(data, test.classes, options.protocol, options.trials, options.n_known)
-    with evaluation.one_first():
-        images = load_cifar100(data, others) if protocol in ELSEWHERE else test
-    return "osr", trial_groups(protocol, trials, data, test, images, config)
+
+def trial_group(
+    trial: open_set.Trial, data: Data, test: ImageSet, images: ImageSet, config: Mapping[str, Any] | None
+) -> Group:
+    """The images of a trial, of which the unknown ones are in `images`."""
+    unknown_here = trial.unknown if images is test else ()
+    params = {
+        "protocol": trial.protocol,
+        "pretraining": open_set.pretraining(config, data, test.classes, trial.known, unknown_here),
+        "n_known": len(trial.known),
+        **({} if images is test else {"unknown": images.name}),
+    }
+    return Group(trial.name, trial.number, trial.known, images, np.isin(images.labels, trial.unknown), params)
 
 
-def _read_other(run: str, task: str, feature: str) -> Samples:
-    from ssl_gradmix.evaluation.open_set.samples import Samples
-    from ssl_gradmix.evaluation.results import results_folder
+def set_groups(data: Data, test: ImageSet, config: Mapping[str, Any] | None, others: Sequence[Data]) -> list[Group]:
+    """The test images of a data set, of those classes that the settings name, against each of other sets.
 
-    folders = [results_folder(out, feature) for out in (Path(run, "eval"), Path(run))]
+    Raises:
+        ValueError: If there are no other sets, one is named twice or has known images, or fewer than two classes are
+            known, and as `open_set.pretraining`.
+    """
+    known = open_set.known_classes(data, test.classes) or list(range(len(test.classes)))
+    if len(known) < 2:
+        raise ValueError(f"at least two known classes are needed, {test.name} has {[test.classes[i] for i in known]}")
+    names = [open_set.data_name(other) for other in others]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"unknown must be at least one data set, and none twice, got {names}")
+    groups = []
+    for name, other in zip(names, others, strict=True):
+        images = load_unknown(other)
+        same = open_set.data_name(data) == name and (data.name != "folder" or _place(data) == _place(other))
+        unknown_here = np.unique(images.labels).tolist() if same else []
+        if set(unknown_here) & set(known):
+            raise ValueError(f"unknown: {images.name} has images of the known classes, as it is the same data")
+        params = {
+            "known": test.name,
+            "pretraining": open_set.pretraining(config, data, test.classes, known, unknown_here),
+            "n_known": len(known),
+            **({} if len(known) == len(test.classes) else {"classes": ", ".join(test.classes[i] for i in known)}),
+        }
+        groups.append(Group(name, None, tuple(known), images, np.ones(len(images), bool), params))
+    return groups
+
+
+def load_unknown(data: Data) -> ImageSet:
+    """Loads the test images of another data set, or all images of a folder that has neither train/ nor test/.
+
+    Raises:
+        ValueError: If they cannot be had.
+    """
+    try:
+        images = load(data, "all" if data.name == "folder" and not has_splits(_place(data)) else "test")
+        wanted = open_set.known_classes(data, images.classes)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"unknown: {error}") from error
+    return images if wanted is None else images.only(wanted)
+
+
+def load_cifar100(data: Data, others: Sequence[Data] | None) -> ImageSet:
+    """Loads the test images that have the unknown classes of the trials cifar+10 and cifar+50.
+
+    Raises:
+        ValueError: If it is not said where CIFAR-100 is, or the data set has not its number of classes.
+    """
+    if others is None and data.name == "cifar10":
+        others = [Data("cifar100", data.root, download=data.download)]
+    if others is None or len(others) != 1:
+        raise ValueError(
+            "the unknown classes are CIFAR-100's: say where it is, as --unknown.name cifar100 --unknown.root DIR"
+        )
+    images = load_unknown(replace(others[0], classes=None, open_set=None))
+    if len(images.classes) != 100:
+        raise ValueError(
+            f"the split does not fit: {images.name} has {len(images.classes)} classes, and CIFAR-100, of which the "
+            "unknown ones are, has 100"
+        )
+    return images
+
+
+def closed_set(probe: LinearProbe, bank: cli.Labeled, test: cli.Labeled, options: Options) -> list[rows.Number]:
+    """Accuracy on known test images, of the linear probe and weighted kNN, with Wilson 95% intervals.
+
+    Args:
+        probe: Fitted to `bank`.
+        bank: Features (N, D) of the known classes' training images, and labels (N,).
+        test: Features (M, D) of their test images, and labels (M,).
+        options: Those that `probe` was fitted with.
+    """
+    features, labels = test
+    votes = {"k": used_k(_VOTERS, bank[0]), "temperature": _TEMPERATURE}
+    linear = accuracy_interval(probe.predict(features) == labels)
+    nearest = accuracy_interval(knn_predict(features, *bank, _VOTERS, _TEMPERATURE) == labels)
+    return [
+        rows.number("linear", "accuracy", linear, len(labels), **_training(probe, options)),
+        rows.number("knn", "accuracy", nearest, len(labels), **votes),
+    ]
+
+
+def detect(
+    probe: LinearProbe, bank: cli.Labeled, test: cli.Labeled, is_known: torch.Tensor, options: Options
+) -> tuple[list[rows.Number], dict[str, np.ndarray]]:
+    """Tells known from unknown test samples by every score of `scores.all_scores`.
+
+    Args:
+        probe: Fitted to `bank`.
+        bank: Features (N, D) of the known classes' training images, and labels (N,).
+        test: Features (M, D) of known and unknown test images, and labels (M,), of any numbers where unknown.
+        is_known: (M,) boolean.
+        options: Those that `probe` was fitted with. More neighbors than there are count as all.
+
+    Returns:
+        Numbers by score: those of `metrics.all_metrics`, with bootstrap 95% intervals, where OSCR counts what the probe
+        names right, whatever the score; and `threshold_tpr95`, which 95% of the known test samples reach.
+
+        Samples (M,) by name: `is_known`, `correct` (False where unknown), `labels`, and each score.
+    """
+    features, labels = test
+    k, top_k = (default if given is None else given for given, default in ((options.k, _K), (options.top_k, _TOP_K)))
+    scores = all_scores(*bank, features, probe.logits(bank[0]), probe.logits(features), k, top_k)
+    used = parameters_used(*bank, k, top_k)
+    known = is_known.cpu().numpy()
+    correct = known & (probe.predict(features) == labels).cpu().numpy()
+    training = _training(probe, options)
+    numbers = []
+    for name, values in scores.items():
+        params = used.get(name, {}) | (training if name in _ON_LOGITS else {})
+        for metric, interval in bootstrap_intervals(all_metrics, values, known, correct, strata=known).items():
+            of_probe = training if metric == "oscr" else {}
+            numbers.append(rows.number(name, metric, interval, len(values), **params | of_probe))
+        threshold = threshold_at_tpr(values, known)
+        numbers.append(rows.number(name, "threshold_tpr95", threshold, int(known.sum()), **params))
+    return numbers, {"is_known": known, "correct": correct, "labels": labels.cpu().numpy(), **scores}
+
+
+def compare(samples: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray], name: str) -> list[rows.Number]:
+    """Tests by paired bootstrap whether two runs differ in AUROC and OSCR on the same samples.
+
+    Args:
+        samples: Of one run, as `detect` gives them.
+        other: Of the other, sample for sample the same images.
+        name: What results call the other.
+
+    Returns:
+        For each score, `auroc_difference` and `oscr_difference`, this run minus the other, with 95% interval, and the
+        two-sided `p_value` among the parameters, see `intervals.paired_difference`. It is not corrected for the number
+        of tests.
+    """
+    known, numbers = samples["is_known"], []
+    for score in samples:
+        if score in _NO_SCORES or score not in other:
+            continue
+        ours, theirs = (samples[score], known), (other[score], known)
+        differences = {
+            "auroc_difference": paired_difference(auroc, ours, theirs, strata=known),
+            "oscr_difference": paired_difference(
+                oscr, (*ours, samples["correct"]), (*theirs, other["correct"]), strata=known
+            ),
+        }
+        for metric, (*interval, p_value) in differences.items():
+            params = {"compared_with": name, "p_value": p_value}
+            numbers.append(rows.number(score, metric, tuple(interval), len(known), **params))
+    return numbers
+
+
+def over_trials(found: pd.DataFrame) -> pd.DataFrame:
+    """Mean and standard deviation (n - 1) over trials, a row for each score and metric that several trials have.
+
+    Returns:
+        Rows without trial, with `params["std"]`, the `params["trials"]` they are means of, and the other parameters as
+        far as these agree on them; `n` is the number of images of one trial, rounded where they differ. Thresholds and
+        p-values have no mean.
+    """
+    means = []
+    for _, group in found[found["metric"] != "threshold_tpr95"].groupby(["score", "metric"], sort=False):
+        if group["trial"].nunique() < 2:
+            continue  # such as the difference to a run that was evaluated on one of the trials
+        first, *others = group["params"]
+        shared = {
+            name: value
+            for name, value in first.items()
+            if name != "p_value" and all(params.get(name) == value for params in others)
+        }
+        over = {"over": "trials", "std": group["value"].std(), "trials": group["trial"].astype(int).tolist()}
+        mean = {"trial": None, "value": group["value"].mean(), "ci_low": None, "ci_high": None}
+        means.append({**group.iloc[0], **mean, "n": round(group["n"].mean()), "params": {**shared, **over}})
+    return rows.typed(means)
+
+
+@dataclass(eq=False)
+class Samples:
+    """What was found of each test image, for curves and for comparing runs.
+
+    Args:
+        encoder: Its name.
+        settings: How they were scored, `Options.scoring()`.
+        images: Fingerprint of the test images of each group (a trial, or a data set of unknown images), in their order.
+        arrays: By group, as `detect` gives them.
+    """
+
+    encoder: str
+    settings: dict[str, Any]
+    images: dict[str, str]
+    arrays: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+
+    def write(self, path: Path) -> None:
+        """Writes safetensors, whole or not at all: arrays as `<group>/<name>`, booleans as uint8, the rest as metadata.
+
+        Scores stay float64: in float32 all confident softmaxes would be 1.
+        """
+        tensors = {
+            f"{group}/{name}": array.astype(np.uint8) if array.dtype == bool else array
+            for group, arrays in self.arrays.items()
+            for name, array in arrays.items()
+        }
+        header = {
+            "encoder": self.encoder,
+            "settings": json.dumps(self.settings),
+            "images": json.dumps(self.images),
+        }
+        write_whole(path, lambda temporary: temporary.write_bytes(save(tensors, header)))
+
+    @classmethod
+    def read(cls, path: Path) -> Samples:
+        """Reads what `write` wrote.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If it holds something else.
+        """
+        arrays: dict[str, dict[str, np.ndarray]] = {}
+        try:
+            with safe_open(path, "numpy") as file:
+                header, keys = file.metadata(), file.keys()
+                for key in keys:
+                    group, _, name = key.rpartition("/")
+                    array = file.get_tensor(key)
+                    arrays.setdefault(group, {})[name] = array.astype(bool) if array.dtype == np.uint8 else array
+            settings, images = dict(json.loads(header["settings"])), dict(json.loads(header["images"]))
+            if images.keys() != arrays.keys():
+                raise ValueError(f"it has arrays of {', '.join(arrays)}, but names {', '.join(images)}")
+            for group, named in arrays.items():
+                if not {"is_known", "correct"} <= named.keys() or len({array.shape for array in named.values()}) > 1:
+                    raise ValueError(f"{group} lacks is_known or correct, or its arrays differ in length")
+            return cls(header["encoder"], settings, images, arrays)
+        except (SafetensorError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is no file of open-set samples, or damaged: {error}") from error
+
+    def check_comparable(self, other: Samples) -> None:
+        """Refuses to compare with other samples.
+
+        Raises:
+            ValueError: If no group is in both, one has other images, or they were scored in another way.
+        """
+        shared = [group for group in self.images if group in other.images]
+        if not shared:
+            theirs, ours = ", ".join(other.images), ", ".join(self.images)
+            raise ValueError(f"{other.encoder} has other samples: it was evaluated on {theirs}, not {ours}")
+        different = [group for group in shared if self.images[group] != other.images[group]]
+        if different:
+            raise ValueError(f"{other.encoder} has other samples: the images of {', '.join(different)} differ")
+        if self.settings != other.settings:
+            raise ValueError(f"{other.encoder} was scored with {other.settings}, this with {self.settings}")
+
+    def add_earlier(self, path: Path, groups: Sequence[str]) -> None:
+        """Takes over those of these groups that an earlier evaluation scored in the same way."""
+        try:
+            earlier = Samples.read(path)
+        except (FileNotFoundError, ValueError):
+            return
+        if earlier.settings == self.settings:
+            for group in earlier.arrays.keys() & set(groups) - self.arrays.keys():
+                self.images[group], self.arrays[group] = earlier.images[group], earlier.arrays[group]
+
+
+def read_other(run: str, task: str, feature: str) -> Samples:
+    """The samples of another run.
+
+    Raises:
+        FileNotFoundError: It was not evaluated so.
+    """
+    folders = [rows.results_folder(out, feature) for out in (Path(run, "eval"), Path(run))]
     places = [folder / f"{task}_samples.safetensors" for folder in folders]
     path = next((path for path in places if path.exists()), None)
     if path is None:
@@ -129,112 +524,100 @@ def _read_other(run: str, task: str, feature: str) -> Samples:
     return Samples.read(path)
 
 
-def _measure(
-    evaluation: Evaluation,
+def report(
+    evaluation: cli.Evaluation,
     task: str,
     groups: Sequence[Group],
-    images: tuple[ImageSet, ImageSet],
-    features: Mapping[ImageSet, Labeled],
+    known_from: str,
+    found: pd.DataFrame,
     samples: Samples,
-    other: Samples | None,
-) -> list[Row]:
-    """Rows of all groups; their samples are added to `samples`."""
-    from tqdm import tqdm
-
-    from ssl_gradmix.evaluation.open_set.recognition import closed_set, compare, detect, fit
-
-    train, test = images
-    rows: list[Row] = []
-    probes: dict[frozenset[int], LinearProbe] = {}
-    for group in tqdm(groups, desc="scoring", delay=3, disable=None):
-        of_test = partial(evaluation.row, task, test, trial=group.trial.number, **group.params)
-        of_group = of_test if task == "osr" else partial(evaluation.row, task, group.images, **group.params)
-        bank, (tested, labels), is_known = group.select(features[train], features[test], features[group.images])
-        known = frozenset(group.trial.known)
-        if known not in probes:
-            probes[known] = fit(bank, samples.settings)
-        if task == "osr" or not rows:  # data sets are told from the same known images
-            rows += closed_set(probes[known], bank, (tested[is_known], labels[is_known]), samples.settings, of_test)
-        found, arrays = detect(probes[known], bank, (tested, labels), is_known, samples.settings, of_group)
-        rows += found
-        if other is not None and group.name in other.arrays:
-            rows += compare(arrays, other.arrays[group.name], other.encoder, of_group)
-        samples.arrays[group.name] = arrays
-    return rows
-
-
-def _report(
-    evaluation: Evaluation, task: str, groups: Sequence[Group], test: ImageSet, rows: list[Row], samples: Samples
+    about: dict[str, Any],
+    remarks: Sequence[str],
 ) -> None:
     """Writes the files and prints tables."""
-    from ssl_gradmix.evaluation.open_set.plots import overview
-    from ssl_gradmix.evaluation.open_set.recognition import over_trials
-    from ssl_gradmix.evaluation.open_set.trials import distinct
-    from ssl_gradmix.evaluation.results import write_figure, write_rows
-
-    trials = distinct([group.trial for group in groups])  # just [None] where there are none
-    counted = [group.name for group in groups if group.trial.number in trials]
-    of_counted = [row for row in rows if row.trial in trials]
-    means = over_trials(rows, trials) if task == "osr" else []
+    means = over_trials(found) if task == "osr" else rows.typed([])
     settings = ", ".join(dict.fromkeys(group.params["pretraining"] for group in groups))
-    title = f"{evaluation.encoder.title} on {test.name}, encoder pretrained on: {settings}"
-    figure = overview(
-        {name: samples.arrays[name] for name in counted},
-        of_counted,
-        title,
-        several_sets=task == "ood" and len(groups) > 1,
-    )
-    described = {
-        "settings": asdict(samples.settings),
-        "groups": [
-            {
-                "name": group.name,
-                "known": list(group.trial.known),
-                "known_names": [test.classes[label] for label in group.trial.known],
-                "unknown": list(group.trial.unknown),
-                "unknown_from": group.images.name,
-            }
-            for group in groups
-        ],
-    }
+    title = f"{evaluation.encoder.title} on {known_from}, encoder pretrained on: {settings}"
     path = evaluation.out / f"{task}.json"
     files = [path, path.with_name(f"{task}_samples.safetensors"), path.with_suffix(".png")]
+    shown = {group.name: samples.arrays[group.name] for group in groups}
+    figure = plots.open_set(shown, found, title, several_sets=task == "ood" and len(groups) > 1)
+    samples.add_earlier(files[1], rows.kept(path, about)[1]["groups"])
     samples.write(files[1])
-    write_figure(files[2], figure)
-    write_rows(path, rows + means, {**evaluation.describe(), **described})
+    plots.write(files[2], figure)
+    rows.add(path, rows.joined([found, means]), about)
 
     print(title)
-    for group in described["groups"]:
+    for name, group in about["groups"].items():
         known = group["known_names"]
         more = f" and {len(known) - 12} more" if len(known) > 12 else ""
-        print(f"{group['name']}: known are {', '.join(known[:12])}{more}; unknown ones from {group['unknown_from']}")
-    repeated = [group.name for group in groups if group.name not in counted]
-    if repeated:
-        print(f"Warning: {', '.join(repeated)} repeats known classes, so means and figure are of {', '.join(counted)}")
-    averaged = {(row.score, row.metric) for row in means}
-    shown = means + [row for row in of_counted if (row.score, row.metric) not in averaged]
-    tables = {"known against unknown classes": shown}
+        print(f"{name}: known are {', '.join(known[:12])}{more}; unknown ones from {group['unknown_from']}")
+    print(*remarks, sep="\n", end="\n" if remarks else "")
+    told = rows.joined([means, found[~found["metric"].isin(means["metric"])]])  # a single trial has no mean
+    accuracies = [f"{row.score} {with_spread(row)}" for row in told[told["metric"] == "accuracy"].itertuples()]
+    print(f"closed-set accuracy: {', '.join(accuracies)}")
+    tables = {"known against unknown classes": told}
     if task == "ood":
-        tables = {name: [row for row in rows if row.dataset == name] for name in counted}
-    _print(shown, tables)
+        tables = {name: told[told["dataset"] == told_from(group)] for name, group in about["groups"].items()}
+    for heading, table in tables.items():
+        for what, metrics in ((heading, _SHOWN), ("this run minus the other", _DIFFERENCES)):
+            chosen = table[table["metric"].isin(metrics)]
+            if len(chosen):
+                print(f"\n{what}, {spread(chosen)}\n{score_table(chosen, metrics)}")
+    if means.empty:
+        print("\nIntervals: bootstrap over test images; with few images, or near 0 and 1, they are too narrow.")
     print(f"\nWritten: {', '.join(map(str, files))}")
 
 
-def _print(shown: Sequence[Row], tables: Mapping[str, Sequence[Row]]) -> None:
-    from ssl_gradmix.evaluation.open_set.recognition import score_table, with_spread
-
-    accuracies = [f"{row.score} {with_spread(row)}" for row in shown if row.metric == "accuracy"]
-    print(f"closed-set accuracy: {', '.join(accuracies)}")
-    for heading, rows in tables.items():
-        for what, metrics in ((heading, _SHOWN), ("this run minus the other", _DIFFERENCES)):
-            told = [row for row in rows if row.metric in metrics]
-            if told:
-                print(f"\n{what}, {_spread(told[0])}\n{score_table(told, metrics)}")
+def told_from(group: Mapping[str, Any]) -> str:
+    """The data set that rows of a group are filed under."""
+    return group["unknown_from"].rpartition("/")[0]
 
 
-def _spread(row: Row) -> str:
-    trials = row.params.get("trials")
+def describe(group: Group, test: ImageSet) -> dict[str, Any]:
+    """What the file of results says of a group."""
+    return {
+        "known": list(group.known),
+        "known_names": [test.classes[label] for label in group.known],
+        "unknown": np.unique(group.images.labels[group.is_unknown]).tolist(),
+        "unknown_from": group.images.name,
+    }
+
+
+def score_table(found: pd.DataFrame, metrics: Mapping[str, str]) -> str:
+    """Lays out a line a score and a column a metric for a terminal."""
+    lines = {score: [score] for score in found["score"]}
+    for row in found.itertuples():
+        lines[row.score].append(with_spread(row))
+    return rows.aligned([("score", *metrics.values()), *lines.values()])
+
+
+def spread(found: pd.DataFrame) -> str:
+    """What stands beside the values."""
+    trials = found["params"].iloc[0].get("trials")
     return "with 95% intervals" if trials is None else f"mean ± standard deviation over trials {trials}"
+
+
+def with_spread(row: Any) -> str:
+    """A value with its 95% interval, or with its standard deviation over trials."""
+    if "std" in row.params:
+        return f"{row.value:.4f} ± {row.params['std']:.4f}"
+    tested = f" {plots.p_value(row.params['p_value'])}" if "p_value" in row.params else ""
+    return f"{row.value:.4f} ({row.ci_low:.4f} to {row.ci_high:.4f}){tested}"
+
+
+def of_classes(labeled: cli.Labeled, classes: Sequence[int]) -> cli.Labeled:
+    """Those of these classes."""
+    chosen = torch.isin(labeled[1], labeled[1].new_tensor(classes))
+    return labeled[0][chosen], labeled[1][chosen]
+
+
+def _training(probe: LinearProbe, options: Options) -> dict[str, object]:
+    return {"learning_rate": probe.learning_rate, "epochs": options.epochs, "seed": options.seed}
+
+
+def _place(data: Data) -> Path:
+    return Path(data.root or "").expanduser().resolve()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from ssl_gradmix import command_line
+from ssl_gradmix.evaluation.report import write_report
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -24,13 +25,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--map",
         type=Literal["pca", "tsne", "none"],
-        default="pca",
-        help="How test features are laid out in the plane; none leaves the map out, and needs no images.",
+        default="none",
+        help="Add a map of test features; for it the images are read that the runs' settings name.",
     )
     settings = parser.parse_args(argv)
-
-    from ssl_gradmix.evaluation.report import write_report
-
     for path in write_report(settings.runs, settings.out, settings.map):
         print(path)
 

@@ -22,9 +22,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     # These take seconds to import: after parsing, so that --help is quick.
     import torch
 
-    from ssl_gradmix import backbones
-    from ssl_gradmix.data.datasets import load_known
-    from ssl_gradmix.methods.simclr import SimCLR
+    from ssl_gradmix import backbones, methods
+    from ssl_gradmix.data.open_set import load_known
     from ssl_gradmix.run_folder import RunFolder
     from ssl_gradmix.training.loop import Trainer, check_images
     from ssl_gradmix.training.processes import create_accelerator, precision
@@ -45,15 +44,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     backbone = backbones.create(
         settings.backbone.name, settings.backbone.pretrained, **(settings.backbone.kwargs or {})
     )
-    method = SimCLR(
-        backbone,
-        backbones.num_features(backbone),
-        hidden_dim=settings.method.hidden_dim,
-        output_dim=settings.method.output_dim,
-        temperature=settings.method.temperature,
-        gradmix=settings.gradmix if settings.extra_view == "gradmix" else None,
-        weight=settings.method.weight,
-    )
+    gradmix = settings.gradmix if settings.extra_view == "gradmix" else None
+    method = methods.create(settings.method, backbone, gradmix)
     check_images(method, settings.data.size, accelerator.device)
     trainer = Trainer(
         method,

@@ -155,16 +155,12 @@ def observe(encoder: nn.Module, layers: Sequence[str] | None = None) -> Iterator
     """
     inner = unwrap(encoder)
     modules = dict(inner.named_modules())
-    modules.pop("")
+    held = [name for name in modules if name and type(modules[name.rpartition(".")[0]]) in CONTAINERS]
+    del modules[""]
     observed = Observed({name: [] for name in layers or []}, inner)
     if layers is None:
-        stages = [
-            name
-            for name, module in modules.items()
-            if next(module.children(), None) is not None
-            or type(inner.get_submodule(name.rpartition(".")[0])) in CONTAINERS
-        ]
-        layers = stages or list(modules)
+        stages = {name: None for name, module in modules.items() if next(module.children(), None) is not None}
+        layers = list(stages | dict.fromkeys(held)) or list(modules)
     for name in layers:
         if name not in modules:
             near = difflib.get_close_matches(name, modules, n=5, cutoff=0.3) or list(modules)[:5]

@@ -116,14 +116,14 @@ def recipe_parser(method_settings: type, description: str, recipe: str) -> Argum
         ("training", Training),
     ):
         parser.add_class_arguments(settings, name)
-    parser.set_defaults({"augmentation.flip": None})  # settled by `read`
+    parser.set_defaults({"augmentation.flip": None, "augmentation.blur": None})  # settled by `read`
     parser.add_class_arguments(GradMix, "gradmix", skip={"generator", "attribution"})
     # A function is for Python alone: naming one would have a module imported.
     parser.groups["gradmix"].add_argument(
         "--gradmix.attribution",
-        type=Literal["layercam", "gradcam", "random", "center"],
+        type=Literal["layercam", "gradcam"],
         default="layercam",
-        help="`layercam`, `gradcam`, or a control, the same mixing at another place: `random` or `center`.",
+        help="`layercam` or `gradcam`.",
     )
     return parser
 
@@ -137,6 +137,8 @@ def read(parser: ArgumentParser, argv: Sequence[str] | None) -> tuple[Namespace,
     parsed = parser.parse_args(argv)
     if parsed.augmentation.flip is None:
         parsed.augmentation.flip = 0.0 if parsed.data.name in ("digits", "mnist", "svhn") else 0.5
+    if parsed.augmentation.blur is None:
+        parsed.augmentation.blur = 0.5 if parsed.data.size >= 96 else 0.0
     plain = yaml.safe_load(parser.dump(parsed))
     plain.pop("environment", None)
     plain.pop("overwrite")  # a run that goes by another's settings must not take its place by them

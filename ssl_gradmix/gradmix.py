@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 from weakref import WeakKeyDictionary
@@ -107,6 +107,7 @@ class GradMix:
     region: Region = "peak"
     generator: Generator | None = None
     _settled: WeakKeyDictionary = field(default_factory=WeakKeyDictionary, init=False, repr=False, compare=False)
+    _told: set[tuple] = field(default_factory=set, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.layers, str) or self.layers == []:
@@ -138,12 +139,12 @@ class GradMix:
         """Remembers the activations of `layers`, every forward pass in order, for as long as the context lasts.
 
         Hooks are gone when it ends, also by an exception. The encoder may be wrapped by DistributedDataParallel or
-        `torch.compile`; see `ssl_gradmix.attribution.observe`.
+        `torch.compile`; see `ssl_gradmix.attribution.observe`. A control observes nothing.
 
         Raises:
             KeyError: A layer that the encoder has not, with near names.
         """
-        return observe(encoder, self.layers)
+        return nullcontext(Observed()) if self.region in CONTROLS else observe(encoder, self.layers)
 
     @torch.no_grad()
     def __call__(self, images: Tensor, loss: Tensor, observed: Observed, donors: Tensor | None = None) -> MixedViews:
@@ -207,7 +208,9 @@ class GradMix:
             names = settled[size]
         else:
             names = (_deepest(loss, observed, size),)
-            logger.info("GradMix attributes at layer %s for images of %dx%d", *names, *size)
+            if (names, size) not in self._told:  # copies of a method choose again
+                self._told.add((names, size))
+                logger.info("GradMix attributes at layer %s for images of %dx%d", *names, *size)
         settled[size] = names
         chosen = {name: observed[name] for name in names}
         return names, attribute(loss, chosen, size, count, self.attribution, self.target)

@@ -101,12 +101,9 @@ class Data:
 
 @dataclass
 class Augmentation:
-    """The random changes that make views of an image. The same settings hold on the device and in workers.
+    """The random changes that make views of an image, which are cropped from the whole image at its own resolution.
 
     Args:
-        where: `device` makes the views of a batch where the encoder runs, from images that stay there, `workers` image
-            by image in loader processes (lightly's transforms). Both crop from the whole image at its own resolution.
-            `auto` takes the device where the training images fit in 4 GiB, decoded.
         min_scale: Smallest share of the image's area that a random resized crop keeps, in (0, 1].
         flip: Probability of a horizontal flip. Null is 0.5; on the command line, where it is the default, it is 0 for
             `digits`, `mnist` and `svhn`: mirror images of digits are none.
@@ -116,11 +113,12 @@ class Augmentation:
         saturation: Saturation factor is drawn from [1 - s, 1 + s].
         hue: Hue shift as a share of the color circle is drawn from [-h, h].
         gray: Probability of turning the image gray.
-        blur: Probability of a Gaussian blur, sigma in [0.1, 2] pixels at 224 px and in proportion at other sizes.
+        blur: Probability of a Gaussian blur, sigma in [0.1, 2] pixels at 224 px and in proportion at other sizes. Null
+            is 0; on the command line, where it is the default, it is 0.5 from 96 px on: on smaller images it hardly
+            shows.
         solarize: Probability of solarizing, second view only (BYOL).
     """
 
-    where: Literal["auto", "device", "workers"] = "auto"
     min_scale: float = 0.2
     flip: float | None = 0.5
     jitter: float = 0.8
@@ -129,14 +127,14 @@ class Augmentation:
     saturation: float = 0.4
     hue: float = 0.1
     gray: float = 0.2
-    blur: float = 0.0
+    blur: float | None = None
     solarize: float = 0.0
 
     def __post_init__(self) -> None:
         _require_between("augmentation.min_scale", self.min_scale, 0, 1, open_low=True)
         _require_between("augmentation.hue", self.hue, 0, 0.5)
-        if self.flip is None:
-            self.flip = 0.5
+        self.flip = 0.5 if self.flip is None else self.flip
+        self.blur = 0.0 if self.blur is None else self.blur
         for name in ("flip", "jitter", "brightness", "contrast", "saturation", "gray", "blur", "solarize"):
             _require_between(f"augmentation.{name}", getattr(self, name), 0, 1)
 
@@ -218,6 +216,10 @@ class BYOLSettings:
         _require_between("method.weight", self.weight, 0)
 
 
+METHODS = {"simclr": SimCLRSettings, "byol": BYOLSettings}
+"""The settings of each method, by `method.name`."""
+
+
 @dataclass
 class Optimizer:
     """How weights are updated.
@@ -255,7 +257,10 @@ class Training:
         seed: Seeds initialization, shuffling, augmentation and mixing.
         precision: `no` is float32; `bf16` and `fp16` (on accelerators) are mixed precision. Null does as
             `accelerate launch --mixed_precision` says, or `accelerate config`, and else as `no`.
-        workers: Loader processes, where augmentation runs in workers.
+        decode: `once` decodes all training images at the start and keeps them where the encoder runs, `workers` decodes
+            them when they are needed, in loader processes; `auto` decodes once what fits in 4 GiB. The views are the
+            same.
+        workers: Loader processes, where images are decoded when they are needed.
         threads: CPU threads of each process, where it trains on the CPU. Null does as OMP_NUM_THREADS says, or else
             shares the cores out.
         knn_every: Epochs between two readings of features of training images: their effective rank and, where images
@@ -270,6 +275,7 @@ class Training:
     accumulate: int = 1
     seed: int = 0
     precision: Literal["no", "bf16", "fp16"] | None = None
+    decode: Literal["auto", "once", "workers"] = "auto"
     workers: int = 2
     threads: int | None = None
     knn_every: int = 10

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace as Row
 
 import numpy as np
 import yaml
@@ -14,8 +15,8 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from ssl_gradmix.data.corruptions import COMMON
+from ssl_gradmix.evaluation import rows as result_rows
 from ssl_gradmix.evaluation.report import write_report
-from ssl_gradmix.evaluation.results import Row, write_rows
 
 SCORES = ("knn_distance", "mahalanobis")
 ATTACK = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>`|*$\\frac$"
@@ -42,8 +43,15 @@ def make_run(folder: Path, seed: int = 0, **settings) -> Path:
 
 
 def add_log(run: Path) -> None:
-    log = [{"epoch": e, "loss": 9.0 - e, "loss_views": 5.0 - e, "knn": 0.5 + 0.1 * e} for e in (1, 2, 3)]
+    log = [
+        {"epoch": e, "loss": 9.0 - e, "loss_views": 5.0 - e, "images_per_second": 100.0, "knn": 0.5 + 0.1 * e}
+        for e in (1, 2, 3)
+    ]
     (run / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in log) + '{"epoch": 4, "lo')
+
+
+def write_rows(path: Path, rows: list[Row], about: dict | None = None) -> None:
+    result_rows.write(path, result_rows.typed([vars(each) for each in rows]), about or {})
 
 
 def row(task: str, score: str, metric: str, value: float, half: float | None = None, **fields) -> Row:
@@ -68,12 +76,17 @@ def add_linear_probe(run: Path, seed: int = 0, classes: tuple[str, ...] = tuple(
         row("linear_probe", "knn", "top1", draw(0.6, 0.9), 0.03, **{"k": 20, "temperature": 0.07} | fields),
     ]
     rows += [linear("class_accuracy", 0.2, 0.9, 0.1, n=36, **{"class": name}) for name in classes]
-    write_rows(run / "eval" / "linear_probe.json", rows, {"data": {"name": "digits", "size": 32}})
+    hits = {
+        score: np.packbits(np.random.default_rng(seed).uniform(size=359) < 0.8).tobytes().hex()
+        for score in ("linear", "knn")
+    }
+    about = {"data": {"name": "digits", "size": 32}, "hits": {"images": "0123", "n": 359, **hits}}
+    write_rows(run / "eval" / "linear_probe.json", rows, about)
     return rows
 
 
 def add_osr(run: Path, seed: int = 0, trials: int = 2) -> list[Row]:
-    groups = {f"trial{trial}": {"split": f"random:6:{trial}", "trial": trial} for trial in range(trials)}
+    groups = {f"random:6:{trial}": {"trial": trial} for trial in range(trials)}
     return add_detection(run, "osr", groups, seed)
 
 
@@ -82,10 +95,10 @@ def add_ood(run: Path, *datasets: str) -> list[Row]:
 
 
 def add_detection(run: Path, task: str, groups: dict[str, dict], seed: int = 0, n: int = 300) -> list[Row]:
-    random = np.random.default_rng(seed)
+    random, of_images = np.random.default_rng(seed), np.random.default_rng(7)
     rows, arrays = [], {}
     for group, said in groups.items():
-        known = random.permutation(n) < n * 0.6
+        known = of_images.permutation(n) < n * 0.6
         fields = {"n": n, "pretraining": "all classes, unlabeled", **said}
         samples = {
             "is_known": known.astype(np.uint8),
@@ -102,10 +115,11 @@ def add_detection(run: Path, task: str, groups: dict[str, dict], seed: int = 0, 
     if task == "osr" and len(groups) > 1:
         for score, metric in dict.fromkeys((each.score, each.metric) for each in rows):
             values = [each.value for each in rows if (each.score, each.metric) == (score, metric)]
-            fields = {"split": "random:6", "n": n * len(groups), "pretraining": "all classes, unlabeled"}
+            fields = {"n": n, "pretraining": "all classes, unlabeled", "trials": list(range(len(groups)))}
             rows.append(row(task, score, metric, np.mean(values).item(), **fields, std=np.std(values, ddof=1).item()))
     write_rows(run / "eval" / f"{task}.json", rows)
-    save_file(arrays, run / "eval" / f"{task}_samples.safetensors")
+    images = json.dumps({group: f"{n:016x}" for group in groups})
+    save_file(arrays, run / "eval" / f"{task}_samples.safetensors", {"images": images})
     return rows
 
 

@@ -1,26 +1,32 @@
-"""What tests of several scripts need; a plain module, imported by its name."""
+"""What tests of several modules need; a plain module, imported by its name."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import numpy as np
+import pandas as pd
 import timm
 import torch
 import yaml
 from lightly.models.modules import BYOLProjectionHead
+from PIL import Image
 from safetensors.torch import save_file
 
+from ssl_gradmix.evaluation.rows import COLUMNS, param
 from ssl_gradmix.settings import Data
 
 ROOT = Path(__file__).parents[1]
 SIZE = 16
-HEAVY = {"torch", "numpy", "timm", "torchvision", "sklearn", "scipy", "matplotlib", "accelerate", "kornia", "lightly"}
+MEAN, STD = [0.5, 0.4, 0.3], [0.25, 0.3, 0.2]
+_ENCODER = {"channels": [8, 16, 24, 32], "stem_width": 8, "stem_type": ""}
 
 
 def load_script(path: str) -> ModuleType:
@@ -32,19 +38,27 @@ def load_script(path: str) -> ModuleType:
     return script
 
 
+def tiny_encoder() -> torch.nn.Module:
+    """A ResNet that gives 32 features."""
+    return timm.create_model("resnet10t", num_classes=0, **_ENCODER)
+
+
 def make_run(folder: Path, seed: int = 0, **data) -> Path:
-    """A run folder with a tiny random encoder for images of 16 px, and data settings."""
+    """A run folder with a tiny random encoder for images of 16 px, whose BatchNorm differs by channel, and settings."""
     torch.manual_seed(seed)
-    model = timm.create_model("resnet10t", num_classes=0, channels=(8, 16, 24, 32), stem_width=8, stem_type="")
+    weights = tiny_encoder().state_dict()
+    for name, value in weights.items():
+        if "running_var" in name:
+            value.uniform_(0.5, 1.5)
     described = {
         "architecture": "resnet10t",
         "num_classes": 0,
-        "pretrained_cfg": {"input_size": [3, SIZE, SIZE], "mean": [0.5] * 3, "std": [0.25] * 3},
-        "model_args": {"channels": [8, 16, 24, 32], "stem_width": 8, "stem_type": ""},
+        "pretrained_cfg": {"input_size": [3, SIZE, SIZE], "mean": MEAN, "std": STD},
+        "model_args": _ENCODER,
     }
     (folder / "backbone").mkdir(parents=True)
     (folder / "backbone" / "config.json").write_text(json.dumps(described))
-    save_file(model.state_dict(), folder / "backbone" / "model.safetensors")
+    save_file(weights, folder / "backbone" / "model.safetensors")
     (folder / "config.yaml").write_text(yaml.safe_dump({"data": asdict(Data(size=SIZE, **data)), "method": "byol"}))
     return folder
 
@@ -56,16 +70,27 @@ def add_projector(run: Path, seed: int = 0) -> Path:
     return run
 
 
-def help_of(path: str) -> str:
-    """A script's `--help`; fails where a heavy package was imported for it."""
-    code = (
-        "import runpy, sys\n"
-        f"sys.argv = [{Path(path).name!r}, '--help']\n"
-        "try:\n"
-        f"    runpy.run_path({str(ROOT / path)!r}, run_name='__main__')\n"
-        "finally:\n"
-        f"    print('HEAVY', sorted({HEAVY!r} & set(sys.modules)))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "HEAVY []" in done.stdout
-    return done.stdout
+def write_images(folder: Path, classes: Sequence[str], count: int = 2, size: int = 8) -> Path:
+    """Class folders of PNG files, noise around a color of each class."""
+    rng = np.random.default_rng(0)
+    for name, color in zip(classes, rng.integers(0, 200, (len(classes), 3)), strict=True):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            pixels = (color + rng.integers(0, 55, (size, size, 3))).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{i}.png")
+    return folder
+
+
+def records(rows: pd.DataFrame) -> list[dict[str, Any]]:
+    """Result rows as dictionaries, None where something is missing."""
+    return rows.astype(object).where(rows.notna(), None).to_dict("records")
+
+
+def only(rows: pd.DataFrame, score: str, metric: str, **wanted: object) -> pd.Series:
+    """The one row of a score and metric with these values of columns, None for missing, and of parameters."""
+    found = rows[(rows["score"] == score) & (rows["metric"] == metric)]
+    for name, value in wanted.items():
+        values = found[name] if name in COLUMNS else param(found, name)
+        found = found[(values.isna() if value is None else values == value).fillna(False).astype(bool)]
+    (index,) = found.index
+    return found.loc[index]

@@ -60,10 +60,11 @@ def test_the_folder_is_report_by_default(run, tmp_path, monkeypatch):
     assert "`python eval/osr.py runs/mine`" in (tmp_path / "report" / "report.md").read_text()
 
 
-def test_the_map_is_on_by_default_and_may_be_left_out(run, tmp_path):
-    assert run_script(run, "--out", tmp_path / "with") == 0
+def test_images_are_read_for_a_map_alone(run, tmp_path):
+    """A folder of results, which may be somebody else's, names images: none are looked at unless a map is asked for."""
+    assert run_script(run, "--out", tmp_path / "with", "--map", "pca") == 0
     assert "mine: no map, the run" in (tmp_path / "with" / "report.html").read_text()
-    assert run_script(run, "--out", tmp_path / "without", "--map", "none") == 0
+    assert run_script(run, "--out", tmp_path / "without") == 0
     assert "no map" not in (tmp_path / "without" / "report.html").read_text()
 
 

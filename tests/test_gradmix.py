@@ -15,7 +15,7 @@ import torch
 import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lightly.loss import BarlowTwinsLoss, VICRegLoss
+from lightly.loss import BarlowTwinsLoss, DINOLoss, NTXentLoss, VICRegLoss
 from lightly.models.modules import SimCLRProjectionHead
 from scipy.stats import chisquare
 from torch import Tensor, nn
@@ -151,6 +151,7 @@ def test_controls_need_neither_loss_nor_gradient(region: str) -> None:
         gradmix = GradMix(region=region, generator=torch.Generator().manual_seed(0))
         with gradmix.observe(net) as observed, torch.set_grad_enabled(gradients):
             loss = net(images).sum()
+        assert not observed
         mixed = gradmix(images, loss, observed)
         places.append(mixed.boxes)
         assert not mixed.attribution.any()
@@ -218,6 +219,17 @@ def test_layers_none_takes_the_deepest_whole_stage_or_block_with_room(name: str,
     torch.manual_seed(0)
     net = timm.create_model(name, num_classes=0, **({"img_size": size} if name.startswith("vit") else {}))
     assert mix(GradMix(), torch.rand(2, 3, size, size), net=net).layers == (expected,)
+
+
+def test_the_layer_that_layers_none_takes_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="ssl_gradmix")
+    gradmix = GradMix()
+    for mixer in (gradmix, copy.deepcopy(gradmix), gradmix):
+        mix(mixer, torch.rand(2, 3, 16, 16))
+    mix(copy.deepcopy(gradmix), torch.rand(2, 3, 16, 16))
+    assert [record.getMessage() for record in caplog.records] == [
+        "GradMix attributes at layer 1 for images of 16x16"
+    ] * 2  # by a copy made before, too
 
 
 def test_layers_none_goes_by_the_encoder_at_hand_not_by_names() -> None:
@@ -479,6 +491,38 @@ def test_the_readmes_code_runs() -> None:
     names: dict[str, object] = {}
     exec(block, names)
     assert isinstance(names["mixed"], MixedViews)
+
+
+def documented(start: str) -> str:
+    text = (Path(__file__).parent.parent / "docs" / "your-own-encoder.md").read_text()
+    (block,) = (each for each in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if each.startswith(start))
+    return block
+
+
+def test_the_documented_moco_fills_its_bank_once_a_step() -> None:
+    criterion = NTXentLoss(memory_bank_size=(64, 8))
+    alone = copy.deepcopy(criterion)
+    net, loader = encoder(), [torch.rand(2, 4, 3, 16, 16)] * 3
+    names = {"encoder": net, "head": nn.Identity(), "key_encoder": net, "key_head": nn.Identity(), "copy": copy}
+    exec(
+        documented("for x0, x1"),
+        names | {"torch": torch, "criterion": criterion, "loader": loader, "gradmix": GradMix()},
+    )
+    for x0, x1 in loader:
+        alone(net(x0), net(x1).detach())
+    assert criterion.memory_bank.bank_ptr == 12
+    torch.testing.assert_close(criterion.memory_bank.bank, alone.memory_bank.bank)
+
+
+def test_the_documented_dino_moves_its_center_once_a_step() -> None:
+    criterion, alone = DINOLoss(8), DINOLoss(8)
+    net, crops = encoder(), [*torch.rand(2, 4, 3, 16, 16), torch.rand(4, 3, 8, 8)]
+    names = {"encoder": net, "head": nn.Identity(), "target": net, "target_head": nn.Identity(), "copy": copy}
+    names |= {"torch": torch, "criterion": criterion, "loader": [crops] * 2, "gradmix": GradMix()}
+    exec(documented("for crops"), names)
+    for _ in range(2):
+        alone.update_center(torch.stack([net(crop) for crop in crops[:2]]))
+    torch.testing.assert_close(criterion.center, alone.center)
 
 
 @pytest.mark.parametrize(

@@ -4,51 +4,44 @@ from __future__ import annotations
 
 import math
 import shlex
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ssl_gradmix.data import open_set
-
 METHODS = ("simclr", "byol")
+DATA = ("all", "known", "two-cue")
+"""All classes; the known classes of an open-set trial; two digits side by side."""
 
-DATA = {
-    "all": "all classes",
-    "known": "known classes of an open-set trial",
-    "two-cue": "two digits side by side",
-}
+TRIALS = (0, 2, 3, 4)
+"""CIFAR-10's distinct open-set trials: trial 1 has the known classes of trial 0."""
 
-_PLAIN = {"extra_view": "none"}
 _GRADMIX = {"extra_view": "gradmix", "gradmix.layers": "[layer3]", "gradmix.target": "agreement"}
 
-VARIANTS: dict[str, tuple[str, dict[str, str]]] = {
-    "a": ("plain two views", _PLAIN),
-    "b": ("plain two views, more epochs: as many encoder passes as e", _PLAIN),
-    "c": ("plain third view", {"extra_view": "augmented"}),
-    "d": ("the same mixing at a random place", {**_GRADMIX, "gradmix.attribution": "random"}),
-    "e": ("GradMix, target agreement", _GRADMIX),
-    "f": ("GradMix, target loss (the authors' sign)", {**_GRADMIX, "gradmix.target": "loss"}),
-    "g": ("noise at the attributed place", {**_GRADMIX, "gradmix.fill": "noise"}),
-    "h": ("the attributed pixels, as a mask", {**_GRADMIX, "gradmix.region": "mask"}),
+VARIANTS: dict[str, dict[str, str]] = {
+    "plain": {"extra_view": "none"},
+    "plain-more-epochs": {"extra_view": "none"},  # half as many again: as many encoder passes as with a third view
+    "third-view": {"extra_view": "augmented"},
+    # The loss of a mixed view is weighted by its lam, 0.7 on average; that of a plain third view is not.
+    "third-view-weight0.7": {"extra_view": "augmented", "method.weight": "0.7"},
+    "random-box": {**_GRADMIX, "gradmix.region": "random"},
+    "center-box": {**_GRADMIX, "gradmix.region": "center"},
+    "gradmix": _GRADMIX,
+    "gradmix-loss": {**_GRADMIX, "gradmix.target": "loss"},
+    "gradmix-noise": {**_GRADMIX, "gradmix.fill": "noise"},
+    "gradmix-crop": {**_GRADMIX, "gradmix.fill": "crop"},
+    "gradmix-mask": {**_GRADMIX, "gradmix.region": "mask"},
+    "gradmix-max-mean": {**_GRADMIX, "gradmix.region": "max_mean"},
+    "gradmix-layer2": {**_GRADMIX, "gradmix.layers": "[layer2]"},
+    "gradmix-layer4": {**_GRADMIX, "gradmix.layers": "[layer4]"},
+    "gradmix-layer2+layer3": {**_GRADMIX, "gradmix.layers": "[layer2, layer3]"},
+    "gradmix-layer2+layer4": {**_GRADMIX, "gradmix.layers": "[layer2, layer4]"},
+    "gradmix-layer3+layer4": {**_GRADMIX, "gradmix.layers": "[layer3, layer4]"},
+    "gradmix-lam0.3-0.7": {**_GRADMIX, "gradmix.lam_range": "[0.3, 0.7]"},
+    "gradmix-lam0.7-0.9": {**_GRADMIX, "gradmix.lam_range": "[0.7, 0.9]"},
+    "gradmix-weight2.0": {**_GRADMIX, "method.weight": "2.0"},
 }
-
-CHANGES: dict[str, dict[str, str]] = {
-    **{f"layer{n}": {"gradmix.layers": f"[layer{n}]"} for n in (2, 4)},
-    **{f"layer{m}+{n}": {"gradmix.layers": f"[layer{m}, layer{n}]"} for m, n in ((2, 3), (2, 4), (3, 4))},
-    "lam0.3-0.7": {"gradmix.lam_range": "[0.3, 0.7]"},
-    "lam0.7-0.9": {"gradmix.lam_range": "[0.7, 0.9]"},
-    **{f"weight{weight}": {"method.weight": weight} for weight in ("0.5", "0.7", "2.0")},
-    "crop": {"gradmix.fill": "crop"},
-    "densest": {"gradmix.region": "densest"},
-    "center": {"gradmix.attribution": "center"},
-}
-"""What may differ from one of the variants: `e-layer2` is e with another layer.
-
-The loss of a plain third view counts in full, that of a mixed one by its `lam`, 0.7 on average: `c-weight0.7` makes up
-for it.
-"""
-
-TRIALS = open_set.distinct_trials("cifar10")
+"""Options of the recipe by the variant's name, in the order of the tables."""
 
 
 @dataclass(frozen=True)
@@ -56,14 +49,13 @@ class Grid:
     """What all cells have in common.
 
     Args:
-        name: Of the grid.
+        name: Of the grid, in rows and paths.
         data: CIFAR-10 as a folder, `train/<class>/*` and `test/<class>/*`.
         images: Training images.
-        epochs: Passes over them; of variant b more.
+        epochs: Passes over them; `plain-more-epochs` makes more.
         batch: Images in a batch.
         backbone: Name of the encoder.
         corrupted: Test images that are corrupted.
-        ood: Folders of images to be told from those of `data`, beside digits.
         recipe: Further options of the recipes.
         cache: Folder for images and runs.
         threads: Of each command.
@@ -76,7 +68,6 @@ class Grid:
     batch: int
     backbone: str
     corrupted: int
-    ood: tuple[Path, ...]
     recipe: tuple[str, ...]
     cache: Path
     threads: int
@@ -98,19 +89,17 @@ class Grid:
 
     def settings(self) -> dict[str, Any]:
         """What results depend on: cells may be compared where it is the same."""
-        names = ("images", "epochs", "batch", "backbone", "corrupted", "recipe")
-        chosen = {name: value for name, value in asdict(self).items() if name in names}
-        ood = ["digits", *(path.resolve().name for path in self.ood)]
-        return {"data": self.data.resolve().name, **chosen, "recipe": list(self.recipe), "ood": ood}
+        names = ("images", "epochs", "batch", "backbone", "corrupted")
+        chosen = {name: getattr(self, name) for name in names}
+        return {"data": self.data.resolve().name, **chosen, "recipe": list(self.recipe), "ood": ["digits"]}
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One training and its evaluations; written `simclr/e/all/0`.
+class Cell(NamedTuple):
+    """One training and its evaluations.
 
-    Args:
+    Attributes:
         method: One of `METHODS`.
-        variant: One of `VARIANTS`, or one with a hyphen and one of `CHANGES` behind it.
+        variant: One of `VARIANTS`.
         data: One of `DATA`.
         seed: Of the training. With data `known` it chooses the open-set trial too, so that seeds are trials.
     """
@@ -120,65 +109,12 @@ class Cell:
     data: str
     seed: int
 
-    def __post_init__(self) -> None:
-        base, _, change = self.variant.partition("-")
-        if base not in VARIANTS or (change and change not in CHANGES):
-            raise ValueError(
-                f"variant must be one of {', '.join(VARIANTS)}, or one of them with a change such as e-layer2 "
-                f"({', '.join(CHANGES)}), got {self.variant!r}"
-            )
-        settings = VARIANTS[base][1]
-        views, changed = settings["extra_view"], "".join(CHANGES.get(change, {}))
-        if change and (views == "none" or (views == "augmented" and changed.startswith("gradmix"))):
-            raise ValueError(f"variant {self.variant!r} is the same as {base}, which does not read {changed}")
-        for name, value, options in (("method", self.method, METHODS), ("data", self.data, tuple(DATA))):
-            if value not in options:
-                raise ValueError(f"{name} must be one of {', '.join(options)}, got {value!r}")
-        if self.seed < 0:
-            raise ValueError(f"seed must be 0 or larger, got {self.seed}")
-
-    @classmethod
-    def parse(cls, text: str) -> Cell:
-        """Reads `simclr/e/all/0`.
-
-        Raises:
-            ValueError: It is none.
-        """
-        parts = text.split("/")
-        if len(parts) != 4 or not parts[3].isdecimal():
-            raise ValueError(f"a cell is METHOD/VARIANT/DATA/SEED, such as simclr/e/all/0, got {text!r}")
-        return cls(*parts[:3], int(parts[3]))
-
     def __str__(self) -> str:
         return f"{self.method}/{self.variant}/{self.data}/{self.seed}"
-
-    @property
-    def trial(self) -> int:
-        """The open-set trial of data `known`: the distinct ones in turn."""
-        return TRIALS[self.seed % len(TRIALS)]
-
-    def variant_settings(self) -> dict[str, str]:
-        """Options of the recipe that make the variant."""
-        base, _, change = self.variant.partition("-")
-        return {**VARIANTS[base][1], **CHANGES.get(change, {})}
 
     def run(self, grid: Grid) -> Path:
         """Its run folder."""
         return grid.cache / "runs" / grid.name / str(self).replace("/", "-")
-
-
-class Passes(NamedTuple):
-    """How often a training image goes through an encoder in the whole training.
-
-    Attributes:
-        encoder: Of the encoder that is trained, forward and backward.
-        attribution: GradMix's backward passes to the observed layer, beside those.
-        teacher: BYOL's teacher, forward only.
-    """
-
-    encoder: int
-    attribution: int
-    teacher: int
 
 
 class Step(NamedTuple):
@@ -193,67 +129,70 @@ class Step(NamedTuple):
 
 
 def epochs(cell: Cell, grid: Grid) -> int:
-    """Epochs of a cell's training: those of b make up for its two views, rounded up in its favor."""
-    return math.ceil(grid.epochs * 3 / 2) if cell.variant.startswith("b") else grid.epochs
+    """Epochs of a cell's training; those that make up for a third view are rounded up."""
+    return math.ceil(grid.epochs * 3 / 2) if cell.variant == "plain-more-epochs" else grid.epochs
 
 
-def passes(cell: Cell, grid: Grid) -> Passes:
-    """Counts the passes of a cell's training: views times epochs."""
-    settings, n = cell.variant_settings(), epochs(cell, grid)
+def passes(cell: Cell, grid: Grid) -> tuple[int, int, int]:
+    """Passes of a training image in the whole training.
+
+    Returns:
+        Through the encoder, forward and backward; GradMix's backward passes to the observed layer beside those; and
+        through BYOL's target network, forward only.
+    """
+    settings, n = VARIANTS[cell.variant], epochs(cell, grid)
     views = 2 if settings["extra_view"] == "none" else 3
-    attributed = settings["extra_view"] == "gradmix" and settings.get("gradmix.attribution") not in ("random", "center")
-    return Passes(views * n, n if attributed else 0, 2 * n if cell.method == "byol" else 0)
+    attributed = settings["extra_view"] == "gradmix" and settings.get("gradmix.region") not in ("random", "center")
+    return views * n, n if attributed else 0, 2 * n if cell.method == "byol" else 0
 
 
 def steps(cell: Cell, grid: Grid) -> list[Step]:
     """The commands of a cell in their order, to be run in the folder of the repository."""
     run = cell.run(grid)
-    evaluations = run / "eval"
 
     def evaluate(script: str, writes: str, *options: str) -> Step:
-        return Step(["python", script, str(run), *options], evaluations / writes)
+        return Step(["python", script, str(run), *options], run / writes)
 
     def probe(cue: str) -> Step:
-        where = ["--data.root", str(grid.two_cues / cue), "--out", str(evaluations / cue)]
-        return evaluate("eval/linear_probe.py", f"{cue}/linear_probe.json", *where)
+        where = ["--data.root", str(grid.two_cues / cue), "--out", str(run / "eval" / cue)]
+        return evaluate("eval/linear_probe.py", f"eval/{cue}/linear_probe.json", *where)
 
-    train = Step(["python", f"recipes/{cell.method}_gradmix.py", *_options(_training(cell, grid)), *grid.recipe], None)
+    train = Step(["python", f"recipes/{cell.method}_gradmix.py", *_training(cell, grid), *grid.recipe], None)
     rank = evaluate("benchmarks/evidence/rankme.py", "rankme.json")
-    match cell.data:
-        case "known":
-            return [train, evaluate("eval/osr.py", "osr.json")]
-        case "two-cue":
-            return [train, probe("usual"), probe("neglected"), rank]
-    unknown = ["{name: digits}", *(f"{{name: folder, root: {str(path.resolve())!r}}}" for path in grid.ood)]
+    if cell.data == "known":
+        return [train, evaluate("eval/osr.py", "eval/osr.json")]
+    if cell.data == "two-cue":
+        return [train, probe("usual"), probe("neglected"), rank]
+    workers = str(grid.threads)
     return [
         train,
-        evaluate("eval/linear_probe.py", "linear_probe.json", "--label_fractions", "[0.01, 0.1]"),
+        evaluate("eval/linear_probe.py", "eval/linear_probe.json", "--label_fractions", "[0.01, 0.1]"),
         rank,
-        evaluate("eval/osr.py", "ood.json", "--unknown", f"[{', '.join(unknown)}]"),
-        evaluate(
-            "eval/corruption.py", "corruption.json", "--images", str(grid.corrupted), "--workers", str(grid.threads)
-        ),
+        evaluate("eval/osr.py", "eval/ood.json", "--unknown", "[{name: digits}]"),
+        evaluate("eval/corruption.py", "eval/corruption.json", "--images", str(grid.corrupted), "--workers", workers),
     ]
 
 
-def _training(cell: Cell, grid: Grid) -> dict[str, str]:
+def _training(cell: Cell, grid: Grid) -> list[str]:
+    """Options of the recipe."""
     settings = {
-        "run": str(cell.run(grid)),
+        "run": cell.run(grid),
         "data.name": "folder",
-        "data.root": str(grid.two_cues / "pretraining" if cell.data == "two-cue" else grid.subset),
+        "data.root": grid.two_cues / "pretraining" if cell.data == "two-cue" else grid.subset,
         "backbone.name": grid.backbone,
-        "training.epochs": str(epochs(cell, grid)),
-        "training.batch_size": str(grid.batch),
-        "training.seed": str(cell.seed),
-        "training.threads": str(grid.threads),
-        **cell.variant_settings(),
+        "training.epochs": epochs(cell, grid),
+        "training.batch_size": grid.batch,
+        "training.seed": cell.seed,
+        "training.threads": grid.threads,
+        **VARIANTS[cell.variant],
     }
     if cell.data == "known":
-        settings["data.open_set"] = f"cifar10:{cell.trial}"
+        settings["data.open_set"] = f"cifar10:{TRIALS[cell.seed % len(TRIALS)]}"
     if cell.data == "two-cue":  # a flip would change sides, and a small crop leave one of the digits out
-        settings |= {"augmentation.flip": "0", "augmentation.min_scale": "0.5"}
-    return settings
+        settings |= {"augmentation.flip": 0, "augmentation.min_scale": 0.5}
+    return options(settings)
 
 
-def _options(settings: dict[str, str]) -> list[str]:
-    return [part for name, value in settings.items() for part in (f"--{name}", value)]
+def options(settings: Mapping[str, Any]) -> list[str]:
+    """Settings as a command line has them."""
+    return [part for name, value in settings.items() for part in (f"--{name}", str(value))]

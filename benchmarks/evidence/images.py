@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ssl_gradmix.data.datasets import ImageSet, load
+from ssl_gradmix.data.datasets import load
 from ssl_gradmix.settings import Data
 
 CORRELATION = 0.9
@@ -33,18 +33,15 @@ def subset(data: Path, images: int, target: Path) -> None:
         target: The folder to make, with the layout of `data`.
 
     Raises:
-        FileNotFoundError: `data` has no test images.
         ValueError: `images` cannot be shared out over the classes, or the target is a part of another `data`.
     """
     train = load(Data("folder", str(data)), "train")
-    load(Data("folder", str(data)), "test")
-    n_classes = len(train.classes)
-    each, rest = divmod(images, max(n_classes, 1))
-    smallest = np.bincount(train.labels, minlength=n_classes).min() if n_classes else 0
-    if rest or not 1 <= each <= smallest:
+    counts = np.bincount(train.labels)
+    each, rest = divmod(images, len(counts))
+    if rest or not 1 <= each <= counts.min():
         raise ValueError(
-            f"--images must be a multiple of the {n_classes} classes of {data} and at most {n_classes * smallest}, "
-            f"got {images}"
+            f"--images must be a multiple of the {len(counts)} classes of {data} and at most "
+            f"{len(counts) * counts.min()}, got {images}"
         )
 
     def write(folder: Path) -> None:
@@ -53,7 +50,6 @@ def subset(data: Path, images: int, target: Path) -> None:
             (folder / "train" / name).mkdir(parents=True)
             for i in order[train.labels[order] == label][:each]:
                 path = train.images[i]
-                # The number keeps files of one name in different sub-folders apart.
                 (folder / "train" / name / f"{i:06d}{path.suffix}").symlink_to(path.resolve())
         (folder / "test").symlink_to((data / "test").resolve())
 
@@ -79,39 +75,37 @@ def two_cues(pairs: int, target: Path) -> None:
 
     def write(folder: Path) -> None:
         rng = np.random.default_rng(0)
-        digits = {split: load(Data("digits"), split) for split in ("train", "test")}
         left = np.arange(pairs) % 10
-        other = rng.random(pairs) >= CORRELATION
-        right = np.where(other, (left + rng.integers(1, 10, pairs)) % 10, left)
-        _write_pairs(digits["train"], left, right, rng, {folder / "pretraining" / "train": left})
-        judged = max(40, pairs // 5)
+        right = agreeing(left, rng)
+        _write_pairs("train", left, right, rng, {folder / "pretraining" / "train": left})
+        left = np.arange(max(40, pairs // 5)) % 10
         for split in ("train", "test"):
-            left = np.arange(judged) % 10
             right = rng.permutation(left)
-            places = {folder / "usual" / split: left, folder / "neglected" / split: right}
-            _write_pairs(digits[split], left, right, rng, places)
+            _write_pairs(split, left, right, rng, {folder / "usual" / split: left, folder / "neglected" / split: right})
 
     _write_once(target, write)
 
 
+def agreeing(left: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Numbers beside others, the same ones in a share `CORRELATION`, else any of the nine others."""
+    other = rng.random(len(left)) >= CORRELATION
+    return np.where(other, (left + rng.integers(1, 10, len(left))) % 10, left)
+
+
 def _write_pairs(
-    digits: ImageSet, left: np.ndarray, right: np.ndarray, rng: np.random.Generator, places: dict[Path, np.ndarray]
+    split: str, left: np.ndarray, right: np.ndarray, rng: np.random.Generator, places: dict[Path, np.ndarray]
 ) -> None:
-    """Writes an image of each pair of numbers, drawn from `digits`, into every place under its label there."""
+    """Writes an image of each pair of numbers, drawn from the digits, into every place under its label there."""
+    digits = load(Data("digits"), split)
     members = [np.flatnonzero(digits.labels == label) for label in range(10)]
-    for folder, labels in places.items():
-        for label in np.unique(labels):
-            (folder / str(label)).mkdir(parents=True)
     for i, numbers in enumerate(zip(left, right, strict=True)):
-        halves = [_half(digits, rng.choice(members[number])) for number in numbers]
-        image = np.concatenate([halves[0], np.round(CONTRAST * halves[1]).astype(np.uint8)], 1)
+        halves = [digits[rng.choice(members[number])][0].convert("L") for number in numbers]
+        bright, faint = (np.asarray(half.resize((16, 32), Image.Resampling.BILINEAR)) for half in halves)
+        image = np.concatenate([bright, np.round(CONTRAST * faint).astype(np.uint8)], 1)
         for folder, labels in places.items():
-            Image.fromarray(image).save(folder / str(labels[i]) / f"{i:06d}.png")
-
-
-def _half(digits: ImageSet, index: int) -> np.ndarray:
-    image, _ = digits[index]
-    return np.asarray(image.convert("L").resize((16, 32), Image.Resampling.BILINEAR))
+            path = folder / str(labels[i]) / f"{i:06d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(path)
 
 
 def _write_once(target: Path, write: Callable[[Path], None]) -> None:

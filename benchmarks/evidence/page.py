@@ -1,266 +1,213 @@
-"""EVIDENCE.md from rows: tables and figures. What people wrote around the generated part stays."""
+"""results/evidence.md from rows: tables and figures. EVIDENCE.md beside it, which people write, quotes them."""
 
 from __future__ import annotations
 
 import math
-import os
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from statistics import fmean, stdev
+from typing import TYPE_CHECKING
 
-from evidence import figures as drawing
-from evidence.cells import CHANGES, DATA, VARIANTS
-from evidence.differences import Difference, Values, compare, values
-from evidence.rows import MEASURES, Measure, Row
-from ssl_gradmix.files import write_whole
+import pandas as pd
 
-BEGIN, END = "<!-- generated from rows: begin -->", "<!-- generated from rows: end -->"
+from evidence.cells import DATA, VARIANTS, options
+from evidence.rows import CHOSEN_BY, MEASURES, differences
 
-TEMPLATE = f"""# Does GradMix help?
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-Controlled experiments: the same training with and without GradMix's parts, on the same images, seed by seed. Losing
-rows stay.
+SHORT = ("linear", "knn", "corruption_error", "osr_auroc")
+"""The measures of the summary and the figure."""
 
-## Answers
+REFERENCE = "third-view"
+"""What they are compared with: as many encoder passes, no mixing."""
 
-Not measured yet.
+REFERENCES = ("plain", REFERENCE, "random-box", "gradmix")
 
-{BEGIN}
-{END}
-"""
+INTRODUCTION = """# Tables of the controlled experiments
 
-QUESTIONS = {
-    "a": "plain two views, equal epochs",
-    "b": "plain two views, equal encoder passes",
-    "c": "plain third view, equal both",
-    "c-weight0.7": "plain third view that counts as little as a mixed one, equal both",
-    "d": "random place, equal both",
-    "d-center": "the center, equal both",
-}
-"""What GradMix's e and f are compared with, and what is equal then."""
+Written by `python benchmarks/evidence.py --report` from the rows in `evidence.jsonl`;
+[EVIDENCE.md](../EVIDENCE.md) says what they mean.
 
-PROTOCOL = """## How to read the tables
+Encoders are frozen. Shares are in percent, their differences in percentage points; RankMe is that of the training
+images' features. A difference is the mean over seeds of one variant minus another at the same seed, with the 95% t
+interval of that mean (and the number of seeds): **bold** where the interval excludes 0 for the better, ***bold
+italics*** where for the worse. Nothing is corrected for the number of comparisons. Settings are chosen by the two rows
+of held-out training images, which are held out from classifiers and neighbors, not from pretraining, and which the
+verdicts do not count.
 
-Encoders are frozen, protocols those of the README's evaluation, and a cell's test images are read once. Settings are
-chosen by the rows of held-out training images alone: held out from classifiers and neighbors, not from pretraining,
-which reads no labels. Those rows are not counted in verdicts. A difference is the mean over seeds of one variant
-minus another at the same seed, with the 95% t interval of that mean (and the number of seeds): **bold** where it
-leaves 0 out for the better, ***bold italics*** where for the worse. Nothing is corrected for the number of comparisons:
-of twenty where nothing differs, about one stands out. Shares are in percent, their differences in percentage points. A
-cell is repeated by its grid's command with `--cells simclr/e/all/0` behind it; `--print simclr/e/all/0` lists its
-single commands.
+OSR: seed s pretrains on the known classes of the s-th distinct trial of CIFAR-10 (0, 2, 3, 4) and meets the unknown
+ones in the evaluation. OOD: digits against test images. Two cues: a bright digit on the left and a faint one on the
+right, which show the same number in 90% of the pretraining images; a linear classifier reads each off the frozen
+features of images where they are independent.
 
-Open set: seed s pretrains on the known classes of the s-th distinct trial of CIFAR-10 (0, 2, 3, 4), and meets the
-unknown ones in the evaluation. Two cues: a bright digit on the left and a faint one on the right, which show the same
-number in 90% of the pretraining images; a linear classifier reads each off the frozen features where they are
-independent. Effective rank: RankMe of the training images' features.
+Options of the recipe that make each variant (`plain-more-epochs` trains half as many epochs again):
 """
 
 
-def write(rows: Sequence[Row], page: Path, figures: Path) -> list[Path]:
-    """Writes the page, anew between its two marks, and the figures it shows.
-
-    Args:
-        rows: Of all grids.
-        page: The Markdown file; begun from a template where it is not there.
-        figures: Folder for the figures.
-
-    Returns:
-        The files written.
+def write(rows: pd.DataFrame, path: Path) -> list[Path]:
+    """Writes the page, and a figure of each grid and method beside it; returns the files written.
 
     Raises:
-        ValueError: The page has not the marks, or cells of one grid have different settings.
+        ValueError: Cells of one grid have different settings.
     """
-    text = page.read_text(encoding="utf-8") if page.exists() else TEMPLATE
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{page} must have the lines {BEGIN!r} and {END!r}, between which it is generated")
-    written: list[Path] = []
-    parts = ["", PROTOCOL, *(f"- **{name}**: {title}" for name, (title, _) in VARIANTS.items()), ""] if rows else [""]
-    for grid, method in dict.fromkeys((row.grid, row.method) for row in rows):
-        of_grid = [row for row in rows if (row.grid, row.method) == (grid, method)]
-        pictures = {}
-        for reference in ("a", "d"):
-            figure = drawing.forest(values(of_grid), reference)
-            if figure is not None:
-                path = figures / f"{grid}-{method}-against-{reference}.png"
-                drawing.write(path, figure)
-                written.append(path)
-                pictures[reference] = Path(os.path.relpath(path, page.parent)).as_posix()
-        parts += _section(of_grid, pictures)
-    generated = "\n".join(parts)
-    write_whole(
-        page, lambda temporary: temporary.write_text(f"{before}{BEGIN}\n{generated}\n{END}{after}", encoding="utf-8")
-    )
-    return [page, *written]
+    written, parts = [path], [INTRODUCTION]
+    used = in_order(rows.variant)
+    parts += [f"- `{name}`: `{shlex.join(options(VARIANTS[name]))}`" for name in used]
+    for (grid, method), found in rows.groupby(["grid", "method"], sort=False):
+        if any(settings != found.settings.iloc[0] for settings in found.settings):
+            raise ValueError(f"grid {grid!r} has cells with different settings: their rows do not compare")
+        parts += ["", f"## {method}, grid `{grid}`", "", *_described(found), "", *_cells(found), ""]
+        figure = forest(differences(found, REFERENCE))
+        if figure is not None:
+            written.append(path.with_name(f"{path.stem}-{grid}-{method}.png"))
+            figure.savefig(written[-1], dpi=120)
+            parts += [f"### Against {REFERENCE}, in short", "", *summary(found), ""]
+            parts += [f"![Differences to {REFERENCE} with 95% intervals]({written[-1].name})", ""]
+        parts += ["### Means ± standard deviations over seeds (number of seeds)", "", *_means(found)]
+        for reference in REFERENCES:
+            compared = differences(found, reference)
+            if len(compared):
+                parts += ["", f"### Differences to {reference}", "", *_differences(compared)]
+    path.write_text("\n".join(parts) + "\n")
+    return written
 
 
-def _section(rows: Sequence[Row], pictures: dict[str, str]) -> list[str]:
-    """Markdown lines of one grid and method."""
-    first, found = rows[0], values(rows)
-    if any(row.settings != first.settings for row in rows):
-        raise ValueError(f"grid {first.grid!r} has cells with different settings: their rows do not compare")
-    variants = _in_order({row.variant for row in rows})
-    plain = [variant for variant in variants if "-" not in variant]
-    lines = [f"## {_method(first.method)}, grid `{first.grid}`", "", *_described(rows), ""]
-    lines += ["### Every number", "", "Mean ± standard deviation over seeds (number of seeds).", ""]
-    lines += _numbers(found, plain)
-    for variant in ("e", "f"):
-        if variant in plain:
-            lines += _help(found, variant)
-    contrasts = [*((x, "e") for x in "fgh"), *((x, y) for y in ("a", "d") for x in "bcdgh" if x != y)]
-    lines += _differences(found, "The sign, and the controls", contrasts)
-    for base in plain:
-        changed = [variant for variant in variants if variant.startswith(f"{base}-")]
-        if changed:
-            lines += [f"### Settings of {base}: every number", "", *_numbers(found, [base, *changed])]
-            lines += _differences(found, f"Settings of {base}: differences", [(variant, base) for variant in changed])
-    for reference, path in pictures.items():
-        title = f"Differences to {reference}, {VARIANTS[reference][0]}"
-        lines += [f"### {title}", "", f"![{title}, with 95% intervals]({path})", ""]
-    return [*lines, *_cost(rows, variants)]
+def in_order(variants: Iterable[str]) -> list[str]:
+    """Those that are there, in the order of `VARIANTS`."""
+    present = set(variants)
+    return [name for name in VARIANTS if name in present]
 
 
-def _described(rows: Sequence[Row]) -> list[str]:
-    """The grid's settings, and the commands that make it."""
-    first, settings = rows[0], rows[0].settings
-    cells = {row.cell for row in rows}
-    commits = ", ".join(f"`{commit}`" for commit in sorted({row.commit for row in rows}))
-    ways: dict[tuple[str, ...], list[str]] = {}
-    for variant in _in_order({cell.variant for cell in cells}):
-        kinds_of: dict[tuple[str, ...], list[str]] = {}
-        for kind in DATA:
-            seeds = sorted(cell.seed for cell in cells if (cell.variant, cell.data) == (variant, kind))
-            kinds_of.setdefault(tuple(map(str, seeds)), []).append(kind)
-        for seeds, kinds in kinds_of.items():
-            if seeds:
-                ways.setdefault(("--kinds", *kinds, "--seeds", *seeds), []).append(variant)
+def summary(rows: pd.DataFrame) -> list[str]:
+    """Markdown lines: variants by the measures in `SHORT`, mean and paired difference to `REFERENCE`."""
+    found = rows[rows.measure.isin(SHORT)].groupby(["measure", "variant"]).value.agg(["mean", "count"])
+    behind = texts(differences(rows, REFERENCE), difference).reindex(found.index)
+    cells = texts(found, lambda measure, row: number(measure, row["mean"])) + "; " + behind
+    cells = cells.fillna(texts(found, lambda measure, row: f"{number(measure, row['mean'])} ({row['count']:.0f})"))
+    return pivot(cells.swaplevel())
+
+
+def _described(rows: pd.DataFrame) -> list[str]:
+    """The grid's settings, and the part of the command that all its cells share."""
+    first = rows.iloc[0]
+    names = ("data", "images", "epochs", "batch", "backbone", "corrupted")
+    shared = options({name: first.settings[name] for name in names})
+    recipe = ["--", *first.settings["recipe"]] if first.settings["recipe"] else []
+    command = shlex.join(["--grid", first.grid, *shared, "--methods", first.method, "VARIANTS", *recipe])
+    choice = "--variants ... --kinds ... --seeds ..."
+    cells = rows.groupby(["variant", "data", "seed"]).ngroups
+    commits = ", ".join(sorted(set(rows.commit)))
     return [
-        f"{settings['images']:,} training images of {settings['data']}, {settings['backbone']}, "
-        f"{settings['epochs']} epochs, batch {settings['batch']}; corruption on {settings['corrupted']:,} test images; "
-        f"out of distribution: {', '.join(settings['ood'])}. {len(cells)} cells, commit {commits}.",
+        f"{cells} cells, commits {commits}:",
         "",
-        *(f"    {_command(first, variants, way)}" for way, variants in ways.items()),
+        f"    python benchmarks/evidence.py {command.replace('VARIANTS', choice)}",
     ]
 
 
-def _command(row: Row, variants: Sequence[str], way: Sequence[str]) -> str:
-    """Makes cells of a row's grid and method, for `way`'s kinds of data and seeds."""
-    settings = row.settings
-    command = ["python", "benchmarks/evidence.py", "--grid", row.grid]
-    for name in ("data", "images", "epochs", "batch", "backbone", "corrupted"):
-        command += [f"--{name}", str(settings[name])]
-    command += ["--ood", *settings["ood"][1:]] if settings["ood"][1:] else []  # digits always are
-    command += ["--methods", row.method, "--variants", *variants, *way]
-    return shlex.join([*command, "--", *settings["recipe"]] if settings["recipe"] else command)
-
-
-def _numbers(found: Values, variants: Sequence[str]) -> list[str]:
-    """A table of means and spreads, a column a variant."""
-    return _table(variants, lambda measure, variant: _spread(measure, found.get((variant, measure.name), {})))
-
-
-def _help(found: Values, variant: str) -> list[str]:
-    """Whether a variant beats its controls: a table, and a count of verdicts for each."""
-    compared = {
-        reference: differences for reference in QUESTIONS if (differences := compare(found, variant, reference))
-    }
-    if not compared:
-        return []
-    lines = [f"### Does {variant} help? ({VARIANTS[variant][0]})", ""]
-    lines += _table(
-        list(compared),
-        lambda measure, reference: _difference(measure, compared[reference].get(measure)),
-        {reference: f"− {reference}: {QUESTIONS[reference]}" for reference in compared},
-    )
-    for reference, differences in compared.items():
-        verdicts = [difference.verdict(measure) for measure, difference in differences.items() if not measure.chosen_by]
-        lines.append(
-            f"- {variant} against {reference} ({QUESTIONS[reference]}): better on {verdicts.count('better')}, worse on "
-            f"{verdicts.count('worse')}, open on {verdicts.count('open')} of {len(verdicts)} measures."
-        )
-    return [*lines, ""]
-
-
-def _differences(found: Values, title: str, contrasts: Sequence[tuple[str, str]]) -> list[str]:
-    """A table of differences, a column a contrast; nothing where there are none."""
-    compared = {f"{one} − {two}": differences for one, two in contrasts if (differences := compare(found, one, two))}
-    if not compared:
-        return []
-    table = _table(list(compared), lambda measure, name: _difference(measure, compared[name].get(measure)))
-    return [f"### {title}", "", *table]
-
-
-def _cost(rows: Sequence[Row], variants: Sequence[str]) -> list[str]:
-    """What variants cost: passes, and seconds against the plain third view's, seed by seed."""
-    lines = [
-        "### What it costs",
+def _cells(rows: pd.DataFrame) -> list[str]:
+    """Seeds of each variant by the kind of data, and what it costs."""
+    cells = rows.drop_duplicates(["variant", "data", "seed"])
+    seeds = cells.groupby(["variant", "data"]).seed.agg(lambda found: " ".join(map(str, sorted(found))))
+    seconds = cells[cells.data == "all"].groupby("variant").seconds.mean()
+    lines = []
+    for variant in in_order(rows.variant):
+        row = cells[cells.variant == variant].iloc[0]
+        passes = f"{row.passes} + {row.attributions} + {row.target_passes}"
+        taken = f"{seconds[variant]:,.0f}" if variant in seconds else ""
+        lines.append([variant, *(seeds.get((variant, kind), "") for kind in DATA), passes, taken])
+    return [
+        "Passes of a training image: through the encoder, of GradMix's attribution (backward, to the observed layer), "
+        "and of BYOL's target network (forward). Seconds of training alone, data `all`: of several machines and beside "
+        "other work, so that they do not compare variants.",
         "",
-        "Passes of a training image in the whole training: of the encoder; of GradMix's attribution (backward, to the "
-        "observed layer); of BYOL's teacher (forward). Seconds are those of training alone, on all classes: mean over "
-        "seeds, and mean ratio to c at the same seed (range).",
-        "",
-        "| variant | encoder | attribution | teacher | threads | seconds | against c |",
-        "|---|---|---|---|---|---|---|",
+        *table(["variant", *(f"seeds, {kind}" for kind in DATA), "passes", "seconds"], lines),
     ]
-    seconds = {(row.variant, row.seed): row.seconds for row in rows if row.data == "all"}
-    for variant in variants:
-        row = next(row for row in rows if row.variant == variant)
-        own = {seed: taken for (name, seed), taken in seconds.items() if name == variant}
-        ratios = [taken / seconds["c", seed] for seed, taken in own.items() if ("c", seed) in seconds]
-        threads = sorted({str(each.threads) for each in rows if each.variant == variant})
-        lines.append(
-            f"| {variant} | {row.passes} | {row.attributions} | {row.target_passes} | {' or '.join(threads)} | "
-            f"{f'{fmean(own.values()):,.0f}' if own else ''} | "
-            f"{f'{fmean(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})' if ratios else ''} |"
-        )
-    return [*lines, ""]
 
 
-def _table(
-    columns: Sequence[str], cell: Callable[[Measure, str], str], headings: dict[str, str] | None = None
-) -> list[str]:
-    """A line a measure, those without any number left out."""
-    shown = [(headings or {}).get(column, column) for column in columns]
-    lines = [f"| measure | {' | '.join(shown)} |", "|---|" + "---|" * len(columns)]
-    for measure in MEASURES:
-        cells = [cell(measure, column) for column in columns]
-        if any(cells):
-            lower = "" if measure.larger_is_better else " (less is better)"
-            lines.append(f"| {measure.title}{lower} | {' | '.join(cells)} |")
-    return [*lines, ""]
+def _means(rows: pd.DataFrame) -> list[str]:
+    def text(measure: str, row: pd.Series) -> str:
+        spread = f" ± {number(measure, row['std'])}" if row["count"] > 1 else ""
+        return f"{number(measure, row['mean'])}{spread} ({row['count']:.0f})"
+
+    return pivot(texts(rows.groupby(["measure", "variant"]).value.agg(["mean", "std", "count"]), text))
 
 
-def _spread(measure: Measure, by_seed: dict[int, float]) -> str:
-    if not by_seed:
-        return ""
-    mean = _number(measure, fmean(by_seed.values()))
-    spread = f" ± {_number(measure, stdev(by_seed.values()))}" if len(by_seed) > 1 else ""
-    return f"{mean}{spread} ({len(by_seed)})"
+def _differences(compared: pd.DataFrame) -> list[str]:
+    counted = compared[~compared.index.isin(CHOSEN_BY, level="measure")]
+    verdicts = counted.groupby("variant").verdict.value_counts().unstack(fill_value=0)
+    verdicts = verdicts.reindex(in_order(verdicts.index), columns=["better", "worse", "open"], fill_value=0)
+    ends = [" / ".join(map(str, line)) for line in verdicts.values]
+    return [*pivot(texts(compared, difference)), f"| better / worse / open | {' | '.join(ends)} |"]
 
 
-def _difference(measure: Measure, difference: Difference | None) -> str:
-    if difference is None:
-        return ""
-    text = _number(measure, difference.mean, "+")
-    if not math.isnan(difference.low):
-        text += f" [{_number(measure, difference.low, '+')}, {_number(measure, difference.high, '+')}]"
-    mark = {"better": "**", "worse": "***", "open": ""}[difference.verdict(measure)]
-    return f"{mark}{text}{mark} ({difference.seeds})"
+def texts(found: pd.DataFrame, text: Callable[[str, pd.Series], str]) -> pd.Series:
+    """What `text` makes of each line's measure and numbers, by measure and variant."""
+    return pd.Series([text(key[0], row) for key, row in found.iterrows()], found.index, dtype=object)
 
 
-def _number(measure: Measure, value: float, sign: str = "") -> str:
-    shown = round(100 * value if measure.share else value, 1) + 0.0  # no "-0.0"
+def pivot(cells: pd.Series) -> list[str]:
+    """Markdown lines of texts by two names, measures and variants in their usual order."""
+    frame = cells.unstack(fill_value="")
+    order = [*MEASURES, *VARIANTS]
+    frame = frame.sort_index(key=lambda names: names.map(order.index))
+    frame = frame.sort_index(axis=1, key=lambda names: names.map(order.index))
+    titles = {name: measure.title for name, measure in MEASURES.items()}
+    frame = frame.rename(index=titles, columns=titles)
+    lines = [[name, *line] for name, line in zip(frame.index, frame.values, strict=True)]
+    return table([frame.index.name, *frame.columns], lines)
+
+
+def table(header: list[str], lines: list[list[str]]) -> list[str]:
+    """Lines of a Markdown table."""
+    return [f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *lines)]
+
+
+def difference(measure: str, found: pd.Series) -> str:
+    """A paired difference with its interval, marked by its verdict."""
+    text = number(measure, found["mean"], "+")
+    if not math.isnan(found.low):
+        text += f" [{number(measure, found.low, '+')}, {number(measure, found.high, '+')}]"
+    mark = {"better": "**", "worse": "***", "open": ""}[found.verdict]
+    return f"{mark}{text}{mark} ({found.seeds})"
+
+
+def number(measure: str, value: float, sign: str = "") -> str:
+    shown = round(float(100 * value if MEASURES[measure].percent else value), 1) + 0.0  # no "-0.0"
     return f"{shown:{sign}.1f}".replace("-", "−")
 
 
-def _in_order(variants: set[str]) -> list[str]:
-    """By letter, each with its changes behind it."""
-    changes = ["", *CHANGES]
-    return sorted(variants, key=lambda variant: (variant[0], changes.index(variant.partition("-")[2])))
+def forest(compared: pd.DataFrame) -> Figure | None:
+    """Draws paired differences to `REFERENCE` with their 95% intervals, a panel for each measure in `SHORT`.
 
+    Filled marks are differences whose interval excludes 0. To the right is better in every panel: where less is better,
+    the axis runs the other way.
 
-def _method(name: str) -> str:
-    return {"simclr": "SimCLR", "byol": "BYOL"}[name]
+    Returns:
+        None where there is nothing to compare.
+    """
+    from matplotlib.figure import Figure
+
+    shown = [measure for measure in SHORT if measure in compared.index]
+    if not shown:
+        return None
+    variants = in_order(compared.index.get_level_values("variant"))
+    figure = Figure(figsize=(1.5 + 2.1 * len(shown), 1 + 0.2 * len(variants)), layout="constrained")
+    panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
+    for axes, measure in zip(panels, shown, strict=True):
+        scale = 100 if MEASURES[measure].percent else 1
+        for variant, found in compared.loc[measure].iterrows():
+            y = -variants.index(variant)
+            axes.plot([scale * found.low, scale * found.high], [y, y], color="C0", linewidth=1)
+            face = "white" if found.verdict == "open" else "C0"
+            axes.plot(scale * found["mean"], y, "o", color="C0", markerfacecolor=face, markersize=4)
+        axes.axvline(0, color="0.5", linewidth=0.8)
+        axes.set_title(MEASURES[measure].title, loc="left", fontsize=7)
+        axes.set_yticks([-i for i in range(len(variants))], variants)
+        axes.tick_params(labelsize=7, length=0)
+        axes.grid(axis="x", color="0.9")
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        if not MEASURES[measure].larger_is_better:
+            axes.invert_xaxis()
+    figure.supxlabel(f"difference to {REFERENCE} in points, 95% interval over seeds; right is better", fontsize=7)
+    return figure

@@ -1,21 +1,28 @@
-"""Tidy rows: what is measured of a cell, condensed from its run folder, and the file that holds all."""
+"""Rows, one number of one cell each: read from a run folder, kept in a file, compared seed by seed."""
 
 from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
+import numpy as np
+import pandas as pd
+import yaml
+from scipy.stats import ttest_1samp
+
 from evidence.cells import Cell, Grid, passes
-from ssl_gradmix.evaluation.open_set.trials import KNOWN_ONLY
-from ssl_gradmix.evaluation.results import read_rows
-from ssl_gradmix.files import read_yaml, write_whole
-from ssl_gradmix.run_folder import RunFolder
+
+COLUMNS = (
+    *("grid", "method", "variant", "data", "seed", "measure", "value", "passes", "attributions", "target_passes"),
+    *("seconds", "threads", "commit", "settings"),
+)
+"""Of a row: which number, the passes of a training image as in `passes`, what training alone took, of which commit."""
 
 
 @dataclass(frozen=True)
@@ -23,229 +30,188 @@ class Measure:
     """A number of a cell.
 
     Args:
-        name: In rows.
         title: In tables.
         data: The kind of data it belongs to.
-        read: Takes it from a run folder.
+        file: In a run's `eval/`; empty where it is read otherwise.
+        score: Of the rows in `file` whose mean it is.
+        metric: Of them.
+        params: Of them; None is for a parameter that must not be there.
         larger_is_better: Which direction helps.
-        share: Whether it lies in [0, 1] and is shown in percent.
-        chosen_by: Whether it is of held-out training images, so that settings may be chosen by it.
+        percent: Whether it lies in [0, 1] and is shown in percent.
     """
 
-    name: str
     title: str
     data: str
-    read: Callable[[Path], float]
+    file: str = ""
+    score: str = ""
+    metric: str = ""
+    params: Mapping[str, Any] = field(default_factory=dict)
     larger_is_better: bool = True
-    share: bool = True
-    chosen_by: bool = False
+    percent: bool = True
 
 
-@dataclass(frozen=True)
-class Row:
-    """One number of one cell.
+_OSR = {"pretraining": "known classes only"}
 
-    Args:
-        grid: Name of the grid.
-        method: As in `Cell`.
-        variant: As in `Cell`.
-        data: As in `Cell`.
-        seed: As in `Cell`.
-        measure: Name of the measure.
-        value: The number.
-        passes: Encoder passes of a training image in the whole training.
-        attributions: GradMix's backward passes beside them.
-        target_passes: BYOL's teacher's forward passes beside them.
-        seconds: Training alone took, by the run's log.
-        threads: It had.
-        commit: Of this project, at the run's start.
-        settings: Of the grid.
-    """
-
-    grid: str
-    method: str
-    variant: str
-    data: str
-    seed: int
-    measure: str
-    value: float
-    passes: int
-    attributions: int
-    target_passes: int
-    seconds: float
-    threads: int
-    commit: str
-    settings: dict[str, Any]
-
-    @property
-    def cell(self) -> Cell:
-        """The cell it is of."""
-        return Cell(self.method, self.variant, self.data, self.seed)
-
-
-def _value(file: str, score: str, metric: str, **params: object) -> Callable[[Path], float]:
-    """Reads the mean of the rows of `eval/<file>` that match; a parameter that is to be None is not in the row."""
-
-    def read(run: Path) -> float:
-        path = run / "eval" / file
-        found = [
-            row
-            for row in read_rows(path)[0]
-            if (row.score, row.metric) == (score, metric)
-            and all(row.params.get(name) == wanted for name, wanted in params.items())
-        ]
-        if not found:
-            raise ValueError(f"{path} has no row {score} {metric} with {params}")
-        return fmean(row.value for row in found)
-
-    return read
-
-
-def _validation_knn(run: Path) -> float:
-    return RunFolder(run).read_log()[-1]["knn"]
-
-
-def _validation_linear(run: Path) -> float:
-    path = run / "eval" / "linear_probe.json"
-    return max(read_rows(path)[1]["validation"].values())
-
-
-MEASURES = (
-    Measure("validation_knn", "kNN on held-out training images", "all", _validation_knn, chosen_by=True),
-    Measure("validation_linear", "linear probe on held-out training images", "all", _validation_linear, chosen_by=True),
-    Measure("linear", "linear probe", "all", _value("linear_probe.json", "linear", "top1", label_fraction=None)),
-    Measure("knn", "kNN", "all", _value("linear_probe.json", "knn", "top1")),
-    Measure(
-        "linear_10", "linear probe, 10% of labels", "all",
-        _value("linear_probe.json", "linear", "top1", label_fraction=0.1),
+MEASURES = {
+    "validation_knn": Measure("kNN, held-out training images", "all"),
+    "validation_linear": Measure("linear probe, held-out training images", "all"),
+    "linear": Measure("linear probe", "all", "linear_probe.json", "linear", "top1", {"label_fraction": None}),
+    "knn": Measure("kNN", "all", "linear_probe.json", "knn", "top1"),
+    "linear_10": Measure(
+        "linear probe, 10% of labels", "all", "linear_probe.json", "linear", "top1", {"label_fraction": 0.1}
     ),
-    Measure(
-        "linear_1", "linear probe, 1% of labels", "all",
-        _value("linear_probe.json", "linear", "top1", label_fraction=0.01),
+    "linear_1": Measure(
+        "linear probe, 1% of labels", "all", "linear_probe.json", "linear", "top1", {"label_fraction": 0.01}
     ),
-    Measure(
-        "corruption_error", "mean corruption error", "all",
-        _value("corruption.json", "linear", "mean_corruption_error"), larger_is_better=False,
+    "corruption_error": Measure(
+        "mean corruption error (less is better)", "all", "corruption.json", "linear", "mean_corruption_error",
+        larger_is_better=False,
     ),
-    Measure("ood_auroc", "out-of-distribution AUROC, kNN distance", "all", _value("ood.json", "knn_distance", "auroc")),
-    Measure(
-        "ood_auroc_mahalanobis", "out-of-distribution AUROC, Mahalanobis", "all",
-        _value("ood.json", "mahalanobis", "auroc"),
-    ),
-    Measure(
-        "rankme", "effective rank", "all",
-        _value("rankme.json", "rankme", "rankme"), share=False,
-    ),
-    Measure("osr_auroc", "open set AUROC, kNN distance", "known", _value("osr.json", "knn_distance", "auroc")),
-    Measure("osr_oscr", "open set OSCR, kNN distance", "known", _value("osr.json", "knn_distance", "oscr")),
-    Measure("osr_auroc_logit", "open set AUROC, maximum logit", "known", _value("osr.json", "max_logit", "auroc")),
-    Measure("osr_oscr_logit", "open set OSCR, maximum logit", "known", _value("osr.json", "max_logit", "oscr")),
-    Measure("osr_auroc_cosine", "open set AUROC, top-k cosine", "known", _value("osr.json", "top_k_cosine", "auroc")),
-    Measure("closed_set", "accuracy on the known classes", "known", _value("osr.json", "linear", "accuracy")),
-    Measure("usual_cue", "two cues: the usual one", "two-cue", _value("usual/linear_probe.json", "linear", "top1")),
-    Measure(
-        "neglected_cue", "two cues: the neglected one", "two-cue",
-        _value("neglected/linear_probe.json", "linear", "top1"),
-    ),
-    Measure(
-        "two_cue_rank", "two cues: effective rank", "two-cue",
-        _value("rankme.json", "rankme", "rankme"), share=False,
-    ),
-)  # fmt: skip
+    "ood_auroc": Measure("OOD AUROC, kNN distance", "all", "ood.json", "knn_distance", "auroc"),
+    "ood_auroc_mahalanobis": Measure("OOD AUROC, Mahalanobis", "all", "ood.json", "mahalanobis", "auroc"),
+    "rankme": Measure("RankMe", "all", percent=False),
+    "osr_auroc": Measure("OSR AUROC, kNN distance", "known", "osr.json", "knn_distance", "auroc", _OSR),
+    "osr_oscr": Measure("OSCR, kNN distance", "known", "osr.json", "knn_distance", "oscr", _OSR),
+    "osr_auroc_logit": Measure("OSR AUROC, maximum logit", "known", "osr.json", "max_logit", "auroc", _OSR),
+    "osr_oscr_logit": Measure("OSCR, maximum logit", "known", "osr.json", "max_logit", "oscr", _OSR),
+    "osr_auroc_cosine": Measure("OSR AUROC, top-k cosine", "known", "osr.json", "top_k_cosine", "auroc", _OSR),
+    "closed_set": Measure("accuracy, known classes", "known", "osr.json", "linear", "accuracy", _OSR),
+    "usual_cue": Measure("two cues: the usual one", "two-cue", "usual/linear_probe.json", "linear", "top1"),
+    "neglected_cue": Measure("two cues: the neglected one", "two-cue", "neglected/linear_probe.json", "linear", "top1"),
+    "two_cue_rank": Measure("two cues: RankMe", "two-cue", percent=False),
+}  # fmt: skip
+"""By their names in rows, in the order of the tables."""
+
+CHOSEN_BY = ("validation_knn", "validation_linear")
+"""Of held-out training images: settings are chosen by these alone, and verdicts do not count them."""
 
 
-def condense(cell: Cell, grid: Grid) -> list[Row]:
+def condense(cell: Cell, grid: Grid) -> list[dict[str, Any]]:
     """The rows of a cell whose commands are done.
 
     Raises:
         FileNotFoundError: An evaluation has left no results.
-        ValueError: They hold not what is wanted, or an open-set evaluation's encoder saw unknown classes.
+        ValueError: They do not hold what is wanted.
     """
     run = cell.run(grid)
-    config = read_yaml(run / "config.yaml")
-    if cell.data == "known":
-        seen = {row.params.get("pretraining") for row in read_rows(run / "eval" / "osr.json")[0]}
-        if seen != {KNOWN_ONLY}:
-            raise ValueError(f"{run} must have been pretrained on {KNOWN_ONLY}, its results say {seen}")
-    count = passes(cell, grid)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    about = dict(grid=grid.name, **cell._asdict())
+    cost = dict(zip(("passes", "attributions", "target_passes"), passes(cell, grid), strict=True))
+    cost |= dict(seconds=round(_seconds(log, config["training"]["batch_size"]), 1), threads=grid.threads)
+    origin = dict(commit=config["environment"]["commit"], settings=grid.settings())
+    wanted = {name: measure for name, measure in MEASURES.items() if measure.data == cell.data}
     return [
-        Row(
-            grid.name,
-            cell.method,
-            cell.variant,
-            cell.data,
-            cell.seed,
-            measure.name,
-            measure.read(run),
-            count.encoder,
-            count.attribution,
-            count.teacher,
-            round(training_seconds(run), 1),
-            grid.threads,
-            config["environment"]["commit"],
-            grid.settings(),
-        )
-        for measure in MEASURES
-        if measure.data == cell.data
+        {**about, "measure": name, "value": _value(name, measure, run, log), **cost, **origin}
+        for name, measure in wanted.items()
     ]
 
 
-def training_seconds(run: Path) -> float:
-    """How long training took, by its log: interruptions, and what was done again after them, do not count."""
-    batch = read_yaml(run / "config.yaml")["training"]["batch_size"]
-    seconds, before = 0.0, 0
-    for entry in RunFolder(run).read_log():
-        seconds += (entry["step"] - before) * batch / entry["images_per_second"]
-        before = entry["step"]
-    return seconds
+def _value(name: str, measure: Measure, run: Path, log: list[dict]) -> float:
+    if name == "validation_knn":
+        return log[-1]["knn"]
+    if name == "validation_linear":
+        return max(json.loads((run / "eval/linear_probe.json").read_text())["validation"].values())
+    if name in ("rankme", "two_cue_rank"):
+        return json.loads((run / "rankme.json").read_text())["rankme"]
+    path = run / "eval" / measure.file
+    found = [
+        row["value"]
+        for row in json.loads(path.read_text())["rows"]
+        if (row["score"], row["metric"]) == (measure.score, measure.metric)
+        and all(row["params"].get(key) == wanted for key, wanted in measure.params.items())
+    ]
+    if not found:
+        raise ValueError(f"{path} has no row {measure.score} {measure.metric} with {dict(measure.params)}")
+    return float(np.mean(found))
 
 
-def read(path: Path) -> list[Row]:
+def _seconds(log: list[dict], batch: int) -> float:
+    """How long training took: interruptions, and what was done again after them, do not count."""
+    steps = np.diff([0, *(entry["step"] for entry in log)])
+    return float(sum(steps * batch / [entry["images_per_second"] for entry in log]))
+
+
+def append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Adds rows to the file in one write; other processes may do so at the same time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+    with path.open("ab", buffering=0) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write(lines.encode())
+        os.fsync(file)
+
+
+def read(path: Path) -> pd.DataFrame:
     """All rows of a file, none where there is no file.
 
     Raises:
-        ValueError: A line is no row, or a number stands there twice.
+        ValueError: A line is no row, or a number is there twice.
     """
-    rows: list[Row] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else [], 1):
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], 1):
         try:
-            rows.append(Row(**json.loads(line)))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path}, line {number} is no row: {error}") from error
-    keys = [(row.grid, row.cell, row.measure) for row in rows]
-    twice = [key for key in keys if keys.count(key) > 1] if len(set(keys)) < len(keys) else []
-    if twice:
-        grid, cell, measure = twice[0]
-        raise ValueError(f"{path} has {measure} of the cell {cell} of the grid {grid} twice: remove one")
-    return rows
+            rows.append({name: json.loads(line)[name] for name in COLUMNS})
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}, line {number} is no row: {error!r}") from error
+    frame = pd.DataFrame(rows, columns=COLUMNS)
+    twice = frame[frame.duplicated(["grid", *Cell._fields, "measure"])]
+    if len(twice):
+        row = twice.iloc[0]
+        raise ValueError(f"{path} has {row.measure} of {Cell(*row[list(Cell._fields)])} in grid {row.grid} twice")
+    return frame
 
 
-def append(path: Path, new: Sequence[Row]) -> None:
-    """Adds rows to the file, all or none; other processes may do so at the same time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX)
-        lines = [json.dumps(asdict(row), allow_nan=False) + "\n" for row in [*read(path), *new]]
-        write_whole(path, lambda temporary: temporary.write_text("".join(lines), encoding="utf-8"))
-    finally:
-        os.close(folder)
-
-
-def finished(rows: Iterable[Row], grid: Grid) -> set[Cell]:
+def finished(rows: pd.DataFrame, grid: Grid) -> set[Cell]:
     """The cells of a grid that have rows.
 
     Raises:
         ValueError: They were made with other settings.
     """
-    cells = set()
-    for row in rows:
-        if row.grid != grid.name:
-            continue
-        wanted = grid.settings()
-        other = [f"{name} was {row.settings.get(name)!r}, now {wanted[name]!r}" for name in wanted]
-        other = [text for text, name in zip(other, wanted, strict=True) if row.settings.get(name) != wanted[name]]
-        if other:
-            raise ValueError(f"--grid {grid.name} has rows with other settings ({'; '.join(other)}): name another grid")
-        cells.add(row.cell)
-    return cells
+    mine, wanted = rows[rows.grid == grid.name], grid.settings()
+    for settings in mine.settings:
+        if settings != wanted:
+            raise ValueError(f"--grid {grid.name} has rows of {settings}, not of {wanted}: name another grid")
+    return {Cell(*row) for row in mine[list(Cell._fields)].itertuples(index=False)}
+
+
+def differences(rows: pd.DataFrame, reference: str) -> pd.DataFrame:
+    """Paired differences of all variants to one, with the 95% t interval of their mean.
+
+    Seeds pair because they share initialization, the order of images and, on known classes, the trial. The interval
+    speaks about further seeds (and trials), on the same images.
+
+    Args:
+        rows: Of one grid and method.
+        reference: The variant that is subtracted.
+
+    Returns:
+        By measure and variant: `mean`, `low`, `high` (NaN where there is one seed), the number of `seeds` that both
+        have, and the `verdict`: `better` or `worse` where the interval leaves 0 out, else `open`.
+    """
+    numbers = rows.pivot(index=["measure", "seed"], columns="variant", values="value")
+    subtracted = numbers.pop(reference) if reference in numbers else np.nan
+    paired = numbers.sub(subtracted, axis=0).stack().dropna()
+    found = paired.groupby(["measure", "variant"], sort=False).agg(list)
+    columns = ("mean", "low", "high", "seeds", "verdict")
+    summary = {key: (*paired_interval(values), len(values)) for key, values in found.items()}
+    frame = pd.DataFrame.from_dict(
+        {key: (*row, _verdict(*row[:3], MEASURES[key[0]])) for key, row in summary.items()}, "index", columns=columns
+    )
+    frame.index = pd.MultiIndex.from_tuples(frame.index, names=["measure", "variant"])
+    return frame
+
+
+def paired_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean of paired differences, with the ends of its 95% t interval: NaN of a single one, the mean of equal ones."""
+    mean = math.fsum(values) / len(values)
+    if len(set(values)) == 1:
+        return (mean, *[math.nan if len(values) == 1 else mean] * 2)
+    low, high = ttest_1samp(values, 0).confidence_interval(0.95)
+    return mean, float(low), float(high)
+
+
+def _verdict(mean: float, low: float, high: float, measure: Measure) -> str:
+    if not (low > 0 or high < 0):
+        return "open"
+    return "better" if (mean > 0) == measure.larger_is_better else "worse"

@@ -7,10 +7,8 @@ import os
 import signal
 import subprocess
 import sys
-import threading
+import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,115 +18,90 @@ from evidence.cells import Cell, Grid, Step, steps
 ROOT = Path(__file__).parents[2]
 
 
-class Runner:
-    """Runs the cells of a grid, several at a time, and appends their rows.
+def run(cells: Sequence[Cell], grid: Grid, results: Path, jobs: int) -> list[Cell]:
+    """Runs cells that have no rows yet, in their order, several at a time, and appends their rows.
 
-    Args:
-        grid: What they have in common.
-        results: File of rows.
+    Returns:
+        Those that failed; their output says why.
+
+    Raises:
+        SystemExit: SIGTERM came: commands were asked to stop, and the same call goes on from there.
     """
-
-    def __init__(self, grid: Grid, results: Path) -> None:
-        self.grid, self.results = grid, results
-        self._running: set[subprocess.Popen] = set()
-        self._lock, self._stopped = threading.Lock(), threading.Event()
-
-    def run(self, cells: Sequence[Cell], jobs: int) -> list[Cell]:
-        """Runs cells that have no rows yet, in their order.
-
-        Returns:
-            Those that failed; their output says why.
-
-        Raises:
-            SystemExit: SIGTERM or SIGINT came; commands were asked to stop, and the same call goes on from there.
-        """
-        if any(cell.data != "two-cue" for cell in cells):
-            images.subset(self.grid.data, self.grid.images, self.grid.subset)
-        if any(cell.data == "two-cue" for cell in cells):
-            images.two_cues(self.grid.pairs, self.grid.two_cues)
-        with self._signals() as received, ThreadPoolExecutor(jobs) as pool:
-            done = list(pool.map(self._cell, cells))
-        if received:
-            raise SystemExit(128 + received[0])
-        return [cell for cell, fine in zip(cells, done, strict=True) if not fine]
-
-    def _cell(self, cell: Cell) -> bool:
-        """Runs one cell; False where it failed."""
-        if self._stopped.is_set():
-            return True
-        run = cell.run(self.grid)
-        output = run.with_name(f"{run.name}.txt")
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with output.open("ab") as file:
-            # Commands inherit the lock with the file that they write to: one that outlives this process keeps others
-            # from its run folder.
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print(f"{cell}: another process runs it", flush=True)
-                return True
-            if cell in rows.finished(rows.read(self.results), self.grid):
-                return True
-            print(f"{cell}: output in {output}", flush=True)
-            for step in steps(cell, self.grid):
-                if step.writes is not None and step.writes.exists():
+    if any(cell.data != "two-cue" for cell in cells):
+        images.subset(grid.data, grid.images, grid.subset)
+    if any(cell.data == "two-cue" for cell in cells):
+        images.two_cues(grid.pairs, grid.two_cues)
+    waiting, running, failed = list(cells), {}, []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                cell = waiting.pop(0)
+                running[cell] = commands(cell, grid, results), None
+            for cell, (started, process) in list(running.items()):
+                if process is not None and process.poll() is None:
                     continue
-                status = self._command(step, file)
-                if self._stopped.is_set():
-                    return True
-                if status != 0:
-                    print(f"{cell}: failed with status {status}: {step.shell(self.grid.threads)}", flush=True)
-                    return False
+                try:
+                    running[cell] = started, next(started)
+                except StopIteration:
+                    del running[cell]
+                except (ValueError, KeyError, OSError) as error:
+                    print(f"{cell}: failed: {error}", flush=True)
+                    failed.append(cell)
+                    del running[cell]
+            time.sleep(0.05)
+    finally:
+        processes = [process for _, process in running.values() if process is not None]
+        for process in processes:
+            process.terminate()
+        for process in processes:
             try:
-                rows.append(self.results, rows.condense(cell, self.grid))
-            except (ValueError, KeyError, OSError) as error:
-                print(f"{cell}: no rows: {error}", flush=True)
-                return False
-            print(f"{cell}: done", flush=True)
-            return True
+                process.wait(60)  # a training saves what it has done
+            except subprocess.TimeoutExpired:
+                process.kill()
+        signal.signal(signal.SIGTERM, before)
+    return failed
 
-    def _command(self, step: Step, output: BinaryIO) -> int:
-        """Runs a command to its end, its output added to a file; returns its status."""
-        environment = {**os.environ, "OMP_NUM_THREADS": str(self.grid.threads)}
-        paths = [str(ROOT), *filter(None, [environment.get("PYTHONPATH")])]
-        environment["PYTHONPATH"] = os.pathsep.join(paths)
-        output.write(f"$ {step.shell(self.grid.threads)}\n".encode())
-        output.flush()
-        with self._lock:  # so that a signal finds every command that was started
-            if self._stopped.is_set():
-                return 0
-            process = subprocess.Popen(
-                [sys.executable, *step.command[1:]],
-                cwd=ROOT,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-            )
-            self._running.add(process)
-        status = process.wait()
-        with self._lock:
-            self._running.discard(process)
-        return status
 
-    @contextmanager
-    def _signals(self) -> Iterator[list[int]]:
-        """Passes SIGTERM and SIGINT on to the commands, and starts no more."""
-        received: list[int] = []
+def commands(cell: Cell, grid: Grid, results: Path) -> Iterator[subprocess.Popen]:
+    """Starts what a cell still lacks, one command whenever it is asked for the next, and appends the cell's rows.
 
-        def stop() -> None:
-            self._stopped.set()
-            with self._lock:
-                for process in self._running:
-                    process.terminate()
-
-        def note(number: int, frame: object) -> None:
-            received.append(number)
-            threading.Thread(target=stop).start()  # the lock may be held by the very code that was interrupted
-
-        previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    Raises:
+        ValueError: A command has failed, or its results are not what is wanted.
+    """
+    run = cell.run(grid)
+    run.parent.mkdir(parents=True, exist_ok=True)
+    with run.with_name(f"{run.name}.txt").open("ab") as output:
+        # Commands inherit the lock with the file that they write to: one that outlives this process keeps others
+        # from its run folder.
         try:
-            yield received
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+            fcntl.flock(output, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{cell}: another process runs it", flush=True)
+            return
+        if cell in rows.finished(rows.read(results), grid):
+            return
+        print(f"{cell}: output in {output.name}", flush=True)
+        for step in steps(cell, grid):
+            if step.writes is None or not step.writes.exists():
+                process = start(step, output, grid.threads)
+                yield process
+                if process.returncode != 0:
+                    raise ValueError(f"status {process.returncode}, see {output.name}")
+        rows.append(results, rows.condense(cell, grid))
+        print(f"{cell}: done", flush=True)
+
+
+def start(step: Step, output: BinaryIO, threads: int) -> subprocess.Popen:
+    """Starts a command in the folder of the repository, its output added to a file."""
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    output.write(f"$ {step.shell(threads)}\n".encode())
+    output.flush()
+    return subprocess.Popen(
+        [sys.executable, *step.command[1:]],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": path},
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+    )

@@ -1,8 +1,7 @@
-"""Random views of images: batch by batch on the device, or image by image in loader workers.
+"""Random views of images, batch by batch where the encoder runs.
 
-Both follow the same settings and the same chain, SimCLR's [0] with BYOL's [1] solarization: random resized crop of the
-whole image at its own resolution, horizontal flip, color jitter, gray, Gaussian blur, solarization (second view only),
-normalization.
+The chain is SimCLR's [0] with BYOL's [1] solarization: random resized crop of the whole image at its own resolution,
+horizontal flip, color jitter, gray, Gaussian blur, solarization (second view only), normalization.
 
 - [0]: SimCLR, 2020, https://arxiv.org/abs/2002.05709
 - [1]: BYOL, 2020, https://arxiv.org/abs/2006.07733
@@ -11,17 +10,12 @@ normalization.
 from __future__ import annotations
 
 import math
-import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
-from ssl_gradmix.data.datasets import ImageSet
 from ssl_gradmix.settings import Augmentation
 
 BLUR_SIGMA = (0.1, 2.0)
@@ -31,6 +25,9 @@ SOLARIZE_FROM = 128 / 255
 """Solarization inverts values from here on (Pillow's default)."""
 
 _CROP_TRIES = 10
+CROP_NUMBERS = 2 * _CROP_TRIES + 2
+"""Random numbers that a crop takes."""
+
 _CPU_PIXELS, _DEVICE_PIXELS = 2**16, 2**26
 """So many pixels of a batch are worked on at a time: on a CPU the intermediate results then stay in its cache, which
 saves a third, and elsewhere they stay within a few GiB, whatever the size of the images."""
@@ -60,7 +57,7 @@ class Draws(NamedTuple):
     order: list[int]
 
 
-class DeviceViews(nn.Module):
+class Views(nn.Module):
     """Makes views of a whole batch where the images lie.
 
     The distributions are those of torchvision's `RandomResizedCrop` (ratio 3/4 to 4/3, antialiased bilinear),
@@ -70,6 +67,7 @@ class DeviceViews(nn.Module):
     in SimCLR, which leaves it out on CIFAR-10, it is meant for larger images.
 
     Every random number comes from torch's global CPU generator, so the same seed gives the same views on every device.
+    Each process draws the numbers of the global batch and takes its own: the views do not depend on how many share it.
     Every operation is applied to all images and takes effect where it was drawn: nothing waits for the device.
 
     Args:
@@ -77,12 +75,23 @@ class DeviceViews(nn.Module):
         size: Side of the views in pixels.
         mean: Of the red, green and blue channel, of images in [0, 1].
         std: Likewise.
+        process: This process's number.
+        processes: How many share a batch.
     """
 
-    def __init__(self, augmentation: Augmentation, size: int, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(
+        self,
+        augmentation: Augmentation,
+        size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        process: int = 0,
+        processes: int = 1,
+    ) -> None:
         super().__init__()
         self.augmentation = augmentation
         self.size = size
+        self.process, self.processes = process, processes
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
@@ -100,6 +109,8 @@ class DeviceViews(nn.Module):
         Raises:
             ValueError: A tensor is not uint8 (N, 3, H, W).
         """
+        if not isinstance(images, Tensor) and len({image.shape for image in images}) == 1:
+            images = torch.stack(tuple(images))
         if isinstance(images, Tensor) and (images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3):
             raise ValueError(f"images must be uint8 (N, 3, H, W), got {images.dtype} {tuple(images.shape)}")
         with torch.autocast(images[0].device.type, enabled=False):
@@ -108,17 +119,19 @@ class DeviceViews(nn.Module):
     def draw(self, images: Tensor | Sequence[Tensor], second: bool) -> Draws:
         """Draws the random numbers of one view, on the CPU."""
         settings, n = self.augmentation, len(images)
+        everyone, own = n * self.processes, slice(self.process * n, (self.process + 1) * n)
         strengths = torch.tensor([settings.brightness, settings.contrast, settings.saturation, settings.hue])
         chances = [settings.flip, settings.jitter, settings.gray, settings.blur, settings.solarize if second else 0.0]
-        flip, jittered, gray, blur, solarize = (torch.rand(n, 5) < torch.tensor(chances)).float().split(1, dim=1)
+        happens = (torch.rand(everyone, 5)[own] < torch.tensor(chances)).float()
+        flip, jittered, gray, blur, solarize = happens.split(1, dim=1)
         return Draws(
-            boxes=crop_boxes(_extents(images), settings.min_scale),
+            boxes=crop_boxes(_extents(images), settings.min_scale, torch.rand(everyone, CROP_NUMBERS)[own]),
             flip=flip,
-            jitter=torch.empty(n, 4).uniform_(-1, 1) * strengths * jittered,
+            jitter=torch.empty(everyone, 4).uniform_(-1, 1)[own] * strengths * jittered,
             gray=gray,
             blur=blur,
             solarize=solarize,
-            sigma=torch.empty(n, 1).uniform_(*BLUR_SIGMA) * self.size / 224,
+            sigma=torch.empty(everyone, 1).uniform_(*BLUR_SIGMA)[own] * self.size / 224,
             order=torch.randperm(4).tolist(),
         )
 
@@ -160,8 +173,8 @@ def _extents(images: Tensor | Sequence[Tensor]) -> Tensor:
     return torch.tensor([image.shape[-2:] for image in images])
 
 
-def crop_boxes(extents: Tensor, min_scale: float) -> Tensor:
-    """Draws crops as torchvision's `RandomResizedCrop` does.
+def crop_boxes(extents: Tensor, min_scale: float, drawn: Tensor) -> Tensor:
+    """Makes crops of random numbers as torchvision's `RandomResizedCrop` does.
 
     The area is uniform in [min_scale, 1] of the image's, the logarithm of the aspect ratio in [log 3/4, log 4/3]. The
     first of ten draws that fits in the image is taken, placed anywhere; where none does, the largest centered crop with
@@ -170,21 +183,22 @@ def crop_boxes(extents: Tensor, min_scale: float) -> Tensor:
     Args:
         extents: (N, 2), height and width of each image in pixels.
         min_scale: In (0, 1].
+        drawn: (N, CROP_NUMBERS), uniform in [0, 1).
 
     Returns:
         (N, 4), top, left, height and width in whole pixels.
     """
-    n = len(extents)
     height, width = extents.float().split(1, dim=1)
-    area = height * width * torch.empty(n, _CROP_TRIES).uniform_(min_scale, 1)
-    ratio = torch.empty(n, _CROP_TRIES).uniform_(math.log(3 / 4), math.log(4 / 3)).exp()
+    scale, aspect, down, across = drawn.split([_CROP_TRIES, _CROP_TRIES, 1, 1], dim=1)
+    area = height * width * (min_scale + (1 - min_scale) * scale)
+    ratio = (math.log(3 / 4) + math.log(16 / 9) * aspect).exp()
     heights, widths = (area / ratio).sqrt().round(), (area * ratio).sqrt().round()
     fits = (heights >= 1) & (heights <= height) & (widths >= 1) & (widths <= width)
     found, first = fits.any(1, keepdim=True), fits.int().argmax(1, keepdim=True)
     box_height = torch.where(found, heights.gather(1, first), torch.minimum(height, (width * 4 / 3).round()))
     box_width = torch.where(found, widths.gather(1, first), torch.minimum(width, (height * 4 / 3).round()))
-    top = torch.where(found, torch.rand(n, 1) * (height - box_height + 1), (height - box_height) / 2).floor()
-    left = torch.where(found, torch.rand(n, 1) * (width - box_width + 1), (width - box_width) / 2).floor()
+    top = torch.where(found, down * (height - box_height + 1), (height - box_height) / 2).floor()
+    left = torch.where(found, across * (width - box_width + 1), (width - box_width) / 2).floor()
     return torch.cat([top, left, box_height, box_width], dim=1)
 
 
@@ -310,105 +324,6 @@ def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:
     from kornia.filters import gaussian_blur2d
 
     return gaussian_blur2d(images, 2 * (images.shape[-1] // 20) + 1, sigma.expand(-1, 2))
-
-
-def worker_transform(
-    augmentation: Augmentation, size: int, mean: Sequence[float], std: Sequence[float], n_views: int
-) -> Callable[[Image.Image], list[Tensor]]:
-    """Builds lightly's transform of one image into `n_views` views, of which only the second is ever solarized.
-
-    It draws from torch's and numpy's global generators. Unlike `DeviceViews`, it works on 8-bit images, draws the order
-    of the color changes for each image, and blurs with Pillow's approximation of a Gaussian.
-
-    Args:
-        augmentation: The settings.
-        size: Side of the views in pixels.
-        mean: Of the red, green and blue channel, of images in [0, 1].
-        std: Likewise.
-        n_views: How many views.
-
-    Returns:
-        A function from an RGB image to float32 tensors (3, size, size), normalized.
-    """
-    from lightly.transforms.byol_transform import BYOLView2Transform
-    from lightly.transforms.multi_view_transform import MultiViewTransform
-
-    def view_transform(solarize: float) -> BYOLView2Transform:
-        return BYOLView2Transform(
-            input_size=size,
-            cj_prob=augmentation.jitter,
-            cj_strength=1.0,
-            cj_bright=augmentation.brightness,
-            cj_contrast=augmentation.contrast,
-            cj_sat=augmentation.saturation,
-            cj_hue=augmentation.hue,
-            min_scale=augmentation.min_scale,
-            random_gray_scale=augmentation.gray,
-            gaussian_blur=augmentation.blur,
-            solarization_prob=solarize,
-            sigmas=(BLUR_SIGMA[0] * size / 224, BLUR_SIGMA[1] * size / 224),
-            hf_prob=augmentation.flip,
-            normalize={"mean": list(mean), "std": list(std)},
-        )
-
-    return MultiViewTransform([view_transform(augmentation.solarize if view == 1 else 0.0) for view in range(n_views)])
-
-
-class WorkerViews(torch.utils.data.Dataset):
-    """Views of single images, for the worker processes of a `DataLoader`.
-
-    An item is asked for by (epoch, index), which the sampler yields. It depends on (seed, epoch, index) alone, whatever
-    the number of workers and the order, and leaves the global generators as they were.
-
-    Args:
-        images: The images.
-        augmentation: The settings.
-        size: Side of the views in pixels.
-        mean: Of the red, green and blue channel, of images in [0, 1].
-        std: Likewise.
-        n_views: Views of each image.
-        seed: Of the random numbers.
-    """
-
-    def __init__(
-        self,
-        images: ImageSet,
-        augmentation: Augmentation,
-        size: int,
-        mean: Sequence[float],
-        std: Sequence[float],
-        n_views: int,
-        seed: int,
-    ) -> None:
-        self.images = images
-        self.transform = worker_transform(augmentation, size, mean, std, n_views)
-        self.seed = seed
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, place: tuple[int, int]) -> list[Tensor]:
-        """Views of image `index` in `epoch`, float32 (3, size, size) each."""
-        epoch, index = place
-        image, _ = self.images[index]
-        with _seeded(self.seed, epoch, index):
-            return [view.as_subclass(Tensor) for view in self.transform(image)]
-
-
-@contextmanager
-def _seeded(*entropy: int) -> Iterator[None]:
-    """Seeds Python's, numpy's and torch's global CPU generators for a while: lightly draws from numpy's and torch's."""
-    python_seed, numpy_seed, torch_seed = np.random.SeedSequence(entropy).generate_state(3).tolist()
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        random.seed(python_seed)
-        np.random.seed(numpy_seed)
-        torch.default_generator.manual_seed(torch_seed)
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)
 
 
 def eval_transform(size: int, mean: Sequence[float], std: Sequence[float]) -> Callable[[Tensor], Tensor]:

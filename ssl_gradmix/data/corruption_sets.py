@@ -1,4 +1,4 @@
-"""Corrupted sets on disk: the published CIFAR-10-C, CIFAR-100-C and ImageNet-C, and our own in CIFAR-10-C's layout.
+"""Corrupted test sets: made on the fly, read from the published ones, or written by us in CIFAR-10-C's layout.
 
 CIFAR-10-C and CIFAR-100-C (https://zenodo.org/records/2535967, https://zenodo.org/records/3555552) are folders with one
 array a corruption, `<name>.npy`, uint8 (5 * N, H, W, 3): the N test images at severity 1, then the same in the same
@@ -11,28 +11,230 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from ssl_gradmix.data import images as image_files
 from ssl_gradmix.data.corruptions import (
     COMMON,
+    EXTRA,
     PARAMETERS,
     SEVERITIES,
+    SMALLEST_SIDE,
     check_images,
     check_request,
+    corrupt,
     corrupt_batch,
+    default_preset,
     frost_source,
 )
+from ssl_gradmix.data.datasets import ImageSet
 from ssl_gradmix.files import printable, read_json
 from ssl_gradmix.version import __version__
 
 _PARTIAL = ".partial"
 _CHUNK = 1000  # images corrupted at once: what bounds the memory beside the images themselves
+_DECODED_AT_MOST = 4 * 2**30  # bytes
+
+
+def choose(names: Sequence[str] | None = None, extra: bool = False) -> list[str]:
+    """The corruptions to evaluate or to write, in the benchmark's order.
+
+    Args:
+        names: Those wanted; None is the 15 common ones.
+        extra: Add the 4 extra ones.
+
+    Raises:
+        ValueError: If there is none, or one is unknown.
+    """
+    wanted = {*(COMMON if names is None else names), *(EXTRA if extra else ())}
+    unknown = sorted(wanted - {*COMMON, *EXTRA})
+    if unknown or not wanted:
+        problem = f"unknown corruption {unknown[0]!r}" if unknown else "corruptions must name at least one"
+        raise ValueError(f"{problem}; there are {', '.join(COMMON + EXTRA)}")
+    return [name for name in COMMON + EXTRA if name in wanted]
+
+
+def check_can_make(names: Sequence[str]) -> None:
+    """Raises ValueError if one of these corruptions needs a library that is not installed."""
+    for name in names:
+        try:
+            corrupt(np.zeros((SMALLEST_SIDE, SMALLEST_SIDE, 3), np.uint8), name, severity=1)
+        except ImportError as error:
+            raise ValueError(f"cannot make {name}: {error}") from error
+
+
+@dataclass(eq=False)
+class CorruptedImages:
+    """Images that are corrupted when their pixels are asked for, at the size asked for.
+
+    This is what `features.extract` reads of an `ImageSet`. The noise of an image depends on its number, which it keeps
+    in every subset, so neither batches nor processes change it. There is no attribute `images`, so that features cannot
+    be cached by mistake under the fingerprint of the clean images.
+
+    Args:
+        clean: The images.
+        numbers: (N,), their numbers in the whole set.
+        corruption: As `name` in `corruptions.corrupt`.
+        severity: As there.
+        preset: As there.
+        seed: As there.
+        workers: Processes that share the work.
+    """
+
+    clean: ImageSet
+    numbers: np.ndarray
+    corruption: str
+    severity: int
+    preset: str
+    seed: int = 0
+    workers: int = 1
+
+    def __len__(self) -> int:
+        return len(self.clean)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int64 (N,)."""
+        return self.clean.labels
+
+    @property
+    def name(self) -> str:
+        """The clean images' name."""
+        return self.clean.name
+
+    def subset(self, indices: Sequence[int] | np.ndarray) -> CorruptedImages:
+        """Takes the images at `indices`, in that order."""
+        return replace(self, clean=self.clean.subset(indices), numbers=self.numbers[indices])
+
+    def pixels(self, size: int, progress: bool = True) -> Tensor:
+        """Corrupted pixels, uint8 (N, 3, size, size)."""
+        clean = self.clean.pixels(size, progress).permute(0, 2, 3, 1).contiguous().numpy()
+        corrupted = corrupt_batch(
+            clean, self.corruption, self.severity, self.seed, self.numbers, self.preset, self.workers
+        )
+        return torch.from_numpy(corrupted).permute(0, 3, 1, 2).contiguous()
+
+
+class Generated:
+    """A corrupted set made on the fly.
+
+    Args:
+        test: All clean test images.
+        numbers: (N,), which of them.
+        size: Side of the encoder's images in pixels, at which they are corrupted.
+        preset: As in `corruptions.corrupt`; None takes `corruptions.default_preset(size)`.
+        seed: As in `corruptions.corrupt`.
+        workers: Processes that share the work.
+    """
+
+    def __init__(
+        self,
+        test: ImageSet,
+        numbers: np.ndarray,
+        size: int,
+        preset: str | None = None,
+        seed: int = 0,
+        workers: int = 1,
+    ) -> None:
+        self.numbers, self.clean = numbers, test.subset(numbers)
+        if len(numbers) * size * size * 3 <= _DECODED_AT_MOST:  # in memory, as each is corrupted many times
+            pixels = self.clean.pixels(size).permute(0, 2, 3, 1).contiguous().numpy()
+            self.clean = replace(self.clean, images=pixels)
+        self.preset, self.seed, self.workers = preset or default_preset(size), seed, workers
+
+    def read(self, name: str, severity: int) -> CorruptedImages:
+        """The selected images with one corruption at one severity."""
+        return CorruptedImages(self.clean, self.numbers, name, severity, self.preset, self.seed, self.workers)
+
+    def origin(self) -> dict[str, object]:
+        """What results say of it."""
+        return {"source": "generated", "preset": self.preset, "seed": self.seed, "frost_source": frost_source()}
+
+    def fingerprint(self) -> None:
+        """None: images are fingerprinted clean, and `origin` says the rest."""
+
+
+class Published:
+    """A corrupted set on disk: CIFAR-10-C's arrays, as `make_c` writes them too, or ImageNet-C's folders.
+
+    Args:
+        root: Its folder.
+        test: All clean test images. Folders are matched to its classes by name, the labels of arrays by number.
+        select: From a set of all images to the numbers of those to read. In a set of another order than `test` they
+            are other images.
+
+    Raises:
+        FileNotFoundError: If there is no such folder.
+    """
+
+    def __init__(self, root: str | Path, test: ImageSet, select: Callable[[ImageSet], np.ndarray]) -> None:
+        self.root, self.test, self.select = Path(root).expanduser(), test, select
+        if not self.root.is_dir():
+            raise FileNotFoundError(f"no folder {str(root)!r} of published corruptions")
+
+    def read(self, name: str, severity: int) -> ImageSet:
+        """Reads the selected images with one corruption at one severity.
+
+        Raises:
+            FileNotFoundError: If something is missing.
+            ValueError: If something is damaged or pickled, or there are not as many images of each class as in `test`.
+        """
+        if any(self.root.glob("*.npy")):
+            images, labels = read_cifar_c(self.root, name, severity)
+        else:
+            images, labels, folders = read_imagenet_c(self.root, name, severity)
+            labels = self._labels_of(folders)[labels]
+        theirs, ours = Counter(labels.tolist()), Counter(self.test.labels[self.test.labels >= 0].tolist())
+        if theirs != ours:
+            label = min(label for label in theirs | ours if theirs[label] != ours[label])
+            raise ValueError(
+                f"the labels of {name} in {self.root} do not fit {self.test.name}: it has {theirs[label]} images of "
+                f"class {label}, not {ours[label]}; --data must be what it was made from"
+            )
+        whole = ImageSet(images, labels, self.test.classes, self.test.name)
+        return whole.subset(self.select(whole))
+
+    def origin(self) -> dict[str, object]:
+        """What results say of it; preset, seed and frost textures where `make_c` wrote a meta.json.
+
+        Raises:
+            ValueError: If that file is damaged.
+        """
+        path = self.root / "meta.json"
+        if not path.exists():
+            return {"source": "published"}
+        try:
+            meta = read_json(path)
+            return {"source": "published", **{key: meta[key] for key in ("preset", "seed", "frost_source")}}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged, or not by make_c: {error!r}") from error
+
+    def fingerprint(self) -> str:
+        """Changes with the arrays' sizes and times, or with what the folders of severities list."""
+        digest = hashlib.sha256()
+        for path in sorted([*self.root.glob("*.npy"), *self.root.glob("*/[1-5]")]):
+            status = path.stat()
+            digest.update(os.fsencode(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}\n"))
+        return digest.hexdigest()[:32]
+
+    def _labels_of(self, folders: Sequence[str]) -> np.ndarray:
+        labels = {name: label for label, name in enumerate(self.test.classes)}
+        strange = [name for name in folders if name not in labels]
+        if strange:
+            raise ValueError(
+                f"{self.root} has a class {strange[0]!r}, which {self.test.name} has not: --data must be what it was "
+                "made from"
+            )
+        return np.array([labels[name] for name in folders])
 
 
 def read_cifar_c(root: str | Path, name: str, severity: int | None = None) -> tuple[np.ndarray, np.ndarray]:

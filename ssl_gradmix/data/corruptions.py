@@ -59,6 +59,9 @@ COMMON: tuple[str, ...] = tuple(name for group in GROUPS.values() for name in gr
 EXTRA: tuple[str, ...] = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
 """The 4 corruptions meant for validation; they do not count in the mean corruption error."""
 
+GROUP_OF: dict[str, str] = {name: group for group, names in {**GROUPS, "extra": EXTRA}.items() for name in names}
+"""Group of each corruption: `noise`, `blur`, `weather`, `digital`, or `extra`."""
+
 PRESETS: dict[str, int] = {"cifar": 32, "imagenet64": 64, "imagenet": 224}
 """Parameter sets and the side, in pixels, of the images they were made for."""
 

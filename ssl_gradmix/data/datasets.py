@@ -64,6 +64,14 @@ class ImageSet(torch.utils.data.Dataset):
         decoded = Image.fromarray(image) if isinstance(self.images, np.ndarray) else image_files.decode(image)
         return decoded, int(self.labels[index])
 
+    def decoded(self, index: int) -> torch.Tensor:
+        """Image `index` at its own size, uint8 (3, H, W).
+
+        Raises:
+            ValueError: As `__getitem__`.
+        """
+        return torch.from_numpy(np.array(self[index][0]).transpose(2, 0, 1).copy())
+
     @property
     def labeled(self) -> bool:
         """Whether every image has a label."""
@@ -144,7 +152,7 @@ class ImageSet(torch.utils.data.Dataset):
         decoded: list[torch.Tensor] = [torch.empty(0)] * len(self)
 
         def fill(i: int) -> None:
-            decoded[i] = torch.from_numpy(np.array(self[i][0]).transpose(2, 0, 1).copy())
+            decoded[i] = self.decoded(i)
 
         image_files.for_each(len(self), fill, f"decoding {self.name}")
         if len({image.shape for image in decoded}) > 1:
@@ -185,11 +193,11 @@ class ImageSet(torch.utils.data.Dataset):
         return torch.from_numpy(pixels)
 
 
-def load(data: Data, split: Literal["train", "test"]) -> ImageSet:
+def load(data: Data, split: Literal["train", "test", "all"]) -> ImageSet:
     """Loads one split of the data set that the settings name, with all its classes.
 
     `data.classes` and `data.open_set` are not applied here, because an open-set evaluation needs the unknown classes
-    too; `load_known` applies them.
+    too; `open_set.load_known` applies them.
 
     The splits are the data set's own, with these exceptions. `digits` has none: a fifth of each class, drawn with a
     fixed seed, is its test split. The train split of `stl10` is its 5,000 labeled and 100,000 unlabeled images. The
@@ -199,7 +207,7 @@ def load(data: Data, split: Literal["train", "test"]) -> ImageSet:
 
     Args:
         data: The settings.
-        split: `train` or `test`.
+        split: `train` or `test`; `all` takes all images of a folder that has neither.
 
     Returns:
         At least two images. Those of a `folder` stay on disk. With `broken="skip"` each of its files is decoded once
@@ -221,76 +229,6 @@ def load(data: Data, split: Literal["train", "test"]) -> ImageSet:
     if len(images) < 2:
         raise ValueError(f"{images.name} has {len(images)} image{'' if len(images) else 's'}, at least 2 are needed")
     return images
-
-
-def load_known(data: Data, split: Literal["train", "test"]) -> ImageSet:
-    """As `load`, with the images of `data.classes` or `data.open_set` alone, where one of the two is set.
-
-    Raises:
-        ValueError: As `known_classes`, or if no image is of these classes.
-    """
-    images = load(data, split)
-    known = known_classes(data, images.classes)
-    return images if known is None else images.only(known)
-
-
-def known_classes(data: Data, classes: Sequence[str]) -> list[int] | None:
-    """Resolves `data.classes` or `data.open_set` to label numbers.
-
-    Args:
-        data: The settings. `data.classes` holds names or label numbers; what could be either, as 7 where there is a
-            class folder `7`, is the name, and 1 where there is a class folder `01` is refused. `data.open_set` is
-            `<split>:<trial>`, with a split of `open_set.split` whose label numbers hold for these classes, or
-            `random:<number of known classes>:<seed>`.
-        classes: All classes of the data set.
-
-    Returns:
-        Label numbers in the order given, or None where the settings ask for all classes.
-
-    Raises:
-        ValueError: A class that does not exist or is named twice, an empty list, or an open-set split that is not
-            understood or does not fit the data.
-    """
-    if data.classes is not None:
-        known = [_label(wanted, classes) for wanted in data.classes]
-        setting = f"data.classes {data.classes!r}"
-    elif data.open_set is not None:
-        known = _open_set(data.open_set, data.name, len(classes))
-        setting = f"data.open_set {data.open_set!r}"
-    else:
-        return None
-    if not known or len(set(known)) < len(known):
-        raise ValueError(f"{setting} must name at least one class, and none twice")
-    return known
-
-
-def _label(wanted: int | str, classes: Sequence[str]) -> int:
-    if str(wanted) in classes:
-        return classes.index(str(wanted))
-    alike = [name for name in classes if name.isdecimal() and name.isascii() and str(int(name)) == str(wanted)]
-    if alike:  # YAML reads 01 as 1, unless it is quoted
-        raise ValueError(
-            f"data.classes has {wanted!r}, the class {alike[0]!r} or the one of that number? Give it by its name, in "
-            "quotes"
-        )
-    if str(wanted) in map(str, range(len(classes))):
-        return int(wanted)
-    names = ", ".join(classes[:20]) + (" ..." if len(classes) > 20 else "")
-    raise ValueError(f"data.classes has {wanted!r}, neither a class nor its number; the classes are {names or 'none'}")
-
-
-def _open_set(setting: str, name: str, n_classes: int) -> list[int]:
-    from ssl_gradmix.data import open_set
-
-    match setting.split(":"):
-        case ["random", n_known, seed] if n_known.isdecimal() and seed.isdecimal():
-            known, _ = open_set.random_split(n_classes, int(n_known), int(seed))
-        case [dataset, trial] if trial.isdecimal():
-            open_set.check_fits(dataset, name, n_classes)
-            known, _ = open_set.split(dataset, int(trial))
-        case _:
-            raise ValueError(f"data.open_set must be like 'cifar10:2' or 'random:6:0', got {setting!r}")
-    return list(known)
 
 
 def _held_out(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
@@ -354,14 +292,14 @@ def _folder(data: Data, split: str) -> ImageSet:
         images = _list_split(root, split, name)
     else:
         images = _list_folder(root, name)
-        if images.classes:
-            held_out = _held_out(images.labels, data.test_fraction, data.split_seed)
-            _refuse_links(images.images, [*zip(images.labels.tolist(), held_out.tolist(), strict=True)])
-            images = images.subset(held_out == (split == "test"))
-        elif split == "test":
+        if split == "test" and not images.classes:
             raise FileNotFoundError(
                 f"data.root {str(root)!r} has no test images: it has neither class folders to split nor a folder test/"
             )
+        if split != "all" and images.classes:
+            held_out = _held_out(images.labels, data.test_fraction, data.split_seed)
+            _refuse_links(images.images, [*zip(images.labels.tolist(), held_out.tolist(), strict=True)])
+            images = images.subset(held_out == (split == "test"))
     return _without_broken(images) if data.broken == "skip" else images
 
 

@@ -17,13 +17,23 @@ the unknown classes (for TinyImageNet, its validation images).
 Some trials coincide, see `distinct_trials`: a mean over all five counts a set of classes twice, and its spread is too
 small. CIFAR+10 and CIFAR+50 are often described as vehicles against animals; only trial 4 is. Trials 0 to 3 have
 animals among the known classes, and vehicles among the unknown ones.
+
+Settings name a trial as `cifar10:2` (trial 2 of the data set's five) or `random:6:0` (six known classes, drawn with
+seed 0); evaluations also name several at once, see `trials`.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
+
+from ssl_gradmix.data.datasets import ImageSet, load
+from ssl_gradmix.settings import Data
 
 # In the order of the papers' code, where a class's place in the list is the label it is trained with.
 # fmt: off
@@ -105,6 +115,12 @@ DATASETS = tuple(_KNOWN)
 
 N_TRIALS = 5
 
+KNOWN_ONLY = "known classes only"
+ALL_CLASSES = "all classes, unlabeled"
+FURTHER_CLASSES = "known and further classes, none unknown"
+NOT_OUR_RUN = "unknown (not our run)"
+"""What `pretraining` says."""
+
 
 def split(dataset: str, trial: int) -> tuple[list[int], list[int]]:
     """Known and unknown classes of one of the literature's trials.
@@ -176,27 +192,206 @@ def random_split(n_classes: int, n_known: int, seed: int) -> tuple[list[int], li
     return sorted(order[:n_known].tolist()), sorted(order[n_known:].tolist())
 
 
-def check_fits(dataset: str, name: str, n_classes: int) -> None:
-    """Refuses trials whose label numbers do not hold for the data.
+@dataclass(frozen=True)
+class Trial:
+    """Which classes are known and which are not.
 
     Args:
-        dataset: One of `DATASETS`.
-        name: Of the data, as `data.name`. A `folder` is taken at its word, where it has as many classes.
+        name: As settings name it, `cifar10:2` or `random:6:0`; or `data.classes`, where these say what is known.
+        known: Label numbers.
+        unknown: Label numbers; those of CIFAR-100 where the unknown classes are `elsewhere`.
+    """
+
+    name: str
+    known: tuple[int, ...]
+    unknown: tuple[int, ...]
+
+    @property
+    def number(self) -> int:
+        """Of the trial, or the seed of a random one."""
+        return 0 if self.name == "data.classes" else int(self.name.rpartition(":")[2])
+
+    @property
+    def protocol(self) -> str:
+        """One of `DATASETS`, `random`, or `data.classes`."""
+        return self.name.partition(":")[0]
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether the unknown classes are those of CIFAR-100."""
+        return self.protocol in _CIFAR100_UNKNOWN
+
+
+def trials(name: str, data: str, n_classes: int) -> list[Trial]:
+    """The trials of a name.
+
+    Args:
+        name: `cifar10:2`, one trial of the literature; `cifar10`, all five; `random:6:0`, six known classes drawn with
+            seed 0; `random:6`, with seeds 0 to 4; `random`, the same with 60% of the classes known, as the
+            literature has 6 of 10.
+        data: `data.name` of the data. A `folder` is taken at its word where it has as many classes as the trials.
         n_classes: Number of classes of the data.
 
     Raises:
-        KeyError: If the data set has no trials.
-        ValueError: If they do not hold.
+        ValueError: The name is not understood, or its trials do not fit the data.
     """
-    _check(dataset)
-    if name not in ("folder", *_NUMBERED_ALIKE.get(dataset, ())):
+    match name.split(":"):
+        case ["random", *rest] if len(rest) < 3 and all(part.isdecimal() for part in rest):
+            n_known = int(rest[0]) if rest else round(0.6 * n_classes)
+            seeds = [int(rest[1])] if len(rest) == 2 else range(N_TRIALS)
+            found = [
+                Trial(f"random:{n_known}:{seed}", *map(tuple, random_split(n_classes, n_known, seed))) for seed in seeds
+            ]
+        case [dataset, *rest] if dataset in DATASETS and len(rest) < 2 and all(part.isdecimal() for part in rest):
+            _check_fits(dataset, data, n_classes)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # trials that coincide: whoever takes several leaves them out
+                numbers = [int(rest[0])] if rest else range(N_TRIALS)
+                found = [Trial(f"{dataset}:{number}", *map(tuple, split(dataset, number))) for number in numbers]
+        case _:
+            raise ValueError(
+                f"an open-set split must be like cifar10:2, cifar10, random:6:0, random:6 or random, got {name!r}; "
+                f"data sets with trials are {', '.join(DATASETS)}"
+            )
+    return [_checked(trial) for trial in found]
+
+
+def own_trials(data: Data, classes: Sequence[str]) -> list[Trial]:
+    """The trials to evaluate where none are asked for.
+
+    The one that `data.classes` or `data.open_set` gives; else those of the data set, else random ones.
+
+    Raises:
+        ValueError: As `known_classes` and `trials`.
+    """
+    if data.classes is not None:
+        known = known_classes(data, classes)
+        return [_checked(Trial("data.classes", tuple(known), tuple(sorted(set(range(len(classes))) - set(known)))))]
+    return trials(data.open_set or (data.name if data.name in DATASETS else "random"), data.name, len(classes))
+
+
+def known_classes(data: Data, classes: Sequence[str]) -> list[int] | None:
+    """Resolves `data.classes` or `data.open_set` to label numbers.
+
+    Args:
+        data: The settings. `data.classes` holds names or label numbers; what could be either, as 7 where there is a
+            class folder `7`, is the name, and 1 where there is a class folder `01` is refused. `data.open_set` names
+            one trial, as in `trials`.
+        classes: All classes of the data set.
+
+    Returns:
+        Label numbers in the order given, or None where the settings ask for all classes.
+
+    Raises:
+        ValueError: A class that does not exist or is named twice, an empty list, or an open-set split that is not
+            understood, is several trials, or does not fit the data.
+    """
+    if data.open_set is not None:
+        found = trials(data.open_set, data.name, len(classes))
+        if len(found) > 1:
+            raise ValueError(f"data.open_set must be a single trial, such as {found[0].name}, got {data.open_set!r}")
+        return list(found[0].known)
+    if data.classes is None:
+        return None
+    known = [_label(wanted, classes) for wanted in data.classes]
+    if not known or len(set(known)) < len(known):
+        raise ValueError(f"data.classes {data.classes!r} must name at least one class, and none twice")
+    return known
+
+
+def load_known(data: Data, split: Literal["train", "test"]) -> ImageSet:
+    """As `datasets.load`, with the images of `data.classes` or `data.open_set` alone, where one of the two is set.
+
+    Raises:
+        ValueError: As `known_classes`, or if no image is of these classes.
+    """
+    images = load(data, split)
+    known = known_classes(data, images.classes)
+    return images if known is None else images.only(known)
+
+
+def pretraining(
+    config: Mapping[str, Any] | None,
+    data: Data,
+    classes: Sequence[str],
+    known: Sequence[int],
+    unknown: Sequence[int] = (),
+) -> str:
+    """What an encoder saw of the known and unknown classes in pretraining, by the config.yaml of its run.
+
+    Args:
+        config: What config.yaml holds, None for an encoder that is from no run.
+        data: Settings of the data that it is evaluated on. Folders of the same name count as the same data, wherever
+            they lie.
+        classes: All classes of that data set.
+        known: The known classes.
+        unknown: The unknown ones, where they are of the same data set.
+
+    Returns:
+        `KNOWN_ONLY`, `ALL_CLASSES`, `FURTHER_CLASSES`, `NOT_OUR_RUN`, or `other data (NAME)`.
+
+    Raises:
+        ValueError: If it saw part of this data set's classes, and they are not the known ones: the trial is another
+            run's.
+    """
+    if config is None or "data" not in config:
+        return NOT_OUR_RUN
+    given = {name: config["data"].get(name) for name in ("name", "root", "classes", "open_set")}
+    of_run = replace(data, download=False, **given)
+    if data_name(of_run) != data_name(data):
+        return f"other data ({data_name(of_run)})"
+    seen = known_classes(of_run, classes)
+    seen = range(len(classes)) if seen is None else seen
+    if set(seen) == set(known):
+        return KNOWN_ONLY
+    if set(seen) >= {*known, *unknown}:
+        return ALL_CLASSES if unknown else FURTHER_CLASSES
+    raise ValueError(
+        f"the run was pretrained on the classes {sorted(seen)} alone, but known are {sorted(known)}: evaluate it on "
+        "its own trial, as is done where no other is asked for, or take a run that was pretrained on all classes"
+    )
+
+
+def data_name(data: Data) -> str:
+    """What results call a data set: folders by their last name."""
+    return f"folder:{Path(data.root).expanduser().resolve().name}" if data.name == "folder" else data.name
+
+
+def _label(wanted: int | str, classes: Sequence[str]) -> int:
+    if str(wanted) in classes:
+        return classes.index(str(wanted))
+    alike = [name for name in classes if name.isdecimal() and name.isascii() and str(int(name)) == str(wanted)]
+    if alike:  # YAML reads 01 as 1, unless it is quoted
         raise ValueError(
-            f"the split does not fit: {name} does not number its classes as {dataset} does; random ones fit all data "
-            "(data.open_set random:6:0, or protocol random in an evaluation)"
+            f"data.classes has {wanted!r}, the class {alike[0]!r} or the one of that number? Give it by its name, in "
+            "quotes"
         )
-    wanted = _N_CLASSES[dataset]
-    if n_classes != wanted:
-        raise ValueError(f"the split does not fit: {dataset} is for {wanted} classes, the data set has {n_classes}")
+    if str(wanted) in map(str, range(len(classes))):
+        return int(wanted)
+    names = ", ".join(classes[:20]) + (" ..." if len(classes) > 20 else "")
+    raise ValueError(f"data.classes has {wanted!r}, neither a class nor its number; the classes are {names or 'none'}")
+
+
+def _checked(trial: Trial) -> Trial:
+    if len(trial.known) < 2 or not trial.unknown:
+        raise ValueError(
+            f"the split does not fit: {trial.name} has {len(trial.known)} known and {len(trial.unknown)} unknown "
+            "classes, at least 2 and 1 are needed"
+        )
+    return trial
+
+
+def _check_fits(dataset: str, data: str, n_classes: int) -> None:
+    """Refuses trials whose label numbers do not hold for the data."""
+    if data not in ("folder", *_NUMBERED_ALIKE.get(dataset, ())):
+        raise ValueError(
+            f"the split does not fit: {data} does not number its classes as {dataset} does; random ones, such as "
+            "random:6:0, fit all data"
+        )
+    if n_classes != _N_CLASSES[dataset]:
+        raise ValueError(
+            f"the split does not fit: {dataset} is for {_N_CLASSES[dataset]} classes, the data set has {n_classes}"
+        )
 
 
 def _check(dataset: str) -> None:

@@ -15,7 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ssl_gradmix import methods
 from ssl_gradmix.files import read_yaml
+from ssl_gradmix.settings import METHODS
 
 logger = logging.getLogger("ssl_gradmix")
 
@@ -122,13 +124,28 @@ def load_encoder(
 
 
 def _with_projector(encoder: Encoder) -> Encoder:
-    from ssl_gradmix.backbones import num_features
-    from ssl_gradmix.evaluation.projector import build_projector
-
-    path = encoder.run / "projector.safetensors"
+    """The encoder followed by the projection head of its run, built as for the training."""
+    path, config = encoder.run / "projector.safetensors", encoder.run / "config.yaml"
     if not path.exists():
         raise FileNotFoundError(f"the run {encoder.run} has no projector: {path} is missing")
-    projector = build_projector(_read_safetensors(path), num_features(encoder.model), path)
+    described = encoder.config.get("method")
+    name = described.get("name") if isinstance(described, dict) else None
+    if name not in METHODS:
+        raise ValueError(
+            f"{config} does not say what was trained: add a line `name: simclr` (or byol) to its section method, as "
+            f"runs of now have; got {name!r}"
+        )
+    try:
+        settings = METHODS[name](**described)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{config} is damaged: {error}") from error
+    with torch.device("meta"):  # takes no memory, whatever the settings ask for
+        projector = methods.create(settings, encoder.model).projector
+    wanted, weights = projector.state_dict(), _read_safetensors(path)
+    kinds = ({key: (each.shape, each.dtype) for key, each in of.items()} for of in (wanted, weights))
+    if next(kinds) != next(kinds):
+        raise ValueError(f"{path} does not fit: it is no {name} projector of the widths in {config} for this backbone")
+    projector.load_state_dict(weights, assign=True)
     return replace(encoder, model=nn.Sequential(encoder.model, projector), feature="projector")
 
 

@@ -222,8 +222,8 @@ def mean_corruption_error(
         baseline: The same of the model to compare with, for at least the corruptions of `errors`.
 
     Raises:
-        ValueError: If there are no corruptions, an error lies outside [0, 1] or is NaN, corruptions differ in their
-            number of severities, or the baseline makes no errors on a corruption.
+        ValueError: If `errors` is no mapping or has no corruption, an error lies outside [0, 1] or is NaN, corruptions
+            differ in their number of severities, or the baseline makes no errors on a corruption.
         KeyError: If the baseline lacks a corruption.
     """
     mean = _mean_errors("errors", errors)
@@ -285,8 +285,13 @@ def _count(
         )
     if weights is None:
         weights = np.ones(len(scores), dtype=np.int64)
+    elif not isinstance(weights, np.ndarray) or weights.dtype.kind not in "iuf":
+        kind = getattr(weights, "dtype", type(weights).__name__)
+        raise ValueError(f"weights must be a NumPy array of whole or real numbers, got {kind}")
     elif weights.ndim not in (1, 2) or weights.shape[-1] != len(scores):
         raise ValueError(f"weights must have shape ({len(scores)},) or (B, {len(scores)}), got {weights.shape}")
+    else:  # of few bits, their sums would overflow
+        weights = weights.astype(np.float64 if weights.dtype.kind == "f" else np.int64, copy=False)
 
     order = np.argsort(-scores)
     scores, is_known, weights = scores[order], is_known[order], np.take(weights, order, axis=-1)
@@ -380,6 +385,8 @@ def _mean_errors(
     name: str, errors: Mapping[str, float | Sequence[float]], needed: Mapping | None = None
 ) -> dict[str, float]:
     """Mean over severities of each corruption, of the `needed` ones alone where given."""
+    if not isinstance(errors, Mapping):
+        raise ValueError(f"{name} must be a mapping of corruptions to errors, got {type(errors).__name__}")
     if needed is not None:
         missing = [corruption for corruption in needed if corruption not in errors]
         if missing:

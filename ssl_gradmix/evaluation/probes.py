@@ -5,16 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-
-from ssl_gradmix.data.datasets import ImageSet
-from ssl_gradmix.evaluation.encoders import Encoder
-from ssl_gradmix.settings import Augmentation
 
 LEARNING_RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 """What the rate of a linear probe is chosen from, for batches of `BATCH_SIZE` features scaled as in `linear_probe`."""
@@ -44,15 +39,22 @@ class LinearProbe:
         classes: (C,) int64, the labels that it knows, ascending.
         weight: (C, D).
         bias: (C,).
-        learning_rate: The rate it was trained with, None where there was none.
-        validation: Accuracy on held-out training features by learning rate, empty where none was chosen.
+        learning_rate: The rate it was trained with.
+        validation: Cross-entropy on held-out training features by learning rate.
     """
 
     classes: Tensor
     weight: Tensor
     bias: Tensor
-    learning_rate: float | None
+    learning_rate: float
     validation: dict[float, float]
+
+    @property
+    def remark(self) -> str | None:
+        """Says so where the rate is an end of what it was chosen from: one beyond might have done better."""
+        if len(self.validation) > 1 and self.learning_rate in (min(self.validation), max(self.validation)):
+            return f"the learning rate chosen, {self.learning_rate:g}, is at an end of the grid"
+        return None
 
     def logits(self, features: Tensor) -> Tensor:
         """(N, C) from features (N, D); column k belongs to `classes[k]`."""
@@ -90,9 +92,10 @@ def linear_probe(
     """Trains a linear classifier with SGD, at a learning rate chosen on held-out training features.
 
     Momentum 0.9, no weight decay, batches of 256, a cosine to 0 by step, zero weights at the start. All learning rates
-    are trained in one pass over the same batches. The rate whose classifier has the best accuracy on the held-out share
-    after the last epoch (where several have, the lowest loss) is trained once more on all features; that classifier
-    after its last epoch is returned. Test features play no part, and no epoch is picked.
+    are trained in one pass over the same batches. The rate whose classifier has the lowest cross-entropy on the
+    held-out share after the last epoch is trained once more on all features; that classifier after its last epoch is
+    returned. Test features play no part, and no epoch is picked. (Accuracy, which others choose by, is coarse where few
+    samples are held out: it then takes rates so large that every softmax is 0 or 1.)
 
     The usual protocol (SimCLR, DINO, solo-learn) trains on raw features. Here each feature is centered and divided by
     its standard deviation over `features` first, so that one grid of rates serves encoders of any scale; MAE and VISSL
@@ -113,83 +116,27 @@ def linear_probe(
             or a setting is out of range.
     """
     features, classes, targets = _checked(features, labels)
+    if not learning_rates or min(learning_rates) <= 0:
+        raise ValueError(f"learning_rates must be at least one, all above 0, got {tuple(learning_rates)}")
+    if epochs < 1:
+        raise ValueError(f"epochs must be at least 1, got {epochs}")
+    if not 0 < held_out < 1:
+        raise ValueError(f"held_out must be between 0 and 1, got {held_out}")
     scaling = _Scaling.of(features)
-    scaled = scaling(features)
-    settings = _Settings(learning_rates, epochs, held_out, seed)
-    return _choose_and_train(partial(scaled.index_select, 0), scaled, targets, classes, scaling, settings)
+    scaled, shape = scaling(features), (len(classes), features.shape[1])
+    everything = torch.arange(len(targets), device=targets.device)
+    kept_out = _draw(targets, lambda n: min(max(round(held_out * n), 1), n - 1), seed).to(targets.device)
+    rest = everything[~torch.isin(everything, kept_out)]
+    judged = kept_out if len(kept_out) else rest
 
+    weight, bias = _train(scaled, rest, targets, shape, learning_rates, epochs, seed)
+    logits = scaled[judged] @ weight.mT + bias[:, None]  # (L, B, C)
+    losses = [functional.cross_entropy(each, targets[judged]).item() for each in logits]
+    validation = dict(zip(learning_rates, losses, strict=True))
+    best = min(validation, key=validation.__getitem__)
 
-def augmented_probe(
-    encoder: Encoder,
-    images: ImageSet,
-    features: Tensor,
-    augmentation: Augmentation | None = None,
-    learning_rates: Sequence[float] = LEARNING_RATES,
-    epochs: int = 100,
-    held_out: float = 0.1,
-    seed: int = 0,
-) -> LinearProbe:
-    """Trains a linear classifier as `linear_probe`, on features of images that are cropped and flipped anew each epoch.
-
-    Images are held in memory as the encoder sees them, N x 3 x size x size bytes, and crops are taken from those. The
-    encoder stays in eval mode, without gradients. The scaling of features and the choice of the rate use the
-    features of the images as they are. The encoder runs over the images 2 x `epochs` times.
-
-    Args:
-        encoder: Moved to the device of `features`.
-        images: Training images, all labeled.
-        features: (N, D), those of `images` as they are, from `extract`.
-        augmentation: None is the usual random resized crop (8% to 100% of the area) and horizontal flip.
-        learning_rates: As in `linear_probe`.
-        epochs: As in `linear_probe`.
-        held_out: As in `linear_probe`.
-        seed: As in `linear_probe`, and of the crops and flips. Global generators are left as they were.
-
-    Raises:
-        ValueError: As `linear_probe`.
-    """
-    from ssl_gradmix.data.augmentation import DeviceViews
-
-    features, classes, targets = _checked(features, torch.from_numpy(images.labels))
-    scaling = _Scaling.of(features)
-    augmentation = augmentation or Augmentation(min_scale=0.08, flip=0.5, jitter=0.0, gray=0.0)
-    views = DeviceViews(augmentation, encoder.size, encoder.mean, encoder.std).to(features.device)
-    model = encoder.model.to(features.device).eval()
-    pixels = images.pixels(encoder.size)
-
-    @torch.no_grad()
-    def look(batch: Tensor) -> Tensor:
-        (view,) = views(pixels[batch.cpu()].to(features.device), 1)
-        return scaling(model(view).float())
-
-    settings = _Settings(learning_rates, epochs, held_out, seed)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return _choose_and_train(look, scaling(features), targets, classes, scaling, settings)
-
-
-def logistic_regression(features: Tensor, labels: Tensor, C: float = 1.0) -> LinearProbe:  # noqa: N803
-    """Trains scikit-learn's LogisticRegression on standardized features: a cross-check without learning rate or seed.
-
-    Args:
-        features: (N, D), finite.
-        labels: (N,) integers from 0, not necessarily contiguous.
-        C: Inverse strength of its L2 penalty, as in scikit-learn.
-
-    Raises:
-        ValueError: As `linear_probe`.
-    """
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.preprocessing import StandardScaler
-
-    features, classes, _ = _checked(features, labels)
-    scaler = StandardScaler()
-    fitted = LogisticRegression(C=C, max_iter=1000).fit(scaler.fit_transform(features.cpu().double()), labels.cpu())
-    weight, bias = torch.from_numpy(fitted.coef_), torch.from_numpy(fitted.intercept_)
-    if len(classes) == 2:  # scikit-learn keeps one logit for two classes, the difference of theirs
-        weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
-    scaling = _Scaling(torch.from_numpy(scaler.mean_), 1 / torch.from_numpy(scaler.scale_))
-    return LinearProbe(classes, *(part.to(features) for part in scaling.folded(weight, bias)), None, {})
+    weight, bias = _train(scaled, everything, targets, shape, [best], epochs, seed)
+    return LinearProbe(classes, *scaling.folded(weight[0], bias[0]), best, validation)
 
 
 def label_subset(labels: Tensor, fraction: float, seed: int = 0) -> Tensor:
@@ -206,22 +153,6 @@ def label_subset(labels: Tensor, fraction: float, seed: int = 0) -> Tensor:
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction must be above 0 and at most 1, got {fraction}")
     return _draw(labels, lambda count: max(round(fraction * count), 1), seed)
-
-
-@dataclass(frozen=True)
-class _Settings:
-    learning_rates: Sequence[float]
-    epochs: int
-    held_out: float
-    seed: int
-
-    def __post_init__(self) -> None:
-        if not self.learning_rates or min(self.learning_rates) <= 0:
-            raise ValueError(f"learning_rates must be at least one, all above 0, got {tuple(self.learning_rates)}")
-        if self.epochs < 1:
-            raise ValueError(f"epochs must be at least 1, got {self.epochs}")
-        if not 0 < self.held_out < 1:
-            raise ValueError(f"held_out must be between 0 and 1, got {self.held_out}")
 
 
 class _Scaling(NamedTuple):
@@ -246,50 +177,15 @@ class _Scaling(NamedTuple):
         return weight, bias - weight @ self.center
 
 
-def _choose_and_train(
-    look: Callable[[Tensor], Tensor],
-    scaled: Tensor,
-    targets: Tensor,
-    classes: Tensor,
-    scaling: _Scaling,
-    settings: _Settings,
-) -> LinearProbe:
-    """Trains at all learning rates on a part of the samples, and at the best one on all.
-
-    Args:
-        look: From indices (B,) to the scaled features (B, D) that a training step sees of those samples.
-        scaled: (N, D) scaled features that the choice is made on.
-        targets: (N,) index of each sample's class.
-        classes: (C,) labels.
-        scaling: How features were scaled.
-        settings: Of the training.
-    """
-    rates, shape = settings.learning_rates, (len(classes), scaled.shape[1])
-    everything = torch.arange(len(targets), device=targets.device)
-    held_out = _draw(targets, lambda n: min(max(round(settings.held_out * n), 1), n - 1), settings.seed)
-    held_out = held_out.to(targets.device)
-    rest = everything[~torch.isin(everything, held_out)]
-    judged = held_out if len(held_out) else rest
-
-    weight, bias = _train(look, rest, targets, shape, rates, settings)
-    logits = scaled[judged] @ weight.mT + bias[:, None]  # (L, B, C)
-    accuracies = [(each.argmax(1) == targets[judged]).double().mean().item() for each in logits]
-    losses = [functional.cross_entropy(each, targets[judged]).item() for each in logits]
-    best = max(range(len(rates)), key=lambda i: (accuracies[i], -losses[i]))
-
-    weight, bias = _train(look, everything, targets, shape, [rates[best]], settings)
-    validation = dict(zip(rates, accuracies, strict=True))
-    return LinearProbe(classes, *scaling.folded(weight[0], bias[0]), rates[best], validation)
-
-
 @torch.no_grad()
 def _train(
-    look: Callable[[Tensor], Tensor],
+    scaled: Tensor,
     kept: Tensor,
     targets: Tensor,
     shape: tuple[int, int],
     learning_rates: Sequence[float],
-    settings: _Settings,
+    epochs: int,
+    seed: int,
 ) -> tuple[Tensor, Tensor]:
     """Trains a classifier of `shape` (C, D) at each of L rates on the samples `kept`: weight (L, C, D), bias (L, C).
 
@@ -301,9 +197,9 @@ def _train(
     rows = len(rates) * n_classes
     weight, weight_velocity = torch.zeros(2, rows, n_features, device=targets.device)
     bias, bias_velocity = torch.zeros(2, rows, 1, device=targets.device)
-    steps = settings.epochs * math.ceil(len(kept) / BATCH_SIZE)
-    for step, batch in enumerate(_batches(kept, settings.epochs, settings.seed)):
-        features = look(batch)
+    steps = epochs * math.ceil(len(kept) / BATCH_SIZE)
+    for step, batch in enumerate(_batches(kept, epochs, seed)):
+        features = scaled[batch]
         error = torch.addmm(bias, weight, features.T).view(len(rates), n_classes, len(batch)).softmax(1)
         error[:, targets[batch], torch.arange(len(batch), device=batch.device)] -= 1
         # Each classifier has its rate in its gradient, as the steps have the cosine, which is common to all.

@@ -4,8 +4,7 @@ Every score is larger the more a sample looks known; most papers give the negati
 compare with the known classes take `train` (N, D), the features of their training images, `labels` (N,), the classes,
 and `test` (M, D), and return (M,) float64. Arrays and tensors are taken; the work is done on the device of `train`.
 
-Similarities are computed in float32 (float64 where the features are), block by block, so that no matrix (M, N) ever
-exists. Means, covariances and what follows from them are computed in float64.
+All is computed in float64, similarities block by block, so that no matrix (M, N) ever exists.
 
 Singular covariances: directions in which the training features vary by less than 1e-6 of their root mean square norm,
 which is the rounding of float32, are left out (a pseudo-inverse). So constant features, a collapsed encoder and more
@@ -52,8 +51,8 @@ def all_scores(
         top_k: Neighbors in each class of `top_k_cosine`.
 
     Returns:
-        (M,) scores under the names of the functions; `top_k_cosine_divided` and `ncm_euclidean` are the
-        variants. `parameters_used` says what `k`, `top_k` and the dimension of `vim` came to.
+        (M,) scores under the names of the functions, and `ncm_euclidean`. `parameters_used` says what
+        `k`, `top_k` and the dimension of `vim` came to.
     """
     train, classes, test = _checked(train, labels, test)
     used = parameters_used(train, labels, k, top_k)
@@ -62,7 +61,6 @@ def all_scores(
     return {
         "knn_distance": _as_array(-kth_distance),
         "top_k_cosine": _as_array(similarity.amax(1)),
-        "top_k_cosine_divided": _as_array(_divided(similarity).amax(1)),
         "ncm": ncm(train, labels, test),
         "ncm_euclidean": ncm(train, labels, test, metric="euclidean"),
         "mahalanobis": _as_array(-distance),
@@ -79,7 +77,7 @@ def parameters_used(train: Matrix, labels: Matrix, k: int = 50, top_k: int = 3) 
     """What the parameters of `all_scores` come to on these data, by score, for the record of a result.
 
     Returns:
-        `k` of `knn_distance`: at most N. `k` of `top_k_cosine` and `top_k_cosine_divided`: at most the size of the
+        `k` of `knn_distance`: at most N. `k` of `top_k_cosine`: at most the size of the
         smallest class, the same for all classes, so that sums compare. `dim` of `vim`: see there.
 
     Raises:
@@ -89,11 +87,9 @@ def parameters_used(train: Matrix, labels: Matrix, k: int = 50, top_k: int = 3) 
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     smallest_class = torch.as_tensor(labels).unique(return_counts=True)[1].min().item()
-    neighbors = {"k": min(top_k, smallest_class)}
     return {
         "knn_distance": {"k": min(k, len(train))},
-        "top_k_cosine": neighbors,
-        "top_k_cosine_divided": neighbors,
+        "top_k_cosine": {"k": min(top_k, smallest_class)},
         "vim": {"dim": _vim_dim(*train.shape)},
     }
 
@@ -239,8 +235,13 @@ def vim(
     if not 0 <= dim < train.shape[1]:
         raise ValueError(f"dim must be at least 0 and below the {train.shape[1]} features, got {dim}")
     zero = train.new_zeros(len(train), dtype=torch.int64)
-    origin = _class_means(train, zero) if origin is None else torch.as_tensor(origin, device=train.device).double()
-    moment = _second_moment(train, zero, origin.reshape(1, -1))
+    if origin is None:
+        origin = _class_means(train, zero)[0]
+    else:
+        origin = torch.as_tensor(origin, device=train.device).double()
+        if origin.shape != train.shape[1:] or not origin.isfinite().all():
+            raise ValueError(f"origin must be {train.shape[1]} finite values, got {origin.tolist()}")
+    moment = _second_moment(train, zero, origin[None])
     _, directions = torch.linalg.eigh(moment)  # eigenvalues rise
     residual = directions[:, : train.shape[1] - dim]
 
@@ -287,18 +288,17 @@ def energy(logits: Matrix, temperature: float = 1.0) -> np.ndarray:
 
 def _neighbors(train: Tensor, classes: Tensor, test: Tensor, k: int, top_k: int) -> tuple[Tensor, Tensor]:
     """Distance (M,) to the k-th nearest of all, and for each class (M, C) the sum of its `top_k` largest cosines."""
-    bank = functional.normalize(train, dim=1)[classes.argsort()]
+    bank = functional.normalize(train.double(), dim=1)[classes.argsort()]
+    lengths = bank.square().sum(1)  # 1, but 0 where a feature is 0
     sizes = classes.bincount().tolist()
-    starts = np.cumsum([0, *sizes[:-1]]).tolist()
     distances, similarities = [], []
-    for rows in functional.normalize(test, dim=1).split(max(1, _SIMILARITIES_AT_ONCE // len(bank))):
-        # The k nearest of all are among the k nearest of each class.
-        nearest = [block.topk(min(max(k, top_k), block.shape[1])) for block in (rows @ bank.T).split(sizes, dim=1)]
-        similarities.append(torch.stack([cosines[:, :top_k].sum(1) for cosines, _ in nearest], dim=1))
-        kth = torch.cat([cosines for cosines, _ in nearest], dim=1).topk(k).indices[:, -1:]
-        index = torch.cat([index + start for (_, index), start in zip(nearest, starts, strict=True)], dim=1)
-        # From the difference: sqrt(2 - 2 cosine) has lost all its digits for a near duplicate.
-        distances.append((rows - bank[index.gather(1, kth)[:, 0]]).norm(dim=1))
+    for rows in functional.normalize(test.double(), dim=1).split(max(1, _SIMILARITIES_AT_ONCE // len(bank))):
+        cosines = rows @ bank.T
+        of_classes = cosines.split(sizes, dim=1)
+        similarities.append(torch.stack([block.topk(top_k).values.sum(1) for block in of_classes], dim=1))
+        kth = (2 * cosines - lengths).topk(k).indices[:, -1]  # |a - b|^2 = |a|^2 + |b|^2 - 2 a b
+        # From the difference: sqrt(2 - 2 cosine) has lost half its digits for a near duplicate.
+        distances.append((rows - bank[kth]).norm(dim=1))
     return torch.cat(distances), torch.cat(similarities)
 
 

@@ -1,28 +1,26 @@
-"""Which images make a batch, and where their views are made: on the device that holds the images, or in workers."""
+"""Which images make a batch, and where they are decoded: once, or in loader processes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ssl_gradmix.data.augmentation import DeviceViews, WorkerViews
+from ssl_gradmix.data.augmentation import Views
 from ssl_gradmix.data.datasets import MEMORY, ImageSet
-from ssl_gradmix.settings import Augmentation
 from ssl_gradmix.training import signals
 
 RESIDENT_BYTES = 4 * 2**30
-"""`augmentation.where=auto` keeps a data set on the device up to this size, decoded."""
+"""`training.decode=auto` keeps a data set on the device up to this size, decoded."""
 
 
-def seed_step(seed: int, epoch: int, step: int, process: int) -> None:
-    """Seeds torch's global generators for a step from its place in the training, so that a resumed run repeats it."""
-    torch.manual_seed(
-        int(np.random.SeedSequence([seed, epoch, step, process]).generate_state(1, np.uint64)[0] >> np.uint64(1))
-    )
+def seed_step(*place: int) -> None:
+    """Seeds torch's global generators from a place in the training, such as (seed, epoch, step), so that it repeats."""
+    torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0] >> np.uint64(1)))
 
 
 def shuffled(count: int, seed: int, epoch: int) -> Tensor:
@@ -60,71 +58,77 @@ class BatchIndices:
         return order.view(self.length, self.processes, self.micro // self.processes)[:, self.process]
 
 
-class DeviceBatches:
-    """Views made in batches on the device, of images that stay there at their own sizes.
+class Batches:
+    """Batches of images, decoded once or by loader processes when they are needed, and views of them.
 
     Args:
-        images: uint8 (N, 3, H, W), or N of (3, H, W) each of its own size.
+        images: To train on.
         make_views: Makes the views.
         indices: Which images make a batch.
         n_views: Of each image.
-        device: Where they lie.
+        decode: As in `settings.Training`.
+        workers: Loader processes, where images are decoded when they are needed.
+        device: Where the views are made.
+
+    Raises:
+        ValueError: The images are to be decoded at once, and take more memory than the machine has; or a file cannot be
+            read.
     """
 
     def __init__(
         self,
-        images: Tensor | Sequence[Tensor],
-        make_views: DeviceViews,
+        images: ImageSet,
+        make_views: Views,
         indices: BatchIndices,
         n_views: int,
+        decode: str,
+        workers: int,
         device: torch.device,
     ) -> None:
-        self.make_views, self.indices, self.n_views = make_views.to(device), indices, n_views
-        alike = isinstance(images, Tensor)
-        self.images = images.to(device) if alike else [image.to(device) for image in images]
-
-    def epoch(self, epoch: int, first: int) -> Iterator[Tensor | list[Tensor]]:
-        """uint8 batches of an epoch, from batch `first` on."""
-        for chosen in self.indices.epoch(epoch)[first:]:
-            if isinstance(self.images, Tensor):
-                yield self.images[chosen.to(self.images.device)]
-            else:
-                yield [self.images[i] for i in chosen.tolist()]
-
-    def views(self, batch: Tensor | Sequence[Tensor]) -> list[Tensor]:
-        """Draws the views of a batch from torch's global generator."""
-        return self.make_views(batch, self.n_views)
-
-
-class WorkerBatches:
-    """Views made image by image in loader processes, each seeded by its own (seed, epoch, image)."""
-
-    def __init__(self, dataset: WorkerViews, indices: BatchIndices, workers: int, device: torch.device) -> None:
-        self.indices, self.device = indices, device
-        self._epoch, self._first = 0, 0
-        self.loader = DataLoader(
-            dataset,
-            batch_sampler=self,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            worker_init_fn=signals.obey_parent_alone,
-            pin_memory=device.type == "cuda",
-        )
+        self.make_views, self.indices, self.n_views, self.device = make_views.to(device), indices, n_views, device
+        self.resident: Tensor | list[Tensor] | None = None
+        if decode != "workers":
+            decoded = images.originals(MEMORY if decode == "once" else min(RESIDENT_BYTES, MEMORY))
+            if decoded is not None:
+                alike = isinstance(decoded, Tensor)
+                self.resident = decoded.to(device) if alike else [image.to(device) for image in decoded]
+            elif decode == "once":
+                raise ValueError(
+                    f"training.decode once: the images of {images.name} take more than the {MEMORY / 2**30:,.0f} GiB "
+                    "that this machine has, decoded; workers decode as they go"
+                )
+        if self.resident is None:
+            self._epoch, self._first = 0, 0
+            self.loader = DataLoader(
+                _Decoded(images),
+                batch_sampler=self,
+                collate_fn=_packed,
+                num_workers=workers,
+                persistent_workers=workers > 0,
+                worker_init_fn=signals.obey_parent_alone,
+                pin_memory=device.type == "cuda",
+            )
 
     def __len__(self) -> int:
         return len(self.indices) - self._first
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        """The loader's batch sampler: pairs (epoch, image) tell a worker, which outlives the epoch, where it is."""
-        for chosen in self.indices.epoch(self._epoch)[self._first :].tolist():
-            yield [(self._epoch, image) for image in chosen]
+    def __iter__(self) -> Iterator[list[int]]:
+        """The loader's batch sampler."""
+        yield from self.indices.epoch(self._epoch)[self._first :].tolist()
 
-    def epoch(self, epoch: int, first: int) -> Iterator[list[Tensor]]:
-        """Batches of views of an epoch, from batch `first` on.
+    def epoch(self, epoch: int, first: int) -> Iterator[Packed | Tensor | list[Tensor]]:
+        """Batches of an epoch, from batch `first` on, for `views`.
 
         Raises:
             ValueError: An image cannot be read; the message names its path.
         """
+        if self.resident is not None:
+            for chosen in self.indices.epoch(epoch)[first:]:
+                if isinstance(self.resident, Tensor):
+                    yield self.resident[chosen.to(self.device)]
+                else:
+                    yield [self.resident[i] for i in chosen.tolist()]
+            return
         self._epoch, self._first = epoch, first
         try:
             yield from self.loader
@@ -134,37 +138,27 @@ class WorkerBatches:
             # The message is the worker's traceback, whose last line is the error.
             raise ValueError(str(error).rstrip().splitlines()[-1].removeprefix("ValueError: ")) from error
 
-    def views(self, batch: list[Tensor]) -> list[Tensor]:
-        """Moves the views to the device."""
-        return [view.to(self.device, non_blocking=True) for view in batch]
+    def views(self, batch: Packed | Tensor | list[Tensor]) -> list[Tensor]:
+        """Draws the views of a batch from torch's global generator, the same ones however the images were decoded."""
+        if isinstance(batch, tuple):
+            flat, shapes = batch
+            parts = flat.to(self.device, non_blocking=True).split([math.prod(shape) for shape in shapes])
+            batch = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+        return self.make_views(batch, self.n_views)
 
 
-def create(
-    images: ImageSet,
-    augmentation: Augmentation,
-    indices: BatchIndices,
-    size: int,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    n_views: int,
-    workers: int,
-    device: torch.device,
-) -> DeviceBatches | WorkerBatches:
-    """Makes views where `augmentation.where` says; `auto` is on the device where the decoded images fit.
+Packed = tuple[Tensor, list[tuple[int, ...]]]
+"""Images of different sizes, one behind the other in a single tensor, and the shape of each: as tensors of their own
+each would take a file of shared memory on its way from a loader process."""
 
-    Raises:
-        ValueError: The device is asked for, and the images take more memory than the machine has; or a file cannot be
-            read.
-    """
-    if augmentation.where != "workers":
-        resident = images.originals(MEMORY if augmentation.where == "device" else min(RESIDENT_BYTES, MEMORY))
-        if resident is not None:
-            return DeviceBatches(resident, DeviceViews(augmentation, size, mean, std), indices, n_views, device)
-        if augmentation.where == "device":
-            raise ValueError(
-                f"augmentation.where device: the images of {images.name} take more than the {MEMORY / 2**30:,.0f} GiB "
-                "that this machine has, decoded; workers decode as they go"
-            )
-    return WorkerBatches(
-        WorkerViews(images, augmentation, size, mean, std, n_views, indices.seed), indices, workers, device
-    )
+
+class _Decoded(torch.utils.data.Dataset):
+    def __init__(self, images: ImageSet) -> None:
+        self.images = images
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.images.decoded(index)
+
+
+def _packed(images: list[Tensor]) -> Packed:
+    return torch.cat([image.flatten() for image in images]), [tuple(image.shape) for image in images]

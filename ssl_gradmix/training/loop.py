@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ssl_gradmix import backbones
+from ssl_gradmix.data.augmentation import Views
 from ssl_gradmix.data.datasets import ImageSet
 from ssl_gradmix.files import write_whole
 from ssl_gradmix.methods.losses import Losses
@@ -108,18 +109,15 @@ class Trainer:
             raise ValueError(
                 f"training.batch_size {training.batch_size} exceeds the {len(images)} images of {images.name}"
             )
+        process, processes = accelerator.process_index, accelerator.num_processes
         indices = batches.BatchIndices(
-            len(images),
-            training.batch_size,
-            training.seed,
-            training.accumulate,
-            accelerator.process_index,
-            accelerator.num_processes,
+            len(images), training.batch_size, training.seed, training.accumulate, process, processes
         )
         self.steps_per_epoch = len(indices) // training.accumulate
         self.steps = self.steps_per_epoch * training.epochs
-        self.source = batches.create(
-            images, augmentation, indices, size, self.mean, self.std, n_views, training.workers, accelerator.device
+        views = Views(augmentation, size, self.mean, self.std, process, processes)
+        self.source = batches.Batches(
+            images, views, indices, n_views, training.decode, training.workers, accelerator.device
         )
         self.monitor = None
         labeled = images.subset(images.labels >= 0)
@@ -178,8 +176,8 @@ class Trainer:
             self.folder.release()
 
     def _say_what_begins(self) -> None:
-        in_workers = isinstance(self.source, batches.WorkerBatches)
-        self._say(f"{self.images.describe()}, views {'in workers' if in_workers else 'on the device'}")
+        decoded = "as they are needed" if self.source.resident is None else "once"
+        self._say(f"{self.images.describe()}, decoded {decoded}")
         if self.epoch or self.batch:
             batch = f" and {self.batch} batches" if self.batch else ""
             self._say(f"{self.folder.path} goes on after epoch {self.epoch}{batch}")
@@ -236,11 +234,13 @@ class Trainer:
 
     def _step(self, batch: Any) -> Losses:
         """Trains on a (micro-)batch."""
-        batches.seed_step(self.training.seed, self.epoch, self.batch, self.accelerator.process_index)
         step = self.epoch * self.steps_per_epoch + self.batch // self.training.accumulate
         for group in self.optimizer.param_groups:
             group["lr"] = self._rate(step)
+        place = self.training.seed, self.epoch, self.batch
+        batches.seed_step(*place)  # views are those of the whole batch, on every process
         views = [view.contiguous(memory_format=torch.channels_last) for view in self.source.views(batch)]
+        batches.seed_step(*place, self.accelerator.process_index)  # donors, lam and dropout are each process's own
         with self.accelerator.accumulate(self.method):
             losses = self.method(views)
             self.accelerator.backward(losses.total)
@@ -322,7 +322,7 @@ class Trainer:
 
     def _draw_samples(self) -> None:
         """Mixes a few images with a copy of the method, on all processes because the loss gathers, and draws them."""
-        batches.seed_step(self.training.seed, 0, 0, self.accelerator.process_index)
+        batches.seed_step(self.training.seed, 0, 0)
         method = copy.deepcopy(self.bare)
         views = [view[:SAMPLED].clone() for view in self.source.views(next(iter(self.source.epoch(0, 0))))[:2]]
         mixed = method.mixed_views(views)

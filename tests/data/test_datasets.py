@@ -23,10 +23,8 @@ import torchvision
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from ssl_gradmix import command_line
-from ssl_gradmix.data import open_set
-from ssl_gradmix.data.datasets import ImageSet, known_classes, load, load_known
-from ssl_gradmix.settings import Data, SimCLRSettings
+from ssl_gradmix.data.datasets import ImageSet, load
+from ssl_gradmix.settings import Data
 
 
 def save(path: Path, value: int = 0, size: tuple[int, int] = (4, 4)) -> Path:
@@ -528,94 +526,6 @@ def test_all_broken(tmp_path: Path) -> None:
         pytest.raises(ValueError, match="has 0 images, at least 2 are needed"),
     ):
         in_folder(tmp_path, broken="skip")
-
-
-# Known classes
-
-ANIMALS = ("cat", "dog", "fox", "owl")
-
-
-@pytest.mark.parametrize(
-    ("wanted", "classes", "expected"),
-    [
-        (None, ANIMALS, None),
-        ([3, 0], ANIMALS, [3, 0]),
-        (["owl", 1], ANIMALS, [3, 1]),
-        ([10, "9"], ("1", "10", "9"), [1, 2]),  # names, where they could be numbers
-        ([2], ("a", "b", "2c"), [2]),
-    ],
-)
-def test_classes_by_name_and_number(wanted: list | None, classes: tuple[str, ...], expected: list[int] | None) -> None:
-    assert known_classes(Data(classes=wanted), classes) == expected
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"classes": ["wolf"]}, r"'wolf', neither a class nor its number; the classes are cat, dog, fox, owl$"),
-        ({"classes": [4]}, r"has 4, neither a class nor its number"),
-        ({"classes": [-1]}, r"has -1, neither a class nor its number"),
-        ({"classes": []}, r"data\.classes \[\] must name at least one class"),
-        ({"classes": ["dog", 1]}, r"data\.classes \['dog', 1\] must name at least one class, and none twice"),
-        ({"open_set": "cifar10"}, r"must be like 'cifar10:2' or 'random:6:0', got 'cifar10'"),
-        ({"open_set": "random:six:0"}, r"must be like 'cifar10:2' or 'random:6:0', got 'random:six:0'"),
-        ({"open_set": "cifar10:-1"}, r"must be like"),
-        (
-            {"open_set": "cifar10:0", "name": "folder", "root": "x"},
-            r"does not fit: cifar10 is for 10 classes, the data set has 4",
-        ),
-        ({"open_set": "cifar10:2", "name": "digits"}, r"digits does not number its classes as cifar10 does; random"),
-        ({"open_set": "tinyimagenet:0", "name": "cifar100"}, r"cifar100 does not number its classes as tinyimagenet"),
-    ],
-)
-def test_classes_that_cannot_be_resolved(settings: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        known_classes(Data(**settings), ANIMALS)
-
-
-def test_long_lists_of_classes_are_cut_short_and_unlabeled_data_have_none() -> None:
-    with pytest.raises(ValueError, match=r"the classes are 0x, .*, 19x \.\.\.$"):
-        known_classes(Data(classes=["cat"]), [f"{i}x" for i in range(1000)])
-    with pytest.raises(ValueError, match=r"the classes are none$"):
-        known_classes(Data(classes=["cat"]), ())
-
-
-def test_open_set_trials_of_the_literature_and_random_ones() -> None:
-    # Trial 2 of CIFAR-10's five, as in https://github.com/sgvaze/osr_closed_set_all_you_need
-    for data in (Data("cifar10", open_set="cifar10:2"), Data("folder", "x", open_set="cifar10:2")):
-        assert known_classes(data, tuple("abcdefghij")) == [1, 5, 7, 3, 9, 4]
-    known, unknown = open_set.random_split(10, 6, 3)
-    drawn = known_classes(Data(open_set="random:6:3"), tuple("abcdefghij"))
-    assert drawn == list(known)
-    assert not set(drawn) & set(unknown)
-
-
-def test_known_part_of_a_set_keeps_its_label_numbers() -> None:
-    digits, known = (function(Data(open_set="mnist:0"), "test") for function in (load, load_known))
-    assert set(digits.labels) == set(range(10))
-    assert set(known.labels) == {2, 4, 5, 9, 8, 3}
-    assert known.classes == digits.classes
-    assert len(load_known(Data(), "test")) == len(digits)
-
-
-@pytest.mark.parametrize("given", ["['01']", "[03]", "['2']", "[2]", "['010']", "['1_0']", "['0x1']"])
-@pytest.mark.parametrize("by", ["command line", "file"])
-def test_classes_that_look_like_numbers(given: str, by: str, tmp_path: Path) -> None:
-    """A name is never taken for the number of another class; 03 is the text that it is written as."""
-    parser = command_line.recipe_parser(SimCLRSettings, "", "test")
-    (tmp_path / "c.yaml").write_text(f"data: {{classes: {given}}}")
-    argv = ["--data.classes", given] if by == "command line" else ["--config", str(tmp_path / "c.yaml")]
-    settings, plain = command_line.read(parser, argv)
-    folders = ("01", "02", "03", "10")
-    name = given.strip("[']")
-    if name in folders:
-        assert known_classes(settings.data, folders) == [folders.index(name)]
-        assert plain["data"]["classes"] == [name]
-    else:
-        with pytest.raises(ValueError, match=r"data.classes has '?[0-9x_]+'?, (the class '0|neither a class)"):
-            known_classes(settings.data, folders)
-    if given in ("['2']", "[2]"):
-        assert known_classes(settings.data, ("a", "b", "c")) == [2]
 
 
 # What was asked for, and what it is

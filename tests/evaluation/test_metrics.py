@@ -235,6 +235,13 @@ def test_weights_count_samples_so_many_times(rows, data):
         assert strict[row] == pytest.approx(oscr(*copies, ties="strict"), **EXACT)
 
 
+def test_weights_of_few_bits_do_not_overflow():
+    scores, is_known, correct = gaussian()
+    expected = all_metrics(scores, is_known, correct)
+    for dtype in (np.uint8, np.int16, np.float16):
+        assert all_metrics(scores, is_known, correct, weights=np.full(100, 200, dtype)) == pytest.approx(expected)
+
+
 @pytest.mark.parametrize(
     "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.uint8]
 )
@@ -297,6 +304,9 @@ def test_bad_options():
         threshold_at_tpr(scores, np.zeros(100, dtype=bool))
     with pytest.raises(ValueError, match=r"weights must have shape \(100,\) or \(B, 100\), got \(100, 2\)"):
         auroc(scores, is_known, weights=np.ones((100, 2)))
+    for weights, kind in (([1] * 100, "list"), (is_known, "bool"), (np.full(100, "x"), "<U1")):
+        with pytest.raises(ValueError, match=f"weights must be a NumPy array of whole or real numbers, got {kind}"):
+            auroc(scores, is_known, weights=weights)
     with pytest.raises(ValueError, match="weights must leave known and unknown samples in every row"):
         auroc(scores, is_known, weights=np.stack([np.ones(100), is_known]))
 
@@ -330,6 +340,8 @@ def test_alexnet():
     ("errors", "message"),
     [
         ({}, "errors must hold at least one corruption"),
+        (np.array([0.2, 0.4]), "errors must be a mapping of corruptions to errors, got ndarray"),
+        (None, "errors must be a mapping of corruptions to errors, got NoneType"),
         ({"fog": [20.0, 40.0]}, "divide percent by 100.*fog has shape .* and 2 values outside"),
         ({"fog": [0.2, np.nan]}, "fog has shape .* and 1 values outside"),
         ({"fog": []}, r"fog has shape \(0,\)"),
@@ -347,6 +359,8 @@ def test_bad_errors(errors, message):
 def test_bad_baselines():
     with pytest.raises(KeyError, match=r"baseline lacks \['pixelate'\]"):
         mean_corruption_error({"fog": [0.1], "pixelate": [0.1]}, BASELINE)
+    with pytest.raises(ValueError, match="baseline must be a mapping of corruptions to errors, got list"):
+        mean_corruption_error({"fog": [0.1]}, [0.1])
     with pytest.raises(ValueError, match="baseline errors must be above 0 to divide by, got 0 for fog"):
         mean_corruption_error({"fog": [0.1]}, {"fog": [0.0]})
     with pytest.raises(ValueError, match=r"above baseline_clean must be above 0 to divide by, got -0.1 for fog"):

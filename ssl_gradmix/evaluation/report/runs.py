@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
+from safetensors import SafetensorError, safe_open
 
-from ssl_gradmix.evaluation.results import Row, read_rows, results_folder
+from ssl_gradmix.evaluation import rows as result_rows
+from ssl_gradmix.evaluation.encoders import load_encoder
 from ssl_gradmix.files import read_yaml
 from ssl_gradmix.run_folder import RunFolder
 
@@ -19,17 +23,19 @@ TASKS = ("linear_probe", "osr", "ood", "corruption")
 
 @dataclass(eq=False)
 class Results:
-    """What one evaluation of a run found.
+    """What one evaluation found, of one kind of features.
 
     Args:
         rows: Its rows.
-        data: Settings of the data that it read, empty where the file does not say.
-        samples: Arrays (N,) by name, as they are in `<task>_samples.safetensors`; empty where there are none.
+        about: What the file says of them.
+        samples: Arrays (N,) by trial or data set, then by name; empty where there are none.
+        images: Fingerprint of the images of each trial or data set.
     """
 
-    rows: list[Row]
-    data: dict[str, Any]
-    samples: dict[str, np.ndarray]
+    rows: pd.DataFrame
+    about: dict[str, Any]
+    samples: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+    images: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -42,8 +48,8 @@ class Run:
         config: What is in config.yaml, None for a folder of results.
         log: Lines of log.jsonl.
         picture: Last one of `samples/`.
-        results: By task, for those evaluated: of backbone features.
-        of_projector: The same of projector features.
+        results: By task and feature, for those evaluated.
+        outdated: Tasks and features whose results are of earlier weights.
     """
 
     path: str
@@ -51,8 +57,13 @@ class Run:
     config: dict[str, Any] | None
     log: list[dict[str, Any]]
     picture: Path | None
-    results: dict[str, Results]
-    of_projector: dict[str, Results]
+    results: dict[tuple[str, str], Results]
+    outdated: list[tuple[str, str]]
+
+    def rows(self, task: str, feature: str = "backbone") -> pd.DataFrame:
+        """The rows of an evaluation, none where there was none."""
+        found = self.results.get((task, feature))
+        return result_rows.typed([]) if found is None else found.rows
 
 
 def read_runs(paths: Sequence[str]) -> list[Run]:
@@ -75,18 +86,11 @@ def read_runs(paths: Sequence[str]) -> list[Run]:
         _read(path, where.name if names.count(where.name) == 1 else path)
         for path, where in zip(paths, resolved, strict=True)
     ]
-    if not any(run.results or run.of_projector for run in runs):
+    if not any(run.results for run in runs):
         raise ValueError(
             f"nothing to report: no evaluation in {', '.join(paths)}; run eval/linear_probe.py {paths[0]} first"
         )
     return runs
-
-
-def plain(value: Any) -> str:
-    """A setting in words."""
-    if isinstance(value, list | tuple):
-        return ", ".join(map(plain, value))
-    return "–" if value is None else str(value)
 
 
 def _read(path: str, name: str) -> Run:
@@ -95,39 +99,55 @@ def _read(path: str, name: str) -> Run:
         raise FileNotFoundError(f"no run folder {path!r}")
     is_run = folder.config.exists()
     out = folder.path / "eval" if is_run else folder.path
-    results, of_projector = (_read_results(results_folder(out, feature)) for feature in ("backbone", "projector"))
-    if not (is_run or results or of_projector):
+    results, outdated = {}, []
+    for feature in ("backbone", "projector"):
+        for task in TASKS:
+            file = result_rows.results_folder(out, feature) / f"{task}.json"
+            if not file.exists():
+                continue
+            found = _read_results(file)
+            if is_run and _is_outdated(folder, feature, found.about):
+                outdated.append((task, feature))
+            else:
+                results[task, feature] = found
+    if not (is_run or results):
         raise ValueError(f"{path!r} is no run (it has no config.yaml) and holds no results of an evaluation")
     pictures = sorted(path for path in folder.samples.glob("*.png") if path.is_file())
-    return Run(
-        path,
-        name,
-        read_yaml(folder.config) if is_run else None,
-        folder.read_log(),
-        pictures[-1] if pictures else None,
-        results,
-        of_projector,
-    )
+    config = read_yaml(folder.config) if is_run else None
+    picture = pictures[-1] if pictures else None
+    return Run(path, name, config, folder.read_log(), picture, results, outdated)
 
 
-def _read_results(folder: Path) -> dict[str, Results]:
-    results = {}
-    for task in TASKS:
-        path = folder / f"{task}.json"
-        if path.exists():
-            rows, extra = read_rows(path)
-            data = extra.get("data")
-            results[task] = Results(
-                rows, data if isinstance(data, dict) else {}, _read_samples(folder / f"{task}_samples.safetensors")
-            )
-    return results
+def _is_outdated(folder: RunFolder, feature: str, about: Mapping[str, Any]) -> bool:
+    """Whether the run's weights are others now than those that were evaluated."""
+    encoder, data = about.get("encoder"), about.get("data")
+    if not (folder.backbone / "model.safetensors").exists() or not isinstance(encoder, dict):
+        return False
+    size = data.get("size") if isinstance(data, dict) else None
+    now = load_encoder(folder.path, image_size=size if isinstance(size, int) else None, feature=feature)
+    return encoder.get("fingerprint") != now.fingerprint
 
 
-def _read_samples(path: Path) -> dict[str, np.ndarray]:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
+def _read_results(path: Path) -> Results:
+    rows, about = result_rows.read(path)
+    samples = path.with_name(f"{path.stem}_samples.safetensors")
+    found = Results(rows, about)
+    if not samples.is_file():
+        return found
     try:
-        return load_file(path) if path.is_file() else {}
+        with safe_open(samples, "numpy") as file:
+            keys = file.keys()
+            for key in keys:
+                group, _, name = key.rpartition("/")
+                array = file.get_tensor(key)
+                found.samples.setdefault(group, {})[name] = array.astype(bool) if array.dtype == np.uint8 else array
+            found.images = dict(re.findall(r'"([^"]+)": "(\w+)"', (file.metadata() or {}).get("images", "")))
     except (SafetensorError, TypeError) as error:  # NumPy has no bfloat16
-        raise ValueError(f"{path} is damaged: {error}") from error
+        raise ValueError(f"{samples} is damaged: {error}") from error
+    for group, arrays in found.samples.items():
+        if "is_known" not in arrays:
+            raise ValueError(f"{samples} is damaged: no {group}/is_known")
+        shapes = {array.shape for array in arrays.values()}
+        if len(shapes) > 1 or len(*shapes) != 1 or not all(np.isfinite(array).all() for array in arrays.values()):
+            raise ValueError(f"{samples} is damaged: the arrays of {group} are not as many finite numbers each")
+    return found

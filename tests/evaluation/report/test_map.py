@@ -3,71 +3,44 @@ from __future__ import annotations
 import base64
 import json
 from io import BytesIO
-from pathlib import Path
 
 import numpy as np
-import pytest
-import timm
-import torch
 import yaml
 from PIL import Image
-from reports import add_linear_probe, assert_inert, make_run, report, row
-from safetensors.torch import save_file as save_weights
+from reports import add_linear_probe, assert_inert, report, row, write_rows
 
 from ssl_gradmix.data.datasets import load
+from ssl_gradmix.evaluation import plots
 from ssl_gradmix.evaluation.encoders import load_encoder
 from ssl_gradmix.evaluation.features import extract
-from ssl_gradmix.evaluation.report.map import POINTS, feature_map
-from ssl_gradmix.evaluation.results import write_rows
 from ssl_gradmix.settings import Data
 
 
-@pytest.fixture
-def encoder_run(tmp_path) -> Path:
-    torch.manual_seed(0)
-    kwargs = {"channels": [8, 16, 24, 32], "stem_width": 8, "stem_type": ""}
-    described = {
-        "architecture": "resnet10t",
-        "num_classes": 0,
-        "pretrained_cfg": {"input_size": [3, 16, 16], "mean": [0.5] * 3, "std": [0.25] * 3},
-        "model_args": kwargs,
-    }
-    run = make_run(tmp_path / "encoded", data={"name": "digits", "size": 16})
-    (run / "backbone").mkdir()
-    (run / "backbone" / "config.json").write_text(json.dumps(described))
-    model = timm.create_model("resnet10t", num_classes=0, **kwargs)
-    save_weights(model.state_dict(), run / "backbone" / "model.safetensors")
-    return run
-
-
-def test_map_is_the_principal_components_of_directions(encoder_run):
-    from accelerate import Accelerator
-
-    drawn = feature_map(str(encoder_run), {"name": "digits"}, "pca", Accelerator())
-    features, labels = extract(load_encoder(encoder_run), load(Data(size=16), "test"))
+def test_map_is_the_principal_components_of_directions(encoder_run, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(plots, "scatter", lambda points, colors, axes: drawn.update(points=points, axes=axes))
+    monkeypatch.setattr(plots, "svg", lambda figure: "<svg></svg>")
+    add_linear_probe(encoder_run)
+    report(encoder_run, map_method="pca")
+    features, _ = extract(load_encoder(encoder_run), load(Data(size=16), "test"))
     directions = features.double().numpy()
     directions /= np.linalg.norm(directions, axis=1, keepdims=True)
     centered = directions - directions.mean(0)
     _, singular, axes = np.linalg.svd(centered, full_matrices=False)
     expected = centered @ axes[:2].T
-    signs = np.sign((expected * drawn.points).sum(0))
-    np.testing.assert_allclose(drawn.points, expected * signs, atol=1e-9)
-    np.testing.assert_array_equal(drawn.labels, labels)
-    assert drawn.axes[0] == f"component 1, {singular[0] ** 2 / (singular**2).sum():.0%} of variance"
-    assert len(list((encoder_run / "eval" / "features").iterdir())) == 1  # kept for the next time
+    signs = np.sign((expected * drawn["points"]).sum(0))
+    np.testing.assert_allclose(drawn["points"], expected * signs, atol=1e-9)
+    assert drawn["axes"][0] == f"component 1, {singular[0] ** 2 / (singular**2).sum():.0%} of variance"
 
 
 def test_map_reads_kept_features_and_draws_a_seeded_part(encoder_run, monkeypatch):
-    from accelerate import Accelerator
-
-    monkeypatch.setattr("ssl_gradmix.evaluation.report.map.POINTS", 50)
-    first = feature_map(str(encoder_run), {"name": "digits"}, "tsne", Accelerator())
+    monkeypatch.setattr("ssl_gradmix.evaluation.report.sections.MAP_POINTS", 50)
+    add_linear_probe(encoder_run)
+    first, _ = report(encoder_run, map_method="tsne")
     monkeypatch.setattr("ssl_gradmix.evaluation.features._encode", None)  # would raise when called
-    again = feature_map(str(encoder_run), {"name": "digits"}, "tsne", Accelerator())
-    assert first.points.shape == (50, 2)
-    assert first.total == 359
-    np.testing.assert_array_equal(first.points, again.points)
-    assert POINTS == 2000
+    again, _ = report(encoder_run, map_method="tsne")
+    assert "encoded: digits/test, 50 of 359" in first.words
+    assert first.text == again.text
 
 
 def test_map_in_the_page_shows_left_out_classes_in_gray(encoder_run):
@@ -87,11 +60,12 @@ def test_map_in_the_page_shows_left_out_classes_in_gray(encoder_run):
 
 
 def test_map_never_downloads(encoder_run, tmp_path):
-    from accelerate import Accelerator
-
     data = {"name": "cifar10", "root": str(tmp_path / "none"), "download": True}
-    with pytest.raises(FileNotFoundError, match="cifar10 is not in"):
-        feature_map(str(encoder_run), data, "pca", Accelerator())
+    row_of = row("linear_probe", "linear", "top1", 0.5, 0.1)
+    write_rows(encoder_run / "eval" / "linear_probe.json", [row_of], {"data": data})
+    page, _ = report(encoder_run, map_method="pca")
+    assert "no map, cifar10 is not in" in page.words
+    assert not (tmp_path / "none").exists()
 
 
 def test_hostile_class_folders_in_the_map(encoder_run, tmp_path):

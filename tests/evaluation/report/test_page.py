@@ -14,10 +14,9 @@ from reports import (
     make_run,
     report,
     row,
+    write_rows,
 )
 from safetensors.numpy import save_file
-
-from ssl_gradmix.evaluation.results import write_rows
 
 
 def test_names_from_files_are_escaped(tmp_path):
@@ -29,15 +28,15 @@ def test_names_from_files_are_escaped(tmp_path):
         add_osr(each)
         rows = add_corruption(each, names=("fog", ATTACK), **names)
         write_rows(each / "eval" / "corruption.json", rows)
-        score = row("osr", ATTACK, "auroc", 0.5, split="random:6", pretraining=ATTACK)
+        score = row("osr", ATTACK, "auroc", 0.5, pretraining=ATTACK)
         write_rows(each / "eval" / "osr.json", [score])
-        samples = {f"trial0/{name}": np.arange(4) % 2 for name in ("is_known", ATTACK.replace("/", "|"))}
+        samples = {f"random:6:0/{name}": np.arange(4) % 2 for name in ("is_known", ATTACK.replace("/", "|"))}
         save_file(samples, each / "eval" / "osr_samples.safetensors")
     page, markdown = report(run, other)
     assert_inert(page)
     assert page.tables["Linear probe by class"][1][0] in (ATTACK, "cat")
     assert {line[0] for line in page.tables["Linear probe by class"][1:]} == {ATTACK, "cat"}
-    assert page.tables["Overview"][1][0].startswith(run.name)
+    assert page.tables["Results"][1][0].startswith(run.name)
     assert page.words.count("<script>alert(1)") > 10  # as text
     outside_code = re.sub(r"(`+) .*? \1(?!`)|`[^`\n]*`", "", re.sub(r"\\.", "", markdown))
     assert "<" not in outside_code

@@ -60,8 +60,8 @@ def test_a_truncated_picture_is_named(runs):
 
 def test_samples_without_is_known(runs):
     add_osr(runs[0])
-    save_file({"trial0/energy": np.zeros(3)}, runs[0] / "eval" / "osr_samples.safetensors")
-    with pytest.raises(ValueError, match="no trial0/is_known"):
+    save_file({"random:6:0/energy": np.zeros(3)}, runs[0] / "eval" / "osr_samples.safetensors")
+    with pytest.raises(ValueError, match="no random:6:0/is_known"):
         report(*runs)
 
 

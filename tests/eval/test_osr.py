@@ -1,0 +1,664 @@
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+from sklearn.metrics import average_precision_score, roc_auc_score
+from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
+from support import add_projector, load_script, make_run, only, records, write_images
+
+from ssl_gradmix.data.datasets import ImageSet, load
+from ssl_gradmix.data.open_set import ALL_CLASSES, FURTHER_CLASSES, KNOWN_ONLY, Trial, split
+from ssl_gradmix.evaluation import rows
+from ssl_gradmix.evaluation.encoders import load_encoder
+from ssl_gradmix.evaluation.features import extract
+from ssl_gradmix.evaluation.probes import linear_probe
+from ssl_gradmix.settings import Data
+
+osr = load_script("eval/osr.py")
+
+SCORES = [
+    *("knn_distance", "top_k_cosine", "ncm", "ncm_euclidean", "mahalanobis", "rmd"),
+    *("feature_norm", "vim", "msp", "max_logit", "energy"),
+]
+TEN = tuple("abcdefghij")
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    return make_run(tmp_path / "runs" / "mine")
+
+
+def call(run: Path, *arguments: str) -> int:
+    return osr.main([str(run), "--epochs", "3", *arguments])
+
+
+def evaluate(run: Path, *arguments: str, task: str = "osr", folder: Path | None = None):
+    """Rows, what else the file says, and samples."""
+    assert call(run, *arguments, *(["--out", str(folder)] if folder else [])) == 0
+    found, about = rows.read((folder or run / "eval") / f"{task}.json")
+    return found, about, load_file((folder or run / "eval") / f"{task}_samples.safetensors")
+
+
+# From the command line
+
+
+def test_trials_on_digits_against_the_same_done_by_hand(run, capsys):
+    found, about, samples = evaluate(run, "--trials", "[random:6:0, random:6:3]", "--k", "7")
+    # The first trial: what the known classes' training images alone say about all test images.
+    known = sorted(np.random.default_rng(0).permutation(10)[:6].tolist())
+    encoder = load_encoder(run)
+    (train, labels), (test, test_labels) = (extract(encoder, load(Data(), part)) for part in ("train", "test"))
+    train, labels = train[np.isin(labels, known)], labels[np.isin(labels, known)]
+    order = np.argsort(~np.isin(test_labels, known), kind="stable")
+    test, test_labels = test[order], test_labels[order]
+    is_known = np.isin(test_labels, known)
+    assert samples["random:6:0/labels"].tolist() == test_labels.tolist()
+    assert samples["random:6:0/is_known"].tolist() == is_known.tolist()
+    unit = [each.double() / each.double().norm(dim=1, keepdim=True) for each in (train, test)]
+    distance = NearestNeighbors(n_neighbors=7).fit(unit[0]).kneighbors(unit[1])[0][:, -1]
+    np.testing.assert_allclose(samples["random:6:0/knn_distance"], -distance, atol=1e-9)
+    value = only(found, "knn_distance", "auroc", trial=0, k=7)["value"]
+    assert value == pytest.approx(roc_auc_score(is_known, -distance), abs=1e-9)
+    correct = is_known & (linear_probe(train, labels, epochs=3).predict(test) == test_labels).numpy()
+    assert samples["random:6:0/correct"].tolist() == correct.tolist()
+    assert only(found, "linear", "accuracy", trial=0)["value"] == pytest.approx(correct.sum() / is_known.sum())
+
+    means = found[found["trial"].isna()]
+    assert (len(found) - len(means), len(means)) == (2 * (2 + 11 * 7), 2 + 11 * 6)
+    for name, value in (("task", "osr"), ("dataset", "digits"), ("split", "test"), ("encoder", "mine")):
+        assert set(found[name]) == {value}
+    for params in found["params"]:
+        assert {"protocol": "random", "pretraining": ALL_CLASSES, "n_known": 6}.items() <= params.items()
+    for row in records(means):
+        values = [only(found, row["score"], row["metric"], trial=trial)["value"] for trial in (0, 3)]
+        assert row["value"] == pytest.approx(np.mean(values))
+        assert row["params"]["std"] == pytest.approx(abs(values[0] - values[1]) / np.sqrt(2))
+        assert row["params"]["trials"] == [0, 3]
+
+    assert about["groups"].keys() == {"random:6:0", "random:6:3"}
+    assert about["groups"]["random:6:0"]["known"] == known
+    assert about["encoder"]["fingerprint"] == encoder.fingerprint
+    with Image.open(run / "eval" / "osr.png") as picture:
+        assert min(picture.size) > 600
+    printed = capsys.readouterr().out
+    assert "mine on digits/test, encoder pretrained on: all classes, unlabeled" in printed
+    assert f"random:6:0: known are {', '.join(map(str, known))}; unknown ones from digits/test" in printed
+    mean = only(found, "vim", "auroc", trial=None)
+    assert re.search(rf"^vim +{mean['value']:.4f} ± {mean['params']['std']:.4f} ", printed, re.MULTILINE)
+    assert "over trials [0, 3]" in printed
+
+
+@pytest.mark.parametrize(
+    ("data", "trial", "protocol", "known"),
+    [
+        ({"open_set": "random:4:2"}, 2, "random", np.random.default_rng(2).permutation(10)[:4].tolist()),
+        ({"classes": [1, 3, 5, 7, 9]}, 0, "data.classes", [1, 3, 5, 7, 9]),
+    ],
+)
+def test_a_run_of_known_classes_is_evaluated_on_its_own_trial(tmp_path, capsys, data, trial, protocol, known):
+    run = make_run(tmp_path / "known", **data)
+    found, about, _ = evaluate(run)
+    assert set(found["trial"]) == {trial}
+    assert {(params["protocol"], params["pretraining"]) for params in found["params"]} == {(protocol, KNOWN_ONLY)}
+    (group,) = about["groups"].values()
+    assert (set(group["known"]), set(group["unknown"])) == (set(known), set(range(10)) - set(known))
+    assert len(list((run / "eval" / "features").iterdir())) == 2
+
+    written = (run / "eval" / "osr.json").read_bytes()
+    assert call(run, "--trials", "random:4") == 2
+    assert "was pretrained on the classes" in capsys.readouterr().err
+    assert (run / "eval" / "osr.json").read_bytes() == written
+
+
+def test_a_repeated_trial_is_scored_once_and_said(run, capsys):
+    found, about, samples = evaluate(run, "--trials", "[svhn:0, svhn:1, svhn:4]")
+    assert "svhn:1 is left out, as it has the known classes of svhn:0" in capsys.readouterr().out
+    assert set(found["trial"].dropna()) == {0, 4}
+    assert about["groups"].keys() == {key.split("/")[0] for key in samples} == {"svhn:0", "svhn:4"}
+    mean = only(found, "vim", "auroc", trial=None)
+    assert mean["value"] == pytest.approx(np.mean([only(found, "vim", "auroc", trial=t)["value"] for t in (0, 4)]))
+    of_trials = [only(found, "vim", "auroc", trial=trial)["n"] for trial in (0, 4)]
+    assert min(of_trials) <= mean["n"] <= max(of_trials)
+
+
+def test_another_trial_and_other_options_are_added(run, tmp_path):
+    first, about, samples = evaluate(run, "--trials", "random:6:0")
+    evaluate(run, "--trials", "random:6:1")
+    found, about, after = evaluate(run, "--trials", "random:6:0", "--top_k", "2")
+    assert all(row in records(found) for row in records(first))
+    assert set(found["trial"]) == {0, 1}
+    assert only(found, "top_k_cosine", "auroc", trial=0, k=2)["n"] == 359
+    assert about["groups"].keys() == {"random:6:0", "random:6:1"}
+    assert after.keys() == samples.keys(), "samples of other options are replaced"
+    _, _, both = evaluate(run, "--trials", "random:6:1", "--top_k", "2")
+    assert {key.split("/")[0] for key in both} == {"random:6:0", "random:6:1"}
+    assert all(np.array_equal(both[key], after[key]) for key in after)
+
+
+def test_cifar_plus_n_takes_unknown_classes_from_another_folder(run, tmp_path):
+    for part in ("train", "test"):
+        write_images(tmp_path / "ten" / part, [f"class{i}" for i in range(10)], count=4)
+        write_images(tmp_path / "hundred" / part, [f"class{i:02}" for i in range(100)])
+    data = f"--data.name folder --data.root {tmp_path / 'ten'} --trials cifar+10:4 "
+    data += f"--unknown.name folder --unknown.root {tmp_path / 'hundred'}"
+    found, _, samples = evaluate(run, *data.split(), folder=tmp_path / "out")
+    known, unknown = split("cifar+10", 4)
+    labels, is_known = samples["cifar+10:4/labels"], samples["cifar+10:4/is_known"].astype(bool)
+    assert sorted(labels[is_known]) == sorted(known * 4)
+    assert sorted(labels[~is_known]) == sorted(unknown * 2)
+    assert set(found["dataset"]) == {"folder:ten"}
+    assert set(rows.param(found, "unknown")) == {"folder:hundred/test"}
+    assert set(rows.param(found, "pretraining")) == {"other data (digits)"}
+
+
+def test_other_data_sets_together_and_one_by_one(run, tmp_path, capsys):
+    write_images(tmp_path / "noise", ["one", "two"], count=6)
+    write_images(tmp_path, ["plain"], count=5)
+    sets = [{"name": "folder", "root": str(tmp_path / name)} for name in ("noise", "plain")]
+    found, about, samples = evaluate(run, "--unknown", json.dumps(sets), task="ood")
+    n_known = len(load(Data(), "test"))
+    for name, count in (("folder:noise", 12), ("folder:plain", 5)):
+        is_known = samples[f"{name}/is_known"].astype(bool)
+        assert (is_known.sum(), (~is_known).sum()) == (n_known, count)
+        row = only(found, "mahalanobis", "auroc", dataset=name, trial=None)
+        assert row["value"] == pytest.approx(roc_auc_score(is_known, samples[f"{name}/mahalanobis"]), abs=1e-9)
+        assert (row["task"], row["split"], row["n"]) == ("ood", "all", n_known + count)
+        assert row["params"] == {"known": "digits/test", "pretraining": KNOWN_ONLY, "n_known": 10}
+    accuracies = found[found["metric"] == "accuracy"]
+    assert [*accuracies["score"], *accuracies["dataset"], *accuracies["n"]] == [
+        *("linear", "knn", "digits", "digits", n_known, n_known)
+    ]
+    assert {group["unknown_from"] for group in about["groups"].values()} == {"folder:noise/all", "folder:plain/all"}
+    assert sorted(path.name for path in (run / "eval").glob("o*")) == ["ood.json", "ood.png", "ood_samples.safetensors"]
+    assert "folder:plain, with 95% intervals" in capsys.readouterr().out
+
+    for each in sets:
+        alone, about_alone, samples_alone = evaluate(
+            run, "--unknown", json.dumps([each]), task="ood", folder=tmp_path / "out"
+        )
+    assert sorted(map(str, records(alone))) == sorted(map(str, records(found)))
+    assert about_alone["groups"] == about["groups"]
+    assert samples_alone.keys() == samples.keys()
+
+
+def test_two_runs_compare_on_the_same_samples(run, tmp_path, capsys):
+    other = make_run(tmp_path / "runs" / "other", seed=1)
+    theirs, _, _ = evaluate(other, "--trials", "[random:6:0, random:6:1]")
+    found, _, _ = evaluate(run, "--trials", "[random:6:0, random:6:1, random:6:2]", "--compare", str(other))
+    assert "this run minus the other, mean ± standard deviation over trials [0, 1]" in capsys.readouterr().out
+    compared = found[found["metric"].str.endswith("_difference")]
+    differences = records(compared[compared["trial"].notna()])
+    assert len(differences) == 2 * 11 * 2
+    for row in differences:
+        metric = row["metric"].removesuffix("_difference")
+        ours, others = (only(of, row["score"], metric, trial=row["trial"])["value"] for of in (found, theirs))
+        assert row["value"] == pytest.approx(ours - others, abs=1e-9)
+        assert row["ci_low"] <= row["value"] <= row["ci_high"]
+        assert 0 < row["params"]["p_value"] <= 1
+        assert row["params"]["compared_with"] == "other"
+    mean = only(found, "vim", "auroc_difference", trial=None)
+    assert mean["params"]["trials"] == [0, 1]
+    assert "p_value" not in mean["params"]
+
+    evaluate(run, "--trials", "[random:6:1, random:6:2]", "--compare", str(other))
+    assert "this run minus the other, with 95% intervals" in capsys.readouterr().out
+    for arguments, message in (
+        (["--trials", "random:6:4"], "it was evaluated on random:6:0, random:6:1, not random:6:4"),
+        (["--trials", "random:6:0", "--k", "3"], "other was scored with"),
+    ):
+        assert call(run, "--out", str(tmp_path / "out"), *arguments, "--compare", str(other)) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    (other / "eval" / "osr_samples.safetensors").write_bytes(b"\x80\x02 no tensors")
+    assert call(run, "--compare", str(other)) == 2
+    assert "osr_samples.safetensors is no file of open-set samples, or damaged" in capsys.readouterr().err
+
+
+def test_projectors_compare_with_projectors(run, tmp_path, capsys):
+    other = add_projector(make_run(tmp_path / "runs" / "other", seed=1))
+    of_projector = ["--trials", "random:6:0", "--feature", "projector"]
+    evaluate(other, "--trials", "random:6:0")
+    assert call(add_projector(run), *of_projector, "--compare", str(other)) == 2
+    assert "there is no" in capsys.readouterr().err
+    assert not (run / "eval").exists()
+    for each, compare in ((other, []), (run, ["--compare", str(other)])):
+        assert call(each, *of_projector, *compare) == 0
+    found, theirs = (rows.read(each / "eval" / "projector" / "osr.json")[0] for each in (run, other))
+    assert {*found["feature"], *theirs["feature"]} == {"projector"}
+    expected = only(found, "vim", "auroc")["value"] - only(theirs, "vim", "auroc")["value"]
+    assert only(found, "vim", "auroc_difference")["value"] == pytest.approx(expected, abs=1e-9)
+    assert "mine (projector) on digits/test" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--trials", "[]"], "trials must be at least one"),
+        (["--trials", "[random:6:0, random:4:1]"], "trials must be of one split, .* got random:4 and random:6"),
+        (["--trials", "cifar10"], "digits does not number its classes as cifar10 does"),
+        (["--trials", "cifar:1"], "must be like cifar10:2, cifar10, random:6:0, random:6 or random, got 'cifar:1'"),
+        (["--k", "2000"], "k must be from 1 to [0-9]+, the training images of all known classes, got 2000"),
+        (["--unknown.name", "digits"], "unknown: digits/test has images of the known classes"),
+        (["--unknown.name", "mnist", "--unknown.root", "{run}"], "unknown: mnist is not in data.root"),
+        (["--unknown.name", "folder", "--unknown.root", "{empty}"], "unknown: no image in the folder '.*empty'"),
+        (["--unknown.name", "digits", "--trials", "random"], "unknown goes with the trials cifar.10 or cifar.50"),
+        (["--compare", "{run}"], "there is no .*/eval/osr_samples.safetensors: evaluate that run in the same"),
+        (["--data.name", "folder", "--data.root", "{flat}"], "has no labels"),
+    ],
+)
+def test_bad_input_is_one_line(run, tmp_path, capsys, arguments, message):
+    write_images(tmp_path, ["flat"], count=3)
+    (tmp_path / "empty").mkdir()
+    filled = [argument.format(run=run, flat=tmp_path / "flat", empty=tmp_path / "empty") for argument in arguments]
+    assert call(run, *filled) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(f"^error: .*{message}", line)
+    assert not [path for path in run.glob("eval/*") if path.name != "features"]
+
+
+def test_more_neighbors_than_there_are_may_not_be_asked_for():
+    labels = np.array([3, 3, 8, 8, 8])
+    osr.Options().check(labels)  # 50 and 3, to be clamped
+    osr.Options(k=5, top_k=2).check(labels)
+    for options, message in (
+        ({"k": 6}, "k must be from 1 to 5, the training images of all known classes, got 6"),
+        ({"top_k": 3}, "top_k must be from 1 to 2, those of the smallest known class, got 3"),
+        ({"k": 0}, "k must be from 1 to 5, .* got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            osr.Options(**options).check(labels)
+
+
+# What is told apart
+
+
+def image_set(labels, name="toy/test", seed=0):
+    pixels = np.random.default_rng(seed).integers(0, 255, (len(labels), 4, 4, 3), dtype=np.uint8)
+    return ImageSet(pixels, np.asarray(labels, np.int64), TEN, name)
+
+
+def group_of(trial, images):
+    return osr.trial_group(trial, Data("folder", "toy"), images, images, None)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_trial_picks_what_a_loop_picks(same):
+    rng = np.random.default_rng(0)
+    test = image_set(rng.integers(0, 6, 30))
+    images = test if same else image_set(rng.integers(0, 9, 20), "cifar100/test")
+    name = "random:2:3" if same else "cifar+10:3"
+    group = osr.trial_group(Trial(name, (4, 1), (0, 5)), Data("folder", "toy"), test, images, None)
+    assert (group.name, group.trial, group.params["n_known"]) == (name, 3, 2)
+    assert group.params.get("unknown") == (None if same else "cifar100/test")
+
+    def labeled(part, offset):
+        return torch.arange(len(part)).float()[:, None] + offset, torch.from_numpy(part.labels)
+
+    offset = 100 if same else 200
+    (tested, labels), is_known = group.select(labeled(test, 100), labeled(images, offset))
+    known = [(100 + i, label, True) for i, label in enumerate(test.labels) if label in (1, 4)]
+    unknown = [(offset + i, label, False) for i, label in enumerate(images.labels) if label in (0, 5)]
+    assert list(zip(tested[:, 0].tolist(), labels.tolist(), is_known.tolist(), strict=True)) == known + unknown
+
+
+def test_missing_images_are_refused():
+    train, test = image_set([0, 0, 1], "toy/train"), image_set([0, 1, 2])
+    group_of(Trial("random:2:0", (0, 1), (2,)), test).check(train, test)
+    for known, unknown, message in (
+        ((0, 1), (5,), "random:2:0: toy/test has no image of an unknown class"),
+        ((0, 2), (1,), r"toy/train has no image of the known classes \[2\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            group_of(Trial("random:2:0", known, unknown), test).check(train, test)
+    with pytest.raises(ValueError, match=r"toy/test has no image of the known classes \[3, 4\]"):
+        group_of(Trial("random:2:0", (3, 4), (2,)), test).check(image_set([3, 4]), test)
+
+
+def test_fingerprint_tells_samples_apart():
+    test = image_set([0, 1, 2, 2])
+    trial = Trial("random:2:0", (0, 1), (2,))
+    first = group_of(trial, test).fingerprint(test)
+    assert group_of(trial, image_set([0, 1, 2, 2])).fingerprint(test) == first
+    others = (image_set([0, 1, 2, 2], seed=1), test.subset([1, 0, 2, 3]), test.subset([0, 1, 2]))
+    assert all(group_of(trial, images).fingerprint(images) != first for images in others)
+    assert group_of(Trial("random:2:0", (0, 2), (1,)), test).fingerprint(test) != first
+
+
+def test_fingerprint_of_files_survives_a_move_but_no_edit(tmp_path):
+    for part in ("train", "test"):
+        write_images(tmp_path / "one" / part, "ab")
+
+    def fingerprint(root):
+        images = load(Data("folder", str(root)), "test")
+        return group_of(Trial("random:1:0", (0,), (1,)), images).fingerprint(images)
+
+    first = fingerprint(tmp_path / "one")
+    copy = shutil.copytree(tmp_path / "one", tmp_path / "two" / "copy")
+    assert fingerprint(copy) == first
+    Image.new("RGB", (30, 30), "red").save(copy / "test" / "a" / "0.png")
+    assert fingerprint(copy) != first
+
+
+def test_unknown_images_are_the_test_images_or_all_where_there_are_none(tmp_path):
+    write_images(tmp_path, ["flat"], count=3)
+    flat = osr.load_unknown(Data("folder", str(tmp_path / "flat")))
+    assert (len(flat), flat.name, set(flat.labels)) == (3, "folder:flat/all", {-1})
+
+    everything = osr.load_unknown(Data("folder", str(write_images(tmp_path / "classes", "abc", count=5))))
+    assert everything.name == "folder:classes/all"
+    assert sorted(everything.images) == sorted((tmp_path / "classes").rglob("*.png"))
+    for path, label in zip(everything.images, everything.labels, strict=True):
+        assert path.parent.name == "abc"[label]
+    assert len(osr.load_unknown(Data("folder", str(tmp_path / "classes"), classes=["b"]))) == 5
+
+    for part, count in (("train", 4), ("test", 3)):
+        write_images(tmp_path / "split" / part, "ab", count)
+    held_out = osr.load_unknown(Data("folder", str(tmp_path / "split")))
+    assert (len(held_out), held_out.name) == (6, "folder:split/test")
+    with pytest.raises(ValueError, match="unknown: data.root '.*nowhere' is not a folder"):
+        osr.load_unknown(Data("folder", str(tmp_path / "nowhere")))
+
+
+def test_groups_of_other_sets(tmp_path):
+    test, noise = load(Data(), "test"), Data("folder", str(write_images(tmp_path / "noise", "ab", count=3)))
+    config = {"data": {"name": "digits"}}
+    (group,) = osr.set_groups(Data(), test, config, [noise])
+    assert (group.name, group.trial, group.known) == ("folder:noise", None, tuple(range(10)))
+    assert group.is_unknown.tolist() == [True] * 6
+    assert group.params == {"known": "digits/test", "pretraining": KNOWN_ONLY, "n_known": 10}
+
+    first, second = osr.set_groups(Data(classes=[1, 2, 3]), test, config, [noise, replace(Data(), classes=[8, 9])])
+    assert (first.params["pretraining"], first.params["classes"]) == (FURTHER_CLASSES, "1, 2, 3")
+    assert (second.name, second.params["pretraining"]) == ("digits", ALL_CLASSES)
+    assert set(second.images.labels) == {8, 9}
+
+
+@pytest.mark.parametrize(
+    ("data", "others", "message"),
+    [
+        (Data(), [], r"at least one data set, and none twice, got \[\]"),
+        (Data(), [Data("folder", "x/a"), Data("folder", "y/a")], "none twice, got"),
+        (Data(classes=[1, 2]), [Data(classes=[2, 3])], "has images of the known classes"),
+        (Data(classes=[1]), [Data(classes=[2])], r"at least two known classes are needed, digits/test has \['1'\]"),
+    ],
+)
+def test_other_sets_that_make_no_sense_are_refused(data, others, message):
+    with pytest.raises(ValueError, match=message):
+        osr.set_groups(data, load(Data(), "test"), None, others)
+
+
+def test_cifar100_must_be_told_and_have_its_classes(tmp_path):
+    for data, others, message in (
+        (Data("folder", "x"), None, "say where it is, as --unknown.name cifar100"),
+        (Data("folder", "x"), [Data()], "digits/test has 10 classes, and CIFAR-100"),
+        (Data("cifar10", str(tmp_path)), None, re.escape(f"unknown: cifar100 is not in data.root {str(tmp_path)!r}")),
+    ):
+        with pytest.raises(ValueError, match=message):
+            osr.load_cifar100(data, others)
+    write_images(tmp_path / "hundred" / "test", [f"class{i:02}" for i in range(100)], count=1)
+    images = osr.load_cifar100(Data("folder", "x"), [Data("folder", str(tmp_path / "hundred"), classes=[1])])
+    assert sorted(images.labels) == list(range(100))
+
+
+# Measuring
+
+
+@pytest.fixture(scope="module")
+def cloud():
+    """Three known classes, numbered 2, 5 and 7, and one unknown; overlapping."""
+    rng = np.random.default_rng(0)
+    centers = {2: 0, 5: 1, 7: 2, 4: 3}
+    means = 1.5 * rng.normal(size=(4, 6))
+
+    def draw(labels):
+        features = means[[centers[label] for label in labels]] + rng.normal(size=(len(labels), 6))
+        return torch.from_numpy(features).float(), torch.tensor(labels)
+
+    train = draw([2] * 40 + [5] * 30 + [7] * 25)
+    test = draw([2, 5, 7, 4] * 25)
+    return train, test, test[1] != 4
+
+
+@pytest.fixture(scope="module")
+def detected(cloud):
+    train, test, is_known = cloud
+    probe = linear_probe(*train, epochs=5)
+    numbers, arrays = osr.detect(probe, train, test, is_known, osr.Options(k=4, epochs=5))
+    return probe, rows.frame(numbers), arrays
+
+
+def test_metrics_equal_independent_ones(detected):
+    _, found, arrays = detected
+    known = arrays["is_known"]
+    assert [score for score in arrays if score not in ("is_known", "correct", "labels")] == SCORES
+    for score in SCORES:
+        s, u = arrays[score][known], arrays[score][~known]
+        accepting = max(t for t in s if np.mean(s >= t) >= 0.95)
+        rejecting = min(t for t in u if np.mean(u <= t) >= 0.95)
+        pairs = (s[:, None] > u) + 0.5 * (s[:, None] == u)
+        expected = {
+            "auroc": roc_auc_score(known, arrays[score]),
+            "aupr_in": average_precision_score(known, arrays[score]),
+            "aupr_out": average_precision_score(~known, -arrays[score]),
+            "threshold_tpr95": accepting,
+            "fpr95_id_pos": np.mean(u >= accepting),
+            "fpr95_ood_pos": np.mean(s <= rejecting),
+            "oscr": (pairs * arrays["correct"][known][:, None]).mean(),
+        }
+        values = {row["metric"]: row["value"] for row in records(found[found["score"] == score])}
+        assert values == pytest.approx(expected, abs=1e-9)
+
+
+def test_intervals_counts_and_parameters(detected):
+    probe, found, _ = detected
+    for row in records(found):
+        if row["metric"] == "threshold_tpr95":
+            assert (row["ci_low"], row["ci_high"], row["n"]) == (None, None, 75)
+        else:
+            assert row["ci_low"] <= row["value"] <= row["ci_high"]
+            assert row["n"] == 100
+    training = {"learning_rate": probe.learning_rate, "epochs": 5, "seed": 0}
+    expected = {"knn_distance": {"k": 4}, "top_k_cosine": {"k": 3}, "max_logit": training, "mahalanobis": {}}
+    for score, params in (expected | {"vim": {"dim": 3, **training}}).items():
+        assert only(found, score, "auroc")["params"] == params
+        assert only(found, score, "oscr")["params"] == params | training  # it counts what the probe names right
+
+
+def test_samples_are_scores_of_the_known_classes_features(cloud, detected):
+    (bank, _), (features, labels), is_known = cloud
+    probe, _, arrays = detected
+    unit = [each / each.norm(dim=1, keepdim=True) for each in (bank.double(), features.double())]
+    distance = NearestNeighbors(n_neighbors=4).fit(unit[0]).kneighbors(unit[1])[0][:, 3]
+    np.testing.assert_allclose(arrays["knn_distance"], -distance, atol=1e-9)
+    logits = features @ probe.weight.T + probe.bias
+    np.testing.assert_allclose(arrays["max_logit"], logits.amax(1), atol=1e-5)
+    predicted = np.array([2, 5, 7])[logits.argmax(1)]
+    assert arrays["correct"].tolist() == (predicted == labels.numpy()).tolist()
+    assert not arrays["correct"][~is_known].any()
+
+
+def test_closed_set_accuracy_of_both_classifiers(cloud, detected):
+    train, (features, labels), is_known = cloud
+    probe, test = detected[0], (features[is_known], labels[is_known])
+    linear, knn = osr.closed_set(probe, train, test, osr.Options(epochs=5))
+    predicted = np.array([2, 5, 7])[(test[0] @ probe.weight.T + probe.bias).argmax(1)]
+    assert linear["value"] == pytest.approx(np.mean(predicted == test[1].numpy()))
+    oracle = KNeighborsClassifier(20, metric="cosine", algorithm="brute", weights=lambda d: np.exp(-d / 0.07))
+    assert knn["value"] == pytest.approx(oracle.fit(*train).score(*test))
+    assert knn["params"] == {"k": 20, "temperature": 0.07}
+    assert (linear["n"], knn["n"], linear["params"]["epochs"]) == (75, 75, 5)
+    assert 0.6 < linear["ci_low"] < linear["value"] < linear["ci_high"] < 1
+
+
+def test_what_lies_far_from_all_clusters_is_unknown():
+    rng = torch.Generator().manual_seed(0)
+    centers, labels = 9 * torch.eye(3), torch.arange(3).repeat(30)
+    train = centers[labels] + 0.1 * torch.randn(90, 3, generator=rng), labels
+    test = torch.cat([train[0][:30] + 0.1, -train[0][:30]]), torch.arange(3).repeat(20)
+    numbers, _ = osr.detect(linear_probe(*train), train, test, torch.arange(60) < 30, osr.Options(k=5))
+    found = rows.frame(numbers)
+    for score in ("knn_distance", "top_k_cosine", "ncm", "mahalanobis"):
+        for metric, value in (("auroc", 1), ("oscr", 1), ("fpr95_id_pos", 0)):
+            assert only(found, score, metric)["value"] == value, score
+
+
+def test_neighbors_are_clamped_and_recorded():
+    train = torch.eye(5, 4) + torch.arange(5)[:, None], torch.tensor([3, 3, 8, 8, 8])
+    test = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([3, 8, 3, 1, 1, 2])
+    probe, options = linear_probe(*train, epochs=1), osr.Options(epochs=1)
+    found = rows.frame(osr.detect(probe, train, test, test[1] > 2, options)[0])
+    assert only(found, "knn_distance", "auroc")["params"] == {"k": 5}
+    assert only(found, "top_k_cosine", "auroc")["params"] == {"k": 2}
+    _, knn = osr.closed_set(probe, train, (test[0][:3], test[1][:3]), options)
+    assert knn["params"]["k"] == 5
+
+
+def trial_rows(metric, values, trials, **params):
+    """A row a trial, of 10 images and as many more as its number."""
+    return [
+        rows.frame([rows.number("vim", metric, (v, v, v), 10 + t, **params)], "osr", "x/test", "e", "backbone", t)
+        for v, t in zip(values, trials, strict=True)
+    ]
+
+
+def test_mean_and_spread_over_trials():
+    shared = {"protocol": "cifar10", "k": 50}
+    found = trial_rows("auroc", (0.5, 0.6, 0.9), (0, 2, 3), **shared)
+    found += trial_rows("oscr", (0.3, 0.1, 0.2), (0, 2, 3), **shared)
+    found += trial_rows("threshold_tpr95", (1.0, 2.0, 3.0), (0, 2, 3), **shared)
+    found[1]["params"][0]["learning_rate"] = 0.1
+    first, second = records(osr.over_trials(rows.joined(found)))
+    assert [first[name] for name in ("trial", "metric", "ci_low", "ci_high")] == [None, "auroc", None, None]
+    assert first["n"] == 12, "that of one trial: 10, 12 and 13 images"
+    assert first["value"] == pytest.approx(np.mean([0.5, 0.6, 0.9]))
+    std = np.sqrt(sum((v - 2 / 3) ** 2 for v in (0.5, 0.6, 0.9)) / 2)
+    assert first["params"] == {**shared, "over": "trials", "std": pytest.approx(std), "trials": [0, 2, 3]}
+    assert (second["metric"], second["value"]) == ("oscr", pytest.approx(0.2))
+
+
+def test_p_values_are_not_averaged_nor_what_one_trial_has():
+    found = trial_rows("auroc_difference", (0.1, 0.3), (0, 2), compared_with="other", p_value=0.002)
+    (mean,) = records(osr.over_trials(rows.joined(found)))
+    assert mean["value"] == pytest.approx(0.2)
+    spread = {"over": "trials", "std": pytest.approx(np.sqrt(0.02)), "trials": [0, 2]}
+    assert mean["params"] == {"compared_with": "other", **spread}
+    assert osr.over_trials(found[0]).empty
+
+
+def test_comparison_with_itself_and_with_a_worse_run(detected):
+    _, _, arrays = detected
+    for same in osr.compare(arrays, arrays, "twin"):
+        assert (same["value"], same["ci_low"], same["ci_high"], same["params"]["p_value"]) == (0, 0, 0, 1)
+
+    known, rng = arrays["is_known"], np.random.default_rng(0)
+    better = {**arrays, "vim": known + 0.5 * rng.normal(size=100)}
+    worse = {**arrays, "vim": rng.normal(size=100), "correct": arrays["correct"] & (rng.random(100) < 0.5)}
+    del worse["energy"]
+    found = rows.frame(osr.compare(better, worse, "worse"))
+    assert set(found["score"]) == {*SCORES} - {"energy"}
+    auroc, oscr = (only(found, "vim", f"{metric}_difference") for metric in ("auroc", "oscr"))
+    expected = roc_auc_score(known, better["vim"]) - roc_auc_score(known, worse["vim"])
+    assert auroc["value"] == pytest.approx(expected, abs=1e-9)
+    ours, theirs = (
+        ((arrays["vim"][known][:, None] > arrays["vim"][~known]) * arrays["correct"][known][:, None]).mean()
+        for arrays in (better, worse)
+    )
+    assert oscr["value"] == pytest.approx(ours - theirs, abs=1e-9)
+    assert auroc["ci_low"] > 0.1
+    assert auroc["params"] == {"compared_with": "worse", "p_value": pytest.approx(2 / 1001)}
+
+
+def test_table_has_a_line_a_score():
+    found = rows.frame(
+        [
+            rows.number("vim", "auroc", (0.75, 0.65, 0.85), 9),
+            rows.number("vim", "oscr", (0.5, 0.4, 0.6), 9),
+            rows.number("energy", "auroc", (0.25, 0.15, 0.35), 9, p_value=0.0421),
+            rows.number("energy", "oscr", 0.5, 9, std=0.25),
+            rows.number("msp", "auroc", (0.25, 0.15, 0.35), 9, p_value=2 / 1001),
+            rows.number("msp", "oscr", 0.5, 9, std=0.25),
+        ]
+    )
+    assert osr.score_table(found, {"auroc": "AUROC", "oscr": "OSCR"}).splitlines() == [
+        "score   AUROC                                OSCR",
+        "vim     0.7500 (0.6500 to 0.8500)            0.5000 (0.4000 to 0.6000)",
+        "energy  0.2500 (0.1500 to 0.3500) p = 0.042  0.5000 ± 0.2500",
+        "msp     0.2500 (0.1500 to 0.3500) p ≤ 0.002  0.5000 ± 0.2500",
+    ]
+
+
+# Samples on disk
+
+ARRAYS = {
+    "is_known": np.array([True, True, False]),
+    "correct": np.array([True, False, False]),
+    "labels": np.array([3, 1, 40]),
+    "msp": np.array([1.0, 1 - 1e-12, 0.3]),
+    "vim": np.array([0.1, -2.5, 1e-30]),
+}
+SETTINGS = {"k": 4, "top_k": None, "epochs": 5, "seed": 0}
+
+
+@pytest.fixture
+def samples():
+    arrays = {"random:6:0": ARRAYS, "folder:x": {name: array[:2] for name, array in ARRAYS.items()}}
+    return osr.Samples("mine", SETTINGS, {"random:6:0": "abc", "folder:x": "def"}, arrays)
+
+
+def test_samples_survive_the_disk_exactly(samples, tmp_path):
+    path = tmp_path / "deep" / "osr_samples.safetensors"
+    samples.write(path)
+    stored = load_file(path)
+    assert sorted(stored) == sorted(f"{group}/{name}" for group in samples.arrays for name in ARRAYS)
+    assert (stored["random:6:0/is_known"].dtype, stored["random:6:0/labels"].dtype) == (np.uint8, np.int64)
+    read = osr.Samples.read(path)
+    assert (read.encoder, read.settings, read.images) == (samples.encoder, samples.settings, samples.images)
+    for name, array in samples.arrays["random:6:0"].items():
+        assert read.arrays["random:6:0"][name].dtype == array.dtype
+        assert np.array_equal(read.arrays["random:6:0"][name], array)
+
+
+def test_files_that_are_no_samples_are_refused(samples, tmp_path):
+    save_file({"weight": np.zeros(3)}, tmp_path / "weights.safetensors")
+    samples.write(tmp_path / "cut.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "cut.safetensors").read_bytes()[:-40])
+    for name in ("weights", "cut"):
+        with pytest.raises(ValueError, match=f"{name}.safetensors is no file of open-set samples, or damaged"):
+            osr.Samples.read(tmp_path / f"{name}.safetensors")
+    with pytest.raises(FileNotFoundError, match="nothing"):
+        osr.Samples.read(tmp_path / "nothing.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("images", "arrays", "message"),
+    [
+        ({"a": "abc", "b": "x"}, {"a": ARRAYS}, "it has arrays of a, but names a, b"),
+        ({"a": "abc"}, {"a": {"vim": ARRAYS["vim"]}}, "a lacks is_known or correct, or"),
+        ({"a": "abc"}, {"a": ARRAYS | {"vim": np.zeros(2)}}, "a .* its arrays differ in length"),
+        (["a"], {"a": ARRAYS}, "'list' object|dictionary update sequence"),
+    ],
+)
+def test_samples_that_do_not_fit_together_are_refused(tmp_path, images, arrays, message):
+    osr.Samples("theirs", SETTINGS, images, arrays).write(tmp_path / "osr_samples.safetensors")
+    with pytest.raises(ValueError, match=f"is no file of open-set samples, or damaged: ({message})"):
+        osr.Samples.read(tmp_path / "osr_samples.safetensors")
+
+
+def test_other_samples_are_not_compared(samples):
+    samples.check_comparable(osr.Samples("theirs", SETTINGS, {"random:6:0": "abc", "random:6:4": "ghi"}))
+    for images, settings, message in (
+        ({"random:6:1": "abc"}, SETTINGS, "evaluated on random:6:1, not random:6:0, folder:x"),
+        ({"random:6:0": "other"}, SETTINGS, "the images of random:6:0 differ"),
+        ({"random:6:0": "abc"}, SETTINGS | {"k": 5}, "was scored with .*'k': 5.*this with .*'k': 4"),
+    ):
+        with pytest.raises(ValueError, match=f"theirs .*{message}"):
+            samples.check_comparable(osr.Samples("theirs", settings, images))
