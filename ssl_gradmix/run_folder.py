@@ -37,7 +37,11 @@ WRITTEN = (
         for place in ("epoch-*", ".unfinished")
         for name in ("method.safetensors", "progress.pt", "manifest.json")
     ),
-    *(f"eval/{folder}*.{ending}" for folder in ("", "projector/") for ending in ("json", "png", "safetensors")),
+    *(
+        f"eval/{folder}*.{ending}"
+        for folder in ("", "projector/", "features/")
+        for ending in ("json", "png", "safetensors")
+    ),
     "trackers/**/*",
 )
 """All that a run and its evaluations write: `--overwrite` removes nothing else."""

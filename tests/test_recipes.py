@@ -197,7 +197,7 @@ def test_two_processes_train_one_run(script, folder: Path, tmp_path: Path) -> No
     ]
     done = script("recipes/simclr_gradmix.py", *arguments, processes=2)
     assert done.returncode == 0, done.stderr
-    assert "2 processes on cpu" in done.stderr
+    assert "2 processes on cpu:0, CPU threads: 1, precision no" in done.stderr
     assert done.stdout.count("epoch 1/1") == 1
     (entry,) = [json.loads(line) for line in (tmp_path / "runs/simclr/log.jsonl").read_text().splitlines()]
     assert entry["step"] == 3

@@ -50,7 +50,7 @@ def create_accelerator(
             raise ValueError("training.precision fp16 needs an accelerator, and this is a CPU; use bf16 or no")
         if training.threads or not _threads_are_the_users():
             torch.set_num_threads(training.threads or max(1, cpu_count() // found))
-        threads = f" x {torch.get_num_threads()} threads"
+        threads = f", CPU threads: {torch.get_num_threads()}"
     where = f"{found} process{'es' * (found > 1)} on {accelerator.device}{threads}"
     logger.info("%s, precision %s", where, accelerator.mixed_precision)
     return accelerator

@@ -10,6 +10,8 @@ import pickle
 import random
 import re
 import shutil
+import struct
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -64,11 +66,11 @@ def test_the_newest_is_read_and_two_are_kept(tmp_path: Path) -> None:
     ]
 
 
-def rewritten(path: Path, progress: bytes) -> None:
-    """Puts another progress.pt into a checkpoint, with the manifest that goes with it, as only a forger would."""
+def rewritten(path: Path, content: bytes, name: str = "progress.pt") -> None:
+    """Puts another file into a checkpoint, with the manifest that goes with it, as only a forger would."""
     manifest = json.loads((path / "manifest.json").read_text())
-    manifest["sha256"]["progress.pt"] = hashlib.sha256(progress).hexdigest()
-    (path / "progress.pt").write_bytes(progress)
+    manifest["sha256"][name] = hashlib.sha256(content).hexdigest()
+    (path / name).write_bytes(content)
     (path / "manifest.json").write_text(json.dumps(manifest))
 
 
@@ -161,19 +163,36 @@ def test_a_forged_progress_is_passed_over(tmp_path: Path, change: Callable[[dict
     assert load(tmp_path).epoch == 1
 
 
-def test_a_pickle_with_code_in_it_does_not_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["method.safetensors", "progress.pt"])
+def test_a_pickle_with_code_in_it_does_not_run(tmp_path: Path, name: str) -> None:
     class Attack:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "owned"),)
 
     save(tmp_path, state(2))
-    saved = io.BytesIO()
-    torch.save(Attack(), saved)
-    for content in (pickle.dumps(Attack()), saved.getvalue()):
-        rewritten(tmp_path / PLACE, content)
+    new, old = io.BytesIO(), io.BytesIO()
+    torch.save(Attack(), new)
+    torch.save(Attack(), old, _use_new_zipfile_serialization=False)
+    for content in (pickle.dumps(Attack(), protocol=2), pickle.dumps(Attack()), new.getvalue(), old.getvalue()):
+        rewritten(tmp_path / PLACE, content, name)
         with pytest.raises(ValueError, match="no readable checkpoint"):
             load(tmp_path)
     assert not (tmp_path / "owned").exists()
+    torch.load(io.BytesIO(content), weights_only=False)  # where it is let in, it works
+    assert (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize("claimed", [0, 1, 0x7FFFFFFF])
+def test_an_archive_that_lies_about_its_size_is_passed_over(tmp_path: Path, claimed: int) -> None:
+    save(tmp_path, state(1))
+    save(tmp_path, state(2))
+    content = bytearray((tmp_path / PLACE / "progress.pt").read_bytes())
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        directory = archive.start_dir
+    for offset in (20, 24):  # sizes in the first entry of the archive's directory, packed and unpacked
+        struct.pack_into("<I", content, directory + offset, claimed)
+    rewritten(tmp_path / PLACE, bytes(content))
+    assert load(tmp_path).epoch == 1
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["new", "in a damaged one's place"])
