@@ -32,7 +32,7 @@ Written by `python benchmarks/evidence.py --report` from the rows in `evidence.j
 Encoders are frozen. Shares are in percent, their differences in percentage points; RankMe is that of the training
 images' features. A difference is the mean over seeds of one variant minus another at the same seed, with the 95% t
 interval of that mean (and the number of seeds): **bold** where the interval excludes 0 for the better, ***bold
-italics*** where for the worse. Nothing is corrected for the number of comparisons. Settings are chosen by the two rows
+italics*** where for the worse. Nothing is corrected for the number of comparisons. Settings are chosen by the rows
 of held-out training images, which are held out from classifiers and neighbors, not from pretraining, and which the
 verdicts do not count.
 
