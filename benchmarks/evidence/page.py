@@ -36,6 +36,9 @@ italics*** where for the worse. Nothing is corrected for the number of compariso
 of held-out training images, which are held out from classifiers and neighbors, not from pretraining, and which the
 verdicts do not count.
 
+Rows without `probe` in their settings are of earlier evaluations, which do not mix with today's: the commands of the
+grids `cpu...` need another name behind `--grid`.
+
 OSR: seed s pretrains on the known classes of the s-th distinct trial of CIFAR-10 (0, 2, 3, 4) and meets the unknown
 ones in the evaluation. OOD: digits against test images. Two cues: a bright digit on the left and a faint one on the
 right, which show the same number in 90% of the pretraining images; a linear classifier reads each off the frozen
