@@ -135,12 +135,10 @@ class Observed(dict[str, list[Tensor]]):
 def observe(encoder: nn.Module, layers: Sequence[str] | None = None) -> Iterator[Observed]:
     """Remembers the outputs of some layers, every forward pass in order, for as long as the context lasts.
 
-    A compiled graph hides its inner activations from autograd, so that an encoder compiled as a whole runs eagerly
-    here. With BatchNorm in training mode its pass of the mixed views belongs inside the context too: an eager pass and
-    a compiled one of the same weights cannot be run backwards together. To keep the speed of `torch.compile`, compile
-    its stages instead (`encoder.layer3 = torch.compile(encoder.layer3)`): their outputs can be observed. Stages behind
-    an observed layer are then run backwards twice, which torch's compiled graphs allow only with
-    `torch._functorch.config.donated_buffer = False`, set before the first forward pass.
+    An encoder that `torch.compile` compiled as a whole runs eagerly here, as its graph hides inner activations from
+    autograd. With BatchNorm in training mode its pass of the mixed views then belongs inside the context too. Compiled
+    stages can be observed as they are (`encoder.layer3 = torch.compile(encoder.layer3)`); those behind an observed
+    layer go backwards twice, for which `torch._functorch.config.donated_buffer = False` is set before the first pass.
 
     Args:
         encoder: The module whose layers are observed; may be wrapped by DistributedDataParallel or `torch.compile`.

@@ -25,6 +25,7 @@ from ssl_gradmix.settings import Data
 
 ROOT = Path(__file__).parents[1]
 SIZE = 16
+METHOD = {"name": "byol", "hidden_dim": 20, "output_dim": 12}
 MEAN, STD = [0.5, 0.4, 0.3], [0.25, 0.3, 0.2]
 _ENCODER = {"channels": [8, 16, 24, 32], "stem_width": 8, "stem_type": ""}
 
@@ -59,7 +60,7 @@ def make_run(folder: Path, seed: int = 0, **data) -> Path:
     (folder / "backbone").mkdir(parents=True)
     (folder / "backbone" / "config.json").write_text(json.dumps(described))
     save_file(weights, folder / "backbone" / "model.safetensors")
-    (folder / "config.yaml").write_text(yaml.safe_dump({"data": asdict(Data(size=SIZE, **data)), "method": "byol"}))
+    (folder / "config.yaml").write_text(yaml.safe_dump({"data": asdict(Data(size=SIZE, **data)), "method": METHOD}))
     return folder
 
 

@@ -267,6 +267,12 @@ def test_layers_none_passes_over_what_is_changed_in_place() -> None:
     assert mix(GradMix(), torch.rand(2, 3, 16, 16), net=net).layers == ("2",)
 
 
+def test_layers_none_takes_a_stage_rather_than_a_layer_without_parts_behind_it() -> None:
+    stage = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU())
+    net = nn.Sequential(stage, nn.AvgPool2d(2), nn.Flatten())
+    assert mix(GradMix(), torch.rand(2, 3, 32, 32), net=net).layers == ("0",)
+
+
 def test_what_is_remembered_of_an_encoder_goes_with_it_and_is_not_pickled() -> None:
     gradmix, net = GradMix(), encoder()
     mix(gradmix, torch.rand(2, 3, 16, 16), net=net)

@@ -29,7 +29,7 @@ def image_set(count: int = 36) -> ImageSet:
     return ImageSet(pixels.astype(np.uint8), labels.astype(np.int64), ("dark", "bright"), "noise")
 
 
-def trainer(path: Path, kind: type = SimCLR, training: Training = TRAINING, where: str = "device", **kwargs) -> Trainer:
+def trainer(path: Path, kind: type = SimCLR, training: Training = TRAINING, **kwargs) -> Trainer:
     accelerator = create_accelerator(training)
     torch.manual_seed(training.seed)
     backbone = backbones.create("resnet10_tiny")
@@ -43,7 +43,7 @@ def trainer(path: Path, kind: type = SimCLR, training: Training = TRAINING, wher
         folder,
         accelerator,
         16,
-        Augmentation(where=where),
+        Augmentation(),
         kwargs.pop("optimizer", Optimizer()),
         training,
         **kwargs,

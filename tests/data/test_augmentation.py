@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import itertools
-import random
 
 import numpy as np
 import pytest
 import torch
-from PIL import ImageOps
 from scipy.stats import chisquare, ks_2samp
-from torch.utils.data import DataLoader
 from torchvision.transforms import ColorJitter, InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2 import functional as F
 
 from ssl_gradmix.data import augmentation
-from ssl_gradmix.data.augmentation import DeviceViews, WorkerViews, eval_transform, worker_transform
-from ssl_gradmix.data.datasets import ImageSet
+from ssl_gradmix.data.augmentation import CROP_NUMBERS, Views, eval_transform
 from ssl_gradmix.settings import Augmentation
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
@@ -38,11 +34,7 @@ def photographs(n: int, height: int = 32, width: int = 32, seed: int = 0) -> tor
 
 def view_of(images: torch.Tensor, settings: Augmentation, size: int = 32, seed: int = 0, n_views: int = 1):
     torch.manual_seed(seed)
-    return DeviceViews(settings, size, MEAN, STD)(images, n_views)
-
-
-def image_set(n: int, height: int = 32, width: int = 32) -> ImageSet:
-    return ImageSet(photographs(n, height, width).permute(0, 2, 3, 1).numpy(), np.zeros(n, np.int64), ("one",), "test")
+    return Views(settings, size, MEAN, STD)(images, n_views)
 
 
 # One operation after the other, against torchvision
@@ -68,7 +60,9 @@ def test_resized_crop_is_torchvisions_antialiased_one(height: int, width: int, s
 def test_images_of_different_sizes_are_cropped_as_each_alone() -> None:
     images = [photographs(1, *size)[0] for size in [(96, 64), (40, 120), (33, 33), (8, 300)]]
     torch.manual_seed(1)
-    boxes = augmentation.crop_boxes(torch.tensor([image.shape[1:] for image in images]), 0.05)
+    boxes = augmentation.crop_boxes(
+        torch.tensor([image.shape[1:] for image in images]), 0.05, torch.rand(4, CROP_NUMBERS)
+    )
     flip = torch.tensor([[0.0], [1.0], [0.0], [1.0]])
     crops = augmentation.resized_crop(images, boxes, flip, 24)
     for i, (image, (top, left, height, width)) in enumerate(zip(images, boxes.tolist(), strict=True)):
@@ -123,7 +117,7 @@ def test_blur_is_torchvisions_with_a_kernel_of_a_tenth(size: int, kernel: int) -
 def test_a_view_is_torchvisions_chain_with_the_drawn_numbers() -> None:
     images = photographs(70, 64, 64)  # more than are worked on at a time
     torch.manual_seed(3)
-    views = DeviceViews(STRONG, 48, MEAN, STD)
+    views = Views(STRONG, 48, MEAN, STD)
     draws = views.draw(images, second=True)
     assert draws.order != sorted(draws.order)
 
@@ -152,7 +146,7 @@ def test_crops_are_distributed_as_torchvisions(height: int, width: int, min_scal
     torch.manual_seed(4)
     # Every other image is of another size, which draws of this one must not depend on.
     extents = torch.tensor([[height, width], [7, 90]]).repeat(3000, 1)
-    boxes = augmentation.crop_boxes(extents, min_scale)[::2]
+    boxes = augmentation.crop_boxes(extents, min_scale, torch.rand(6000, CROP_NUMBERS))[::2]
     image = torch.empty(3, height, width)
     expected = torch.tensor(
         [RandomResizedCrop.get_params(image, [min_scale, 1.0], [3 / 4, 4 / 3]) for _ in range(3000)]
@@ -176,7 +170,7 @@ def test_crops_are_distributed_as_torchvisions(height: int, width: int, min_scal
 def test_color_factors_are_distributed_as_torchvisions() -> None:
     settings = Augmentation(brightness=0.4, contrast=0.3, saturation=0.6, hue=0.2, jitter=0.8)
     torch.manual_seed(5)
-    draws = DeviceViews(settings, 32, MEAN, STD).draw(photographs(1).expand(4000, -1, -1, -1), second=False)
+    draws = Views(settings, 32, MEAN, STD).draw(photographs(1).expand(4000, -1, -1, -1), second=False)
     expected = torch.tensor(
         [ColorJitter.get_params((0.6, 1.4), (0.7, 1.3), (0.4, 1.6), (-0.2, 0.2))[1:] for _ in range(4000)]
     )
@@ -192,7 +186,7 @@ def test_color_factors_are_distributed_as_torchvisions() -> None:
 
 def test_every_order_of_the_color_changes_is_equally_likely() -> None:
     torch.manual_seed(6)
-    views, images = DeviceViews(Augmentation(), 32, MEAN, STD), photographs(1)
+    views, images = Views(Augmentation(), 32, MEAN, STD), photographs(1)
     drawn = [tuple(views.draw(images, second=False).order) for _ in range(2400)]
     assert chisquare([drawn.count(order) for order in ORDERS]).pvalue > 1e-3
 
@@ -201,13 +195,13 @@ def test_chances_and_blur_follow_the_settings() -> None:
     settings = Augmentation(flip=0.3, gray=0.1, blur=0.6, solarize=0.2)
     torch.manual_seed(7)
     images = photographs(1, 112, 112).expand(4000, -1, -1, -1)
-    draws = DeviceViews(settings, 112, MEAN, STD).draw(images, second=True)
+    draws = Views(settings, 112, MEAN, STD).draw(images, second=True)
 
     for chance, drawn in ((0.3, draws.flip), (0.1, draws.gray), (0.6, draws.blur), (0.2, draws.solarize)):
         assert drawn.mean().item() == pytest.approx(chance, abs=0.03)  # four standard deviations
         assert set(drawn.unique().tolist()) == {0.0, 1.0}
     assert ks_2samp(draws.sigma.view(-1), np.linspace(0.05, 1.0, 4001)).pvalue > 1e-3
-    assert not DeviceViews(settings, 112, MEAN, STD).draw(images, second=False).solarize.any()
+    assert not Views(settings, 112, MEAN, STD).draw(images, second=False).solarize.any()
 
 
 # Views as a whole
@@ -246,8 +240,24 @@ def test_views_differ_between_images_and_between_views_but_not_between_equal_see
 def test_views_of_a_list_are_those_of_a_batch() -> None:
     images = photographs(70, 40, 56)
     together, one_by_one = (view_of(given, STRONG, 24, n_views=2) for given in (images, list(images)))
-    for first, second in zip(together, one_by_one, strict=True):
-        torch.testing.assert_close(first, second, rtol=0, atol=1e-3)
+    assert all(map(torch.equal, together, one_by_one))
+    crops_alone = Augmentation(**OFF | {"min_scale": 0.1, "flip": 0.5})
+    torch.manual_seed(0)
+    mixed = Views(crops_alone, 24, MEAN, STD)([*images[:-1], photographs(1, 30, 30)[0]], 1)[0]
+    torch.testing.assert_close(mixed[:-1], view_of(images, crops_alone, 24)[0][:-1], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_views_do_not_depend_on_how_many_processes_share_a_batch(processes: int) -> None:
+    images = photographs(12, 40, 56)
+    shares = []
+    for process, share in enumerate(images.chunk(processes)):
+        torch.manual_seed(0)
+        shares.append(Views(STRONG, 24, MEAN, STD, process, processes)(share, 3))
+        state = torch.random.get_rng_state()
+    together = view_of(images, STRONG, 24, n_views=3)
+    assert all(map(torch.equal, (torch.cat(parts) for parts in zip(*shares, strict=True)), together))
+    assert torch.equal(torch.random.get_rng_state(), state)
 
 
 def test_batch_of_one_at_another_size() -> None:
@@ -269,7 +279,7 @@ def test_input_is_left_alone_and_autocast_does_not_round() -> None:
 
 def test_no_operation_waits_for_the_device() -> None:
     """Meta tensors hold no values: whatever would read one back (item, nonzero, a mask as index) raises."""
-    views = DeviceViews(STRONG, 32, MEAN, STD)
+    views = Views(STRONG, 32, MEAN, STD)
     images = photographs(5)
     made = views.to("meta").apply_draws(images.to("meta"), views.draw(images, second=True))
     assert made.shape == (5, 3, 32, 32)
@@ -282,131 +292,6 @@ def test_no_operation_waits_for_the_device() -> None:
 def test_device_views_refuse_what_is_not_a_batch_of_8_bit_rgb(images: torch.Tensor) -> None:
     with pytest.raises(ValueError, match=r"images must be uint8 \(N, 3, H, W\), got"):
         view_of(images, STRONG)
-
-
-# In workers
-
-
-def test_worker_views_depend_on_seed_epoch_and_image_alone() -> None:
-    images = image_set(6)
-    places = [(epoch, i) for epoch in (0, 1) for i in range(6)]
-    backwards = [places[::-1][:5], places[::-1][5:]]
-
-    def views(batches: list[list[tuple[int, int]]], workers: int, seed: int = 0) -> dict[tuple[int, int], torch.Tensor]:
-        dataset = WorkerViews(images, STRONG, 32, MEAN, STD, n_views=2, seed=seed)
-        loader = DataLoader(dataset, batch_sampler=batches, num_workers=workers)
-        return {
-            place: torch.stack(pair)
-            for batch, loaded in zip(batches, loader, strict=True)
-            for place, *pair in zip(batch, *loaded, strict=True)
-        }
-
-    here = views([places], workers=0)
-    in_workers = views(backwards, workers=2)
-    assert all(torch.equal(here[place], in_workers[place]) for place in places)
-
-    other_seed = views([places], workers=0, seed=1)
-    pairs = torch.stack([*here.values(), *other_seed.values()]).flatten(1)
-    assert len(pairs.unique(dim=0)) == 24  # two seeds, two epochs, six images
-    assert not any(torch.equal(first, second) for first, second in here.values())
-
-
-def test_worker_views_leave_the_global_generators_as_they_were() -> None:
-    dataset = WorkerViews(image_set(1), STRONG, 32, MEAN, STD, n_views=2, seed=0)
-
-    def draw() -> tuple[float, float, float]:
-        return random.random(), np.random.random(), torch.rand(()).item()
-
-    for seed in (random.seed, np.random.seed, torch.manual_seed):
-        seed(0)
-    expected = draw()
-    for seed in (random.seed, np.random.seed, torch.manual_seed):
-        seed(0)
-    dataset[0, 0]
-    assert draw() == expected
-
-
-def test_worker_views_are_plain_tensors_even_of_a_single_view() -> None:
-    (view,) = WorkerViews(image_set(1, 40, 50), STRONG, 32, MEAN, STD, n_views=1, seed=0)[0, 0]
-    assert type(view) is torch.Tensor
-    assert view.dtype == torch.float32
-    assert view.shape == (3, 32, 32)
-
-
-def test_worker_views_with_everything_off_are_exactly_the_normalized_image() -> None:
-    images = image_set(3)
-    dataset = WorkerViews(images, Augmentation(**OFF), 32, MEAN, STD, n_views=3, seed=0)
-    expected = eval_transform(32, MEAN, STD)(images.pixels(32))
-    for i in range(3):
-        for view in dataset[0, i]:
-            torch.testing.assert_close(view, expected[i], rtol=0, atol=1e-6)
-
-
-def test_only_the_second_worker_view_is_solarized() -> None:
-    images = image_set(1)
-    image, _ = images[0]
-    plain = eval_transform(32, MEAN, STD)
-    views = worker_transform(Augmentation(**OFF | {"solarize": 1.0}), 32, MEAN, STD, n_views=3)(image)
-    for view, expected in zip(views, (image, ImageOps.solarize(image), image), strict=True):
-        pixels = torch.from_numpy(np.array(expected)).permute(2, 0, 1)[None]
-        torch.testing.assert_close(view, plain(pixels)[0], rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"min_scale": 0.2, "flip": 0.5},
-        {"jitter": 0.8, "brightness": 0.5, "contrast": 0.0, "saturation": 0.0, "hue": 0.0},
-        {"jitter": 1.0, "brightness": 0.0, "contrast": 0.7, "saturation": 0.0, "hue": 0.0},
-        {"jitter": 1.0, "brightness": 0.0, "contrast": 0.0, "saturation": 0.9, "hue": 0.0},
-        {"jitter": 1.0, "brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.3},
-        {"gray": 0.4},
-    ],
-    ids=["crop", "brightness", "contrast", "saturation", "hue", "gray"],
-)
-def test_workers_and_device_draw_from_the_same_distribution(settings: dict[str, float]) -> None:
-    """Means and deviations of brightness, contrast, color and sharpness over many views of one image."""
-    augmented = Augmentation(**OFF | settings)
-    images, size = image_set(1, 64, 64), 64
-    worker = WorkerViews(images, augmented, size, (0, 0, 0), (1, 1, 1), n_views=1, seed=0)
-    in_worker = torch.stack([worker[epoch, 0][0] for epoch in range(150)])
-    torch.manual_seed(8)
-    batch = images.pixels(size).expand(50, -1, -1, -1)
-    on_device = torch.cat([DeviceViews(augmented, size, (0, 0, 0), (1, 1, 1))(batch, 1)[0] for _ in range(8)])
-
-    def statistics(views: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {
-            "mean": views.mean((1, 2, 3)),
-            "spread": views.std((1, 2, 3)),
-            "red": views[:, 0, -16:, 8:].mean((1, 2)),
-            "green": views[:, 1, -16:, :8].mean((1, 2)),
-            "color": (views.amax(1) - views.amin(1)).mean((1, 2)),
-            "left": views[:, :, :, :16].mean((1, 2, 3)),
-            "edges": (views[..., 1:] - views[..., :-1]).abs().mean((1, 2, 3)),
-        }
-
-    drawn_by = statistics(on_device)
-    for name, expected in statistics(in_worker).items():
-        drawn = drawn_by[name]
-        rounding = 0.004  # of 8-bit values, in workers
-        assert abs(drawn.mean() - expected.mean()) < 4 * expected.std() / 150**0.5 + rounding, name
-        assert abs(drawn.std() - expected.std()) < 0.3 * expected.std() + rounding, name
-
-
-def test_workers_and_device_blur_alike() -> None:
-    """How much of the contrast of pure noise is left, at the size where the blur is strong."""
-    noise = np.random.default_rng(9).integers(0, 256, (1, 224, 224, 3), np.uint8)
-    images, settings = ImageSet(noise, np.zeros(1, np.int64), ("one",), "test"), Augmentation(**OFF | {"blur": 0.75})
-    worker = WorkerViews(images, settings, 224, (0, 0, 0), (1, 1, 1), n_views=1, seed=0)
-    expected = torch.stack([worker[epoch, 0][0].std() for epoch in range(80)])
-    torch.manual_seed(10)
-    batch = images.pixels(224).expand(40, -1, -1, -1)
-    drawn = DeviceViews(settings, 224, (0, 0, 0), (1, 1, 1))(batch, n_views=2)
-    assert ks_2samp(torch.cat(drawn).std((1, 2, 3)).round(decimals=3), expected.round(decimals=3)).pvalue > 1e-2
-    assert expected.min() < 0.25 * expected.max()
-
-
-# Without augmentation
 
 
 def test_eval_transform_normalizes_as_torchvision() -> None:

@@ -45,16 +45,15 @@ def test_trials_are_dots_and_curves_their_mean():
     dots = sorted(x for points in aurocs.collections for x, _ in points.get_offsets())
     assert dots == pytest.approx(sorted(found["value"]))
     assert [tick.get_text() for tick in aurocs.get_yticklabels()] == [score.replace("_", " ") for score in SCORES]
-    assert len(roc.lines) == len(oscr.lines) == len(SCORES)
+    assert len(roc.lines) == len(oscr.lines) == 1 + len(SCORES)  # and chance
     means = [found[found["score"] == score]["value"].mean() for score in SCORES]
     expected = [f"{score.replace('_', ' ')}  {mean:.3f}" for score, mean in zip(SCORES, means, strict=True)]
     assert texts(roc.get_legend()) == expected
-    assert integrate.trapezoid(*reversed(roc.lines[0].get_data())) == pytest.approx(means[0], abs=0.01)
+    assert integrate.trapezoid(*reversed(roc.lines[1].get_data())) == pytest.approx(means[0], abs=0.01)
     accuracy = np.mean([arrays["correct"].sum() / 40 for arrays in groups.values()])
-    assert oscr.lines[0].get_ydata()[-1] == pytest.approx(accuracy)
+    assert oscr.lines[1].get_ydata()[-1] == pytest.approx(accuracy)
     assert "random:6:0" in histogram.get_title(loc="left")
-    shares = [sum(bar.get_height() for bar in container) for container in histogram.containers]
-    assert shares == pytest.approx([1, 1])
+    assert [stairs.get_data().values.sum() for stairs in histogram.patches] == pytest.approx([1, 1])
     known = np.sort(groups["random:6:0"]["max_logit"][:40])
     assert histogram.lines[0].get_xdata()[0] == known[2]  # 38 of 40 reach it
 
@@ -75,7 +74,7 @@ def test_data_sets_have_curves_of_their_own():
     of_score = found[found["score"] == "max_logit"]
     expected = [f"{name}  {value:.3f}" for name, value in zip(of_score["dataset"], of_score["value"], strict=True)]
     assert texts(roc.get_legend()) == expected
-    assert len(oscr.lines) == 2
+    assert len(oscr.lines) == 1 + 2
 
 
 def test_corruptions_are_cells_and_their_means_lines():

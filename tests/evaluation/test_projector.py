@@ -31,9 +31,12 @@ def method(request) -> nn.Module:
 @pytest.fixture
 def run(tmp_path, method) -> Path:
     folder = tmp_path / "mine"
+    described = {"name": type(method).__name__.lower(), "hidden_dim": 40, "output_dim": 24}
     backbones.save(method.backbone, folder / "backbone", image_size=32)
     save_file(method.projector.state_dict(), folder / "projector.safetensors")
-    (folder / "config.yaml").write_text(yaml.safe_dump({"data": {"name": "digits"}}))
+    (folder / "config.yaml").write_text(
+        yaml.safe_dump({"data": {"name": "digits"}, "method": {**described, "weight": 1.0}})
+    )
     return folder
 
 
@@ -91,22 +94,38 @@ def as_convolution(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    "change",
     [
-        (cut_off, "are those of neither a SimCLR nor a BYOL projector"),
-        (with_narrow_norm, "are those of neither"),
-        (in_half_precision, "are those of neither"),
-        (as_convolution, "are those of neither"),
-        (lambda weights: weights | {"layers.5.weight": torch.zeros(2, 24)}, "are those of neither"),
-        (lambda weights: MoCoProjectionHead(128, 40, 24, batch_norm=False).state_dict(), "are those of neither"),
-        (lambda weights: {}, "are those of neither"),
-        (lambda weights: of_other_widths(), "the backbone, which gives 128 features: it takes 64"),
+        cut_off,
+        with_narrow_norm,
+        in_half_precision,
+        as_convolution,
+        lambda weights: weights | {"layers.5.weight": torch.zeros(2, 24)},
+        lambda weights: MoCoProjectionHead(128, 40, 24, batch_norm=False).state_dict(),
+        lambda weights: {},
+        lambda weights: of_other_widths(),
     ],
 )
-def test_other_weights_are_refused(run, method, change, message):
+def test_other_weights_are_refused(run, method, change):
     weights = {name: tensor.contiguous() for name, tensor in change(method.projector.state_dict()).items()}
     save_file(weights, run / "projector.safetensors")
-    with pytest.raises(ValueError, match=rf"projector.safetensors does not fit.* {message}"):
+    with pytest.raises(ValueError, match=r"projector.safetensors does not fit: it is no (simclr|byol) projector"):
+        load_encoder(run, feature="projector")
+
+
+@pytest.mark.parametrize(
+    ("described", "message"),
+    [
+        ({"output_dim": 24}, r"does not say what was trained: add a line `name: simclr` \(or byol\)"),
+        ("byol", "does not say what was trained"),
+        ({"name": "dino"}, "does not say what was trained.*got 'dino'"),
+        ({"name": "byol", "widths": 3}, "config.yaml is damaged: .*widths"),
+        ({"name": "simclr", "output_dim": 10**9}, "config.yaml is damaged: method.output_dim must be"),
+    ],
+)
+def test_a_config_that_does_not_say_the_method(run, described, message):
+    (run / "config.yaml").write_text(yaml.safe_dump({"data": {"name": "digits"}, "method": described}))
+    with pytest.raises(ValueError, match=message):
         load_encoder(run, feature="projector")
 
 

@@ -34,16 +34,17 @@ Kind = tuple[str, str, int, str]
 
 
 def kinds(draw: random.Random) -> Iterator[Kind]:
-    """Every pair of method and augmentation in turn, with an optimizer."""
+    """Every pair of method and way to decode in turn, with an optimizer."""
     while True:
-        pairs = [(name, *at) for name in ("SimCLR", "BYOL") for at in (("device", 0), ("workers", 0), ("workers", 2))]
+        pairs = [(name, *at) for name in ("SimCLR", "BYOL") for at in (("once", 0), ("workers", 0), ("workers", 2))]
         for pair in draw.sample(pairs, len(pairs)):
             yield (*pair, draw.choice(["sgd", "lars", "adamw"]))
 
 
 def create(folder: Path, kind: Kind) -> Trainer:
-    name, where, workers, optimizer = kind
-    training = Training(epochs=EPOCHS, batch_size=8, workers=workers, threads=1, knn_every=0, samples_every=0)
+    name, decode, workers, optimizer = kind
+    shared = {"threads": 1, "knn_every": 0, "samples_every": 0}
+    training = Training(epochs=EPOCHS, batch_size=8, decode=decode, workers=workers, **shared)
     accelerator = create_accelerator(training)
     torch.manual_seed(0)
     gradmix = GradMix(layers=["layer2"])
@@ -53,7 +54,7 @@ def create(folder: Path, kind: Kind) -> Trainer:
     images = ImageSet(PIXELS, np.zeros(len(PIXELS), np.int64), ("noise",), "noise")
     run = RunFolder(folder)
     run.start({"training": {}}, images)
-    return Trainer(method, images, run, accelerator, 16, Augmentation(where=where), Optimizer(optimizer), training)
+    return Trainer(method, images, run, accelerator, 16, Augmentation(), Optimizer(optimizer), training)
 
 
 def file_operations(folder: Path, act: Callable[[int], None]) -> None:

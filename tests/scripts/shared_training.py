@@ -57,7 +57,7 @@ def create(folder: Path, name: str) -> Trainer:
     if accelerator.is_main_process:
         into.start({"training": {}}, images)
     accelerator.wait_for_everyone()
-    return Trainer(method, images, into, accelerator, 16, Augmentation(where="workers"), Optimizer(), TRAINING)
+    return Trainer(method, images, into, accelerator, 16, Augmentation(), Optimizer(), TRAINING)
 
 
 def act_at(trainer: Trainer, step: int, act: object) -> None:

@@ -9,8 +9,10 @@ import pytest
 import torch
 from PIL import Image
 from scipy.stats import ks_2samp
+from torchvision.transforms import RandomResizedCrop
 
 from ssl_gradmix.data import images as image_files
+from ssl_gradmix.data.augmentation import Views
 from ssl_gradmix.data.datasets import ImageSet
 from ssl_gradmix.settings import Augmentation
 from ssl_gradmix.training import batches
@@ -23,11 +25,11 @@ def image_set(count: int = 20) -> ImageSet:
 
 
 def create(
-    images: ImageSet, augmentation: Augmentation, batch: int = 4, size: int = 16, n_views: int = 2, workers: int = 0
-) -> batches.DeviceBatches | batches.WorkerBatches:
+    images: ImageSet, decode: str = "auto", workers: int = 0, batch: int = 4, size: int = 16, n_views: int = 2
+) -> batches.Batches:
+    views = Views(Augmentation(blur=0.5), size, (0.0,) * 3, (1.0,) * 3)
     indices = BatchIndices(len(images), batch, 0)
-    norm = ((0.0,) * 3, (1.0,) * 3)
-    return batches.create(images, augmentation, indices, size, *norm, n_views, workers, torch.device("cpu"))
+    return batches.Batches(images, views, indices, n_views, decode, workers, torch.device("cpu"))
 
 
 def test_an_epoch_takes_each_image_at_most_once_in_another_order_each_time() -> None:
@@ -52,10 +54,10 @@ def test_micro_batches_cut_the_same_batches() -> None:
     assert torch.equal(BatchIndices(30, 8, 0, parts=2).epoch(0).view(3, 8), BatchIndices(30, 8, 0).epoch(0))
 
 
-@pytest.mark.parametrize(("where", "workers"), [("device", 0), ("workers", 0), ("workers", 2)])
-def test_an_epoch_entered_in_its_middle_gives_the_same_views(where: str, workers: int) -> None:
+@pytest.mark.parametrize(("decode", "workers"), [("once", 0), ("workers", 0), ("workers", 2)])
+def test_an_epoch_entered_in_its_middle_gives_the_same_views(decode: str, workers: int) -> None:
     def views(epoch: int, first: int) -> list[list[torch.Tensor]]:
-        source = create(image_set(), Augmentation(where=where), workers=workers)
+        source = create(image_set(), decode, workers)
         made = []
         for step, batch in enumerate(source.epoch(epoch, first), first):
             torch.rand(step + 7)  # whatever else draws from the generator
@@ -72,9 +74,13 @@ def test_an_epoch_entered_in_its_middle_gives_the_same_views(where: str, workers
 
 
 def test_workers_that_outlive_an_epoch_know_the_next_one() -> None:
-    source = create(image_set(), Augmentation(where="workers"), batch=20, workers=1)
-    first, second = (next(iter(source.epoch(epoch, 0)))[0].sort(0).values for epoch in (0, 1))
-    assert not torch.equal(first, second)
+    images = image_set()
+    source = create(images, "workers", workers=1)
+    for epoch in (0, 1):
+        for chosen, (flat, shapes) in zip(source.indices.epoch(epoch), source.epoch(epoch, 0), strict=True):
+            assert shapes == [(3, 16, 16)] * 4
+            expected = torch.from_numpy(images.images[chosen.numpy()]).permute(0, 3, 1, 2)
+            assert torch.equal(flat.view(4, 3, 16, 16), expected)
 
 
 def test_steps_are_seeded_by_their_place() -> None:
@@ -86,9 +92,9 @@ def test_steps_are_seeded_by_their_place() -> None:
 
 
 def test_auto_keeps_small_sets_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert isinstance(create(image_set(), Augmentation()), batches.DeviceBatches)
+    assert create(image_set()).resident is not None
     monkeypatch.setattr(batches, "RESIDENT_BYTES", 20 * 3 * 16 * 16 - 1)
-    assert isinstance(create(image_set(), Augmentation()), batches.WorkerBatches)
+    assert create(image_set()).resident is None
 
 
 def on_disk(folder: Path, sizes: list[tuple[int, int]]) -> ImageSet:
@@ -105,58 +111,68 @@ def on_disk(folder: Path, sizes: list[tuple[int, int]]) -> ImageSet:
 
 
 @pytest.mark.parametrize("sizes", [[(420, 320)] * 8, [(420, 320), (400, 336)] * 4], ids=["one size", "two sizes"])
-def test_device_and_workers_crop_the_same_places_with_the_same_detail(
+def test_views_are_of_the_whole_photograph_and_the_same_however_it_was_decoded(
     sizes: list[tuple[int, int]], tmp_path: Path
 ) -> None:
     images = on_disk(tmp_path, sizes)
-    crops_alone = {"flip": 0.0, "jitter": 0.0, "gray": 0.0}
 
-    def views(where: str) -> torch.Tensor:
-        source = create(images, Augmentation(where=where, **crops_alone), batch=8, size=64, n_views=4)
+    def views(decode: str, workers: int, epochs: int = 1) -> torch.Tensor:
+        source = create(images, decode, workers, batch=4, size=64)
         torch.manual_seed(0)
-        return torch.cat(
-            [view for epoch in range(25) for batch in source.epoch(epoch, 0) for view in source.views(batch)]
-        )
+        return torch.cat([view for e in range(epochs) for batch in source.epoch(e, 0) for view in source.views(batch)])
+
+    once = views("once", 0)
+    assert torch.equal(once, views("workers", 0))
+    assert torch.equal(once, views("workers", 2))
+
+
+def test_crops_keep_the_detail_and_see_the_sides_of_a_photograph(tmp_path: Path) -> None:
+    """As torchvision's crops of the same photographs do; one of a thumbnail would lose three quarters of the detail."""
+    images = on_disk(tmp_path, [(420, 320)] * 8)
+    alone = Augmentation(flip=0.0, jitter=0.0, gray=0.0)
+    torch.manual_seed(0)
+    ours = torch.cat(Views(alone, 64, (0.0,) * 3, (1.0,) * 3)(images.originals(2**30), 25))
+    crop = RandomResizedCrop(64, (0.2, 1.0), antialias=True)
+    theirs = torch.stack([crop(images.decoded(i)).float() / 255 for i in range(8) for _ in range(25)])
 
     def detail(views: torch.Tensor) -> float:
         blue = views[:, 2]
         across = blue[:, 1:-1, :-2] + blue[:, 1:-1, 2:] + blue[:, :-2, 1:-1] + blue[:, 2:, 1:-1]
         return (across - 4 * blue[:, 1:-1, 1:-1]).square().mean().item()
 
-    device, workers = views("device"), views("workers")
-    assert detail(device) == pytest.approx(detail(workers), rel=0.06)
+    assert detail(ours) == pytest.approx(detail(theirs), rel=0.06)
     for channel in (0, 1):
-        centers, expected = (made[:, channel].mean((1, 2)) for made in (device, workers))
+        centers, expected = (made[:, channel].mean((1, 2)) for made in (ours, theirs))
         assert ks_2samp(centers, expected).pvalue > 1e-2
-        assert device[:, channel].amin() < 0.02  # the sides of the picture are seen
-        assert device[:, channel].amax() > 0.98
+        assert ours[:, channel].amin() < 0.02
+        assert ours[:, channel].amax() > 0.98
 
 
-@pytest.mark.parametrize(("limit", "kind"), [(-1, batches.WorkerBatches), (0, batches.DeviceBatches)])
+@pytest.mark.parametrize(("limit", "resident"), [(-1, False), (0, True)])
 def test_files_stay_on_the_device_by_what_they_take_at_their_own_size(
-    limit: int, kind: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    limit: int, resident: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images = on_disk(tmp_path, [(40, 30), (20, 50), (64, 8), (10, 10)])
     monkeypatch.setattr(batches, "RESIDENT_BYTES", 3 * (40 * 30 + 20 * 50 + 64 * 8 + 10 * 10) + limit)
     decoded, decode = [], image_files.decode
     monkeypatch.setattr(image_files, "decode", lambda path: decoded.append(path) or decode(path))
-    assert isinstance(create(images, Augmentation()), kind)
-    assert len(decoded) == (4 if kind is batches.DeviceBatches else 0)
+    assert (create(images).resident is not None) == resident
+    assert len(decoded) == (4 if resident else 0)
 
 
 def test_images_that_no_memory_holds_are_refused_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batches, "MEMORY", 20 * 3 * 16 * 16 - 1)
-    with pytest.raises(ValueError, match=r"^augmentation.where device: the images of noise take more than .* workers"):
-        create(image_set(), Augmentation(where="device"))
+    with pytest.raises(ValueError, match=r"^training.decode once: the images of noise take more than .* workers"):
+        create(image_set(), "once")
 
 
-@pytest.mark.parametrize(("where", "workers"), [("device", 0), ("workers", 0), ("workers", 1)])
-def test_a_broken_image_is_named_in_one_line(where: str, workers: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("decode", "workers"), [("once", 0), ("workers", 0), ("workers", 1)])
+def test_a_broken_image_is_named_in_one_line(decode: str, workers: int, tmp_path: Path) -> None:
     images = on_disk(tmp_path, [(10, 10)] * 4)
     images.images[2].write_bytes(b"broken")
 
     def first_batch() -> None:
-        next(iter(create(images, Augmentation(where=where), workers=workers).epoch(0, 0)))
+        next(iter(create(images, decode, workers).epoch(0, 0)))
 
     with pytest.raises(ValueError, match=r"^cannot read the image '.*2\.png': damaged.*broken skip$") as refusal:
         first_batch()

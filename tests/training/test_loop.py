@@ -28,20 +28,21 @@ from ssl_gradmix.training.processes import create_accelerator
 
 
 @pytest.mark.parametrize(
-    ("kind", "where", "number"),
+    ("kind", "decode", "number"),
     [
-        (SimCLR, "device", signal.SIGTERM),
+        (SimCLR, "once", signal.SIGTERM),
         (SimCLR, "workers", signal.SIGINT),
-        (BYOL, "device", signal.SIGINT),
+        (BYOL, "once", signal.SIGINT),
         (BYOL, "workers", signal.SIGTERM),
     ],
 )
 def test_stopped_by_a_signal_mid_epoch_it_ends_with_the_same_weights(
-    tmp_path: Path, kind: type, where: str, number: int, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, kind: type, decode: str, number: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    trainer(tmp_path / "whole", kind, where=where).run()
+    training = replace(TRAINING, decode=decode)
+    trainer(tmp_path / "whole", kind, training).run()
 
-    stopped = trainer(tmp_path / "parts", kind, where=where)
+    stopped = trainer(tmp_path / "parts", kind, training)
     before_step(stopped, (1, 2), lambda: os.kill(os.getpid(), number))
     with pytest.raises(SystemExit) as exit_:
         stopped.run()
@@ -50,7 +51,7 @@ def test_stopped_by_a_signal_mid_epoch_it_ends_with_the_same_weights(
         f"stopped by {signal.Signals(number).name} and saved; the same command goes on from here"
         in capsys.readouterr().out
     )
-    trainer(tmp_path / "parts", kind, where=where).run()
+    trainer(tmp_path / "parts", kind, training).run()
     assert "goes on after epoch 1 and 3 batches" in capsys.readouterr().out
 
     whole, parts = final(tmp_path / "whole"), final(tmp_path / "parts")
@@ -224,9 +225,9 @@ def test_all_finite_looks_at_every_floating_point_number() -> None:
 
 
 def test_it_says_what_it_trains_on_and_what_comes_next(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    trainer(tmp_path / "my run", where="workers", optimizer=Optimizer(warmup_epochs=3)).run()
+    trainer(tmp_path / "my run", optimizer=Optimizer(warmup_epochs=3)).run()
     first, *lines = capsys.readouterr().out.splitlines()
-    assert first == "noise: 36 images of 2 classes (dark, bright), views in workers"
+    assert first == "noise: 36 images of 2 classes (dark, bright), decoded once"
     assert lines[1].startswith("warning: optimizer.warmup_epochs 3 is not below training.epochs 3: the learning rate ")
     assert lines[-1].endswith(f"Next: python eval/linear_probe.py '{tmp_path}/my run'")
 

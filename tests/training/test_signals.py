@@ -52,7 +52,7 @@ def test_a_second_one_after_a_while_does_what_it_always_does(monkeypatch: pytest
 def test_loader_processes_outlive_signals_to_the_whole_group_but_obey_their_parent() -> None:
     source = batches.create(
         image_set(),
-        Augmentation(where="workers"),
+        Augmentation(),
         batches.BatchIndices(36, 4, 0),
         16,
         (0.5,) * 3,
