@@ -30,7 +30,7 @@ from torchvision.ops import box_iou
 from tqdm import tqdm
 
 from ssl_gradmix import GradMix
-from ssl_gradmix.data.augmentation import DeviceViews
+from ssl_gradmix.data.augmentation import Views
 from ssl_gradmix.data.open_set import load_known
 from ssl_gradmix.evaluation.encoders import Encoder, load_encoder
 from ssl_gradmix.methods.nt_xent import nt_xent
@@ -86,7 +86,7 @@ def measure(encoder: Encoder, options: argparse.Namespace) -> pd.DataFrame:
     images = load_known(Data(**encoder.config["data"]), "train")
     drawn = np.random.default_rng(options.seed).permutation(len(images))[: options.images]
     pixels = images.subset(drawn).pixels(encoder.size)
-    views = DeviceViews(Augmentation(**encoder.config["augmentation"]), encoder.size, encoder.mean, encoder.std)
+    views = Views(Augmentation(**encoder.config["augmentation"]), encoder.size, encoder.mean, encoder.std)
     temperature = encoder.config["method"]["temperature"]
     encoder.model.requires_grad_(True)  # attribution needs a graph
     torch.manual_seed(options.seed)

@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ssl_gradmix import GradMix, attribution, backbones
 from ssl_gradmix import gradmix as gradmix_module
-from ssl_gradmix.data.augmentation import DeviceViews
+from ssl_gradmix.data.augmentation import Views
 from ssl_gradmix.methods.byol import BYOL
 from ssl_gradmix.methods.simclr import SimCLR
 from ssl_gradmix.settings import Augmentation
@@ -99,7 +99,7 @@ def profile(kind: type[nn.Module], options: argparse.Namespace) -> str:
     """Share of each part in a step with GradMix; views are made on the device. A GPU is waited for after each part."""
     step = Step(kind, GradMix(layers=options.layers[:1]), 2, options)
     parts = Parts(options.device)
-    make_views = DeviceViews(Augmentation(), options.size, (0.5,) * 3, (0.25,) * 3).to(options.device)
+    make_views = Views(Augmentation(), options.size, (0.5,) * 3, (0.25,) * 3).to(options.device)
     images = torch.randint(256, (options.batch, 3, options.size, options.size), dtype=torch.uint8).to(options.device)
 
     def once() -> None:

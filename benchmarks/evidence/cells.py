@@ -91,7 +91,9 @@ class Grid:
         """What results depend on: cells may be compared where it is the same."""
         names = ("images", "epochs", "batch", "backbone", "corrupted")
         chosen = {name: getattr(self, name) for name in names}
-        return {"data": self.data.resolve().name, **chosen, "recipe": list(self.recipe), "ood": ["digits"]}
+        # Rows without `probe` are from before its learning rate was chosen by held-out loss.
+        others = {"recipe": list(self.recipe), "ood": ["digits"], "probe": "loss"}
+        return {"data": self.data.resolve().name, **chosen, **others}
 
 
 class Cell(NamedTuple):

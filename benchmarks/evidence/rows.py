@@ -54,7 +54,11 @@ _OSR = {"pretraining": "known classes only"}
 
 MEASURES = {
     "validation_knn": Measure("kNN, held-out training images", "all"),
-    "validation_linear": Measure("linear probe, held-out training images", "all"),
+    # Of rows from before the probe's learning rate was chosen by its loss; no evaluation writes it any more.
+    "validation_linear": Measure("linear probe, held-out training images", ""),
+    "validation_loss": Measure(
+        "linear probe's loss, held-out training images (less is better)", "all", larger_is_better=False, percent=False
+    ),
     "linear": Measure("linear probe", "all", "linear_probe.json", "linear", "top1", {"label_fraction": None}),
     "knn": Measure("kNN", "all", "linear_probe.json", "knn", "top1"),
     "linear_10": Measure(
@@ -82,7 +86,7 @@ MEASURES = {
 }  # fmt: skip
 """By their names in rows, in the order of the tables."""
 
-CHOSEN_BY = ("validation_knn", "validation_linear")
+CHOSEN_BY = ("validation_knn", "validation_linear", "validation_loss")
 """Of held-out training images: settings are chosen by these alone, and verdicts do not count them."""
 
 
@@ -110,8 +114,8 @@ def condense(cell: Cell, grid: Grid) -> list[dict[str, Any]]:
 def _value(name: str, measure: Measure, run: Path, log: list[dict]) -> float:
     if name == "validation_knn":
         return log[-1]["knn"]
-    if name == "validation_linear":
-        return max(json.loads((run / "eval/linear_probe.json").read_text())["validation"].values())
+    if name == "validation_loss":
+        return min(json.loads((run / "eval/linear_probe.json").read_text())["validation"].values())
     if name in ("rankme", "two_cue_rank"):
         return json.loads((run / "rankme.json").read_text())["rankme"]
     path = run / "eval" / measure.file
@@ -127,9 +131,10 @@ def _value(name: str, measure: Measure, run: Path, log: list[dict]) -> float:
 
 
 def _seconds(log: list[dict], batch: int) -> float:
-    """How long training took: interruptions, and what was done again after them, do not count."""
+    """How long training took: interruptions do not count, nor an epoch that was resumed at its very end, at rate 0."""
     steps = np.diff([0, *(entry["step"] for entry in log)])
-    return float(sum(steps * batch / [entry["images_per_second"] for entry in log]))
+    rates = (entry["images_per_second"] for entry in log)
+    return float(sum(count * batch / rate for count, rate in zip(steps, rates, strict=True) if rate))
 
 
 def append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
