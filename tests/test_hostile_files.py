@@ -379,6 +379,8 @@ def test_settings_of_other_types_are_named(run: Path, capsys: pytest.CaptureFixt
 
 # Descriptions of a backbone
 
+PREPARATION = {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.5] * 3}
+
 
 def described(run: Path, **changes: object) -> None:
     path = run / "backbone" / "config.json"
@@ -428,15 +430,26 @@ def test_arguments_that_would_read_from_elsewhere(run: Path, tmp_path: Path, pla
         {"model_args": {"features_only": True}},
         {"model_args": {"device": "meta"}},
         {"model_args": [1]},
+        {"architecture": "resnet_mine"},
+        {"architecture": None, "pretrained_cfg": None},
         {"pretrained_cfg": []},
-        {"pretrained_cfg": {"input_size": "x", "mean": [0.5] * 3, "std": [0.5] * 3}},
-        {"pretrained_cfg": {"input_size": [3, 10**9, 10**9], "mean": [0.5] * 3, "std": [0.5] * 3}},
-        {"pretrained_cfg": {"input_size": [3, 32.5, 32.5], "mean": [0.5] * 3, "std": [0.5] * 3}},
-        {"pretrained_cfg": {"input_size": [3, 0, 0], "mean": [0.5] * 3, "std": [0.5] * 3}},
-        {"pretrained_cfg": {"input_size": [3, 32, 32], "mean": [1e999] * 3, "std": [0.5] * 3}},
-        {"pretrained_cfg": {"input_size": [3, 32, 32], "mean": [float("nan")] * 3, "std": [0.5] * 3}},
-        {"pretrained_cfg": {"input_size": [3, 32, 32], "mean": ["nan"] * 3, "std": ["inf"] * 3}},
-        {"pretrained_cfg": {"input_size": [3, 32, 32], "mean": [0.5] * 2, "std": [0.5] * 3}},
+        *(
+            {"pretrained_cfg": PREPARATION | change}
+            for change in (
+                {"input_size": "x"},
+                {"input_size": [3, 10**9, 10**9]},
+                {"input_size": [3, 32.5, 32.5]},
+                {"input_size": [3, 0, 0]},
+                {"input_size": [1, 32, 32]},
+                {"input_size": [3, 32, 16]},
+                {"mean": [1e999] * 3},
+                {"mean": [float("nan")] * 3},
+                {"mean": ["nan"] * 3},
+                {"mean": [0.5] * 2},
+                {"std": [0.0] * 3},
+                {"std": None},
+            )
+        ),
     ],
     ids=str,
 )

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import re
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ from safetensors.torch import load_file
 from scipy.stats import binomtest
 from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
-from support import MEAN, SIZE, STD, add_projector, load_script, make_run, only, records, tiny_encoder, write_images
+from support import MEAN, SIZE, STD, load_script, make_run, only, records, tiny_encoder, write_images
 
 from ssl_gradmix.data.corruption_sets import CorruptedImages
 from ssl_gradmix.data.corruptions import COMMON, EXTRA, GROUPS, corrupt, frost_source
@@ -260,22 +259,6 @@ def test_against_another_run(run, tmp_path, capsys):
         (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
         assert re.search(f"error: .*{message}", line)
         assert not list((tmp_path / "out").glob("corruption*"))
-
-
-def test_projector_features_against_those_of_another_run(run, tmp_path, capsys):
-    arguments = "--corruptions [contrast] --images 60"
-    other = add_projector(make_run(tmp_path / "runs" / "theirs", seed=1))
-    evaluate(other, arguments)
-    for run_or_file in (other, other / "eval" / "corruption.json"):
-        capsys.readouterr()
-        assert call(add_projector(run), f"{arguments} --feature projector --baseline {run_or_file}") == 2
-        assert re.search("has no .*/eval/projector/corr|is of backbone features, not of proj", capsys.readouterr().err)
-    assert call(other, f"{arguments} --feature projector") == 0
-    assert call(run, f"{arguments} --feature projector --baseline {other}") == 0
-    found, theirs = (rows.read(each / "eval" / "projector" / "corruption.json")[0] for each in (run, other))
-    assert set(found["feature"]) == {"projector"}
-    ours, others = (only(of, "knn", "mean_corruption_error")["value"] for of in (found, theirs))
-    assert only(found, "knn", "mce", baseline="theirs")["value"] == pytest.approx(ours / others, abs=1e-9)
 
 
 def test_open_set_recognition_under_corruption(run, capsys):
@@ -548,8 +531,8 @@ def test_a_run_is_its_own_unit(errors, tmp_path):
 
 
 def test_baselines_that_will_not_do(errors, tmp_path):
-    def read(where=tmp_path, names=("fog",), shared=SHARED, about=ABOUT):
-        return corruption.read_baseline(str(where), names, shared, about, 10)
+    def read(where=tmp_path, names=("fog",), shared=SHARED, about=ABOUT, feature="backbone"):
+        return corruption.read_baseline(str(where), names, shared, about, 10, feature)
 
     with pytest.raises(FileNotFoundError, match=r"the baseline has no '.*none/eval/corruption\.json': run eval/"):
         read(tmp_path / "none")
@@ -564,9 +547,10 @@ def test_baselines_that_will_not_do(errors, tmp_path):
         read(about={"images": {"x/test": "changed"}})
     with pytest.raises(ValueError, match=r"corruption\.json lacks snow, frost: evaluate them there too, or not here"):
         read(names=["snow", "frost", "fog"])
-    path.write_text(json.dumps([1]))
-    with pytest.raises(ValueError, match="is no file of result rows"):
-        read()
+    with pytest.raises(ValueError, match=r"corruption\.json is of backbone features, not of projector features"):
+        read(path, feature="projector")
+    with pytest.raises(FileNotFoundError, match=r"has no '.*/eval/projector/corruption\.json'"):
+        read(feature="projector")
 
 
 def test_alexnet_is_for_imagenet():

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -333,21 +332,6 @@ def test_fingerprint_tells_samples_apart():
     assert group_of(Trial("random:2:0", (0, 2), (1,)), test).fingerprint(test) != first
 
 
-def test_fingerprint_of_files_survives_a_move_but_no_edit(tmp_path):
-    for part in ("train", "test"):
-        write_images(tmp_path / "one" / part, "ab")
-
-    def fingerprint(root):
-        images = load(Data("folder", str(root)), "test")
-        return group_of(Trial("random:1:0", (0,), (1,)), images).fingerprint(images)
-
-    first = fingerprint(tmp_path / "one")
-    copy = shutil.copytree(tmp_path / "one", tmp_path / "two" / "copy")
-    assert fingerprint(copy) == first
-    Image.new("RGB", (30, 30), "red").save(copy / "test" / "a" / "0.png")
-    assert fingerprint(copy) != first
-
-
 def test_unknown_images_are_the_test_images_or_all_where_there_are_none(tmp_path):
     write_images(tmp_path, ["flat"], count=3)
     flat = osr.load_unknown(Data("folder", str(tmp_path / "flat")))
@@ -473,19 +457,6 @@ def test_intervals_counts_and_parameters(detected):
         assert only(found, score, "oscr")["params"] == params | training  # it counts what the probe names right
 
 
-def test_samples_are_scores_of_the_known_classes_features(cloud, detected):
-    (bank, _), (features, labels), is_known = cloud
-    probe, _, arrays = detected
-    unit = [each / each.norm(dim=1, keepdim=True) for each in (bank.double(), features.double())]
-    distance = NearestNeighbors(n_neighbors=4).fit(unit[0]).kneighbors(unit[1])[0][:, 3]
-    np.testing.assert_allclose(arrays["knn_distance"], -distance, atol=1e-9)
-    logits = features @ probe.weight.T + probe.bias
-    np.testing.assert_allclose(arrays["max_logit"], logits.amax(1), atol=1e-5)
-    predicted = np.array([2, 5, 7])[logits.argmax(1)]
-    assert arrays["correct"].tolist() == (predicted == labels.numpy()).tolist()
-    assert not arrays["correct"][~is_known].any()
-
-
 def test_closed_set_accuracy_of_both_classifiers(cloud, detected):
     train, (features, labels), is_known = cloud
     probe, test = detected[0], (features[is_known], labels[is_known])
@@ -497,29 +468,6 @@ def test_closed_set_accuracy_of_both_classifiers(cloud, detected):
     assert knn["params"] == {"k": 20, "temperature": 0.07}
     assert (linear["n"], knn["n"], linear["params"]["epochs"]) == (75, 75, 5)
     assert 0.6 < linear["ci_low"] < linear["value"] < linear["ci_high"] < 1
-
-
-def test_what_lies_far_from_all_clusters_is_unknown():
-    rng = torch.Generator().manual_seed(0)
-    centers, labels = 9 * torch.eye(3), torch.arange(3).repeat(30)
-    train = centers[labels] + 0.1 * torch.randn(90, 3, generator=rng), labels
-    test = torch.cat([train[0][:30] + 0.1, -train[0][:30]]), torch.arange(3).repeat(20)
-    numbers, _ = osr.detect(linear_probe(*train), train, test, torch.arange(60) < 30, osr.Options(k=5))
-    found = rows.frame(numbers)
-    for score in ("knn_distance", "top_k_cosine", "ncm", "mahalanobis"):
-        for metric, value in (("auroc", 1), ("oscr", 1), ("fpr95_id_pos", 0)):
-            assert only(found, score, metric)["value"] == value, score
-
-
-def test_neighbors_are_clamped_and_recorded():
-    train = torch.eye(5, 4) + torch.arange(5)[:, None], torch.tensor([3, 3, 8, 8, 8])
-    test = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([3, 8, 3, 1, 1, 2])
-    probe, options = linear_probe(*train, epochs=1), osr.Options(epochs=1)
-    found = rows.frame(osr.detect(probe, train, test, test[1] > 2, options)[0])
-    assert only(found, "knn_distance", "auroc")["params"] == {"k": 5}
-    assert only(found, "top_k_cosine", "auroc")["params"] == {"k": 2}
-    _, knn = osr.closed_set(probe, train, (test[0][:3], test[1][:3]), options)
-    assert knn["params"]["k"] == 5
 
 
 def trial_rows(metric, values, trials, **params):
