@@ -14,6 +14,7 @@ import struct
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -69,7 +70,6 @@ PICKLES: dict[str, Callable[[object, Path], object]] = {
     "torch.save": torch.save,
     "old torch.save": lambda what, path: torch.save(what, path, _use_new_zipfile_serialization=False),
 }
-pickled = pytest.mark.parametrize("write", PICKLES.values(), ids=PICKLES)
 
 
 @pytest.fixture
@@ -110,32 +110,35 @@ def refusal(capsys: pytest.CaptureFixture[str]) -> str:
 # Pickles
 
 
-@pickled
-@pytest.mark.parametrize("name", ["progress.pt", "method.safetensors"])
-def test_a_checkpoint(tmp_path: Path, planted: Planted, write: Callable, name: str) -> None:
-    state = checkpoint.State(1, 0, {}, {"x": torch.zeros(2)}, {}, None)
-    checkpoint.save(tmp_path, state)
-    write(planted, tmp_path / "epoch-00001-batch-0000000" / name)
-    with pytest.raises(ValueError, match="no readable checkpoint in"):
-        checkpoint.load(tmp_path, state.method)
+def of_backbone(run: Path) -> tuple[Callable[[], object], ...]:
+    folder = f"local-dir:{run / 'backbone'}"
+    return partial(load_encoder, run), partial(load_encoder, folder), partial(backbones.create, folder, pretrained=True)
 
 
-@pickled
-@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
-def test_a_backbone(run: Path, planted: Planted, write: Callable, name: str) -> None:
+def of_checkpoint(run: Path) -> tuple[Callable[[], object], ...]:
+    return (partial(checkpoint.load, run, {"x": torch.zeros(2)}),)
+
+
+READERS: dict[str, Callable[[Path], tuple[Callable[[], object], ...]]] = {
+    "epoch-00001-batch-0000000/progress.pt": of_checkpoint,
+    "epoch-00001-batch-0000000/method.safetensors": of_checkpoint,
+    "backbone/model.safetensors": of_backbone,
+    "backbone/pytorch_model.bin": of_backbone,
+    "w.safetensors": lambda run: (partial(load_encoder, "timm:resnet10_tiny", weights=run / "w.safetensors"),),
+    "w": lambda run: (partial(load_encoder, "timm:resnet10_tiny", weights=run / "w"),),
+    "osr_samples.safetensors": lambda run: (partial(Samples.read, run / "osr_samples.safetensors"),),
+}
+
+
+@pytest.mark.parametrize("write", PICKLES.values(), ids=PICKLES)
+@pytest.mark.parametrize("name", READERS)
+def test_pickles_in_place_of_weights_and_states(run: Path, planted: Planted, write: Callable, name: str) -> None:
+    checkpoint.save(run, checkpoint.State(1, 0, {}, {"x": torch.zeros(2)}, {}, None))
     (run / "backbone" / "model.safetensors").unlink()
-    write(planted, run / "backbone" / name)
-    for spec in (run, f"local-dir:{run / 'backbone'}"):
+    write(planted, run / name)
+    for read in READERS[name](run):
         with pytest.raises((ValueError, FileNotFoundError), match=re.escape(str(run))):
-            load_encoder(spec)
-
-
-@pickled
-@pytest.mark.parametrize("name", ["w.safetensors", "w.pth", "w.npz", "w"])
-def test_weights(tmp_path: Path, planted: Planted, write: Callable, name: str) -> None:
-    write(planted, tmp_path / name)
-    with pytest.raises(ValueError, match=re.escape(str(tmp_path / name))):
-        load_encoder("timm:resnet10_tiny", weights=tmp_path / name)
+            read()
 
 
 @pytest.mark.parametrize("name", ["checkpoint_path: w.pt", "pretrained_cfg: {file: w.pt}", "pretrained: true"])
@@ -146,15 +149,6 @@ def test_weights_that_the_settings_of_a_recipe_name(
     assert recipe("--backbone.kwargs", f"{{{name}}}", "--backbone.pretrained", "true") == 2
     assert re.search("backbone.kwargs must (not have|be without pretrained)", refusal(capsys))
     assert not (tmp_path / "runs").exists()
-
-
-@pickled
-@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "other.pth"])
-def test_a_pretrained_folder_that_a_recipe_starts_from(run: Path, planted: Planted, write: Callable, name: str) -> None:
-    (run / "backbone" / "model.safetensors").unlink()
-    write(planted, run / "backbone" / name)
-    with pytest.raises(ValueError, match=r"backbone\.pretrained: .*backbone"):
-        backbones.create(f"local-dir:{run / 'backbone'}", pretrained=True)
 
 
 def test_a_pretrained_folder_of_safetensors_is_read(run: Path) -> None:
@@ -186,22 +180,14 @@ def test_files_of_cifar_10_are_unpickled_only_where_they_are_the_authors_own(tmp
         load(Data(name="cifar10", root=str(tmp_path)), "train")
 
 
-@pickled
-def test_kept_features_are_computed_again(run: Path, tmp_path: Path, planted: Planted, write: Callable) -> None:
+def test_kept_features_are_computed_again(run: Path, tmp_path: Path, planted: Planted) -> None:
     encoder, images = load_encoder(run), np.zeros((4, 16, 16, 3), np.uint8)
     expected, _ = extract(encoder, images, cache=tmp_path / "kept", progress=False)
     (kept,) = (tmp_path / "kept").iterdir()
-    write(planted, kept)
+    torch.save(planted, kept)
     with pytest.warns(UserWarning, match=f"{kept.name} are damaged"):
         features, _ = extract(encoder, images, cache=tmp_path / "kept", progress=False)
     assert torch.equal(features, expected)
-
-
-@pickled
-def test_samples_of_another_run(tmp_path: Path, planted: Planted, write: Callable) -> None:
-    write(planted, tmp_path / "osr_samples.safetensors")
-    with pytest.raises(ValueError, match=r"osr_samples\.safetensors is no file of open-set samples"):
-        Samples.read(tmp_path / "osr_samples.safetensors")
 
 
 # Settings
@@ -489,41 +475,27 @@ def test_links_in_a_run_that_is_resumed_are_not_followed(tmp_path: Path) -> None
 # Files that lie about their size
 
 
-def lying_safetensors(kind: str) -> bytes:
-    header = {"x": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}
-    data = bytes(16)
-    if kind == "header longer than the file":
-        return struct.pack("<Q", 1 << 20) + b"{}"
-    if kind == "header longer than memory":
-        return struct.pack("<Q", 1 << 62) + b"{}"
-    if kind == "deep header":
-        text = b"[" * DEEP
-        return struct.pack("<Q", len(text)) + text
-    if kind == "more data than there is":
-        header["x"] |= {"shape": [10**12], "data_offsets": [0, 4 * 10**12]}
-    elif kind == "shape larger than its data":
-        header["x"]["shape"] = [10**12]
-    elif kind == "shape that overflows":
-        header["x"]["shape"] = [2**33, 2**33]
-    elif kind == "overlapping":
-        header["y"] = dict(header["x"])
-    elif kind == "backwards":
-        header["x"]["data_offsets"] = [16, 0]
-    elif kind == "hidden data":
-        data += pickle.dumps("hidden")
-    text = json.dumps(header).encode()
-    return struct.pack("<Q", len(text)) + text + data
+def safetensors(header: dict | bytes, length: int | None = None, data: bytes = bytes(16)) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
 
 
-LIES = (
-    *("header longer than the file", "header longer than memory", "deep header", "more data than there is"),
-    *("shape larger than its data", "shape that overflows", "overlapping", "backwards", "hidden data"),
-)
+TENSOR = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
+LIES = {
+    "header longer than the file": safetensors(b"{}", 1 << 20),
+    "header longer than memory": safetensors(b"{}", 1 << 62),
+    "deep header": safetensors(b"[" * DEEP),
+    "more data than there is": safetensors({"x": TENSOR | {"shape": [10**12], "data_offsets": [0, 4 * 10**12]}}),
+    "shape larger than its data": safetensors({"x": TENSOR | {"shape": [10**12]}}),
+    "shape that overflows": safetensors({"x": TENSOR | {"shape": [2**33, 2**33]}}),
+    "overlapping": safetensors({"x": TENSOR, "y": TENSOR}),
+    "backwards": safetensors({"x": TENSOR | {"data_offsets": [16, 0]}}),
+    "hidden data": safetensors({"x": TENSOR}, data=bytes(16) + pickle.dumps("hidden")),
+}
 
 
-@pytest.mark.parametrize("kind", LIES)
-def test_lying_safetensors_are_named_wherever_they_are_read(kind: str, run: Path, tmp_path: Path) -> None:
-    lie = lying_safetensors(kind)
+@pytest.mark.parametrize("lie", LIES.values(), ids=LIES)
+def test_lying_safetensors_are_named_wherever_they_are_read(lie: bytes, run: Path, tmp_path: Path) -> None:
     (tmp_path / "w.safetensors").write_bytes(lie)
     with pytest.raises(ValueError, match=r"w\.safetensors is damaged: [^\n]+$"):
         load_encoder("timm:resnet10_tiny", weights=tmp_path / "w.safetensors")
