@@ -606,6 +606,8 @@ def test_deep_json_inside_safetensors(tmp_path: Path) -> None:
         {"params": ["x"]},
         {"params": {"label_fraction": "<b>"}},
         {"params": {"p_value": [1]}},
+        {"params": {"corruption": ["fog"]}},
+        {"params": {"severity": {}}},
         {"unknown": 1},
     ],
     ids=str,

@@ -538,6 +538,13 @@ def test_baselines_that_will_not_do(errors, tmp_path):
         read(about={"images": {"x/test": "changed"}})
     with pytest.raises(ValueError, match=r"corruption\.json lacks snow, frost: evaluate them there too, or not here"):
         read(names=["snow", "frost", "fog"])
+    twice = [make_rows({"fog": errors["fog"]}, **SHARED, seed=seed) for seed in (0, 1)]
+    rows.write(path, rows.joined(twice), ABOUT)
+    with pytest.raises(ValueError, match=r"corruption\.json has several evaluations of the same images"):
+        read()
+    rows.write(path, twice[0][twice[0]["metric"] == "accuracy"], ABOUT)  # interrupted
+    with pytest.raises(ValueError, match=r"corruption\.json lacks clean images: evaluate them there too"):
+        read()
     with pytest.raises(ValueError, match=r"corruption\.json is of backbone features, not of projector features"):
         read(path, feature="projector")
     with pytest.raises(FileNotFoundError, match=r"has no '.*/eval/projector/corruption\.json'"):
