@@ -321,7 +321,8 @@ def read_baseline(
 
     Raises:
         FileNotFoundError: If the run has no results.
-        ValueError: If these are no results of corruptions, lack a corruption, or are of other images or features.
+        ValueError: If these are no results of corruptions, lack a corruption, are of other images or features, or are
+            several of the same images.
     """
     if where == "alexnet":
         if n_classes != 1000 or shared.get("preset", "imagenet") != "imagenet":
@@ -348,8 +349,16 @@ def read_baseline(
         said = "; ".join(f"{name} {other.get(name)!r}, not {shared.get(name)!r}" for name in differing)
         raise ValueError(f"the baseline {path} is of other images: {said}")
     found = found[agreeing]
+    where_from = found.assign(**{name: rows.param(found, name) for name in ("corruption", "severity", "group")})
+    if where_from.duplicated(["score", "metric", "corruption", "severity", "group"]).any():
+        raise ValueError(
+            f"the baseline {path} has several evaluations of the same images, with other parameters: evaluate that run "
+            "once more with --out FOLDER, and give that folder"
+        )
     errors = {score: errors_by_corruption(found, score) for score in CLASSIFIERS}
     missing = [name for name in names if name in COMMON and any(name not in errors[score] for score in CLASSIFIERS)]
+    if (found["metric"] == "clean_accuracy").sum() < len(CLASSIFIERS):
+        missing.append("clean images")
     if missing:
         raise ValueError(f"the baseline {path} lacks {', '.join(missing)}: evaluate them there too, or not here")
     clean_error = {score: 1 - clean_value(found, score, "accuracy") for score in CLASSIFIERS}

@@ -42,8 +42,12 @@ COLUMNS = (
 _FOUND = ("learning_rate", "p_value", "std", "corruptions")
 """Parameters that say what came out, and so do not set two rows apart."""
 
-_NUMBERS = ("label_fraction", "p_value", "std")
-"""Parameters that are shown as numbers."""
+_KINDS = {
+    **dict.fromkeys(("label_fraction", "p_value", "std"), int | float | None),
+    **dict.fromkeys(("class", "corruption", "group", "baseline", "compared_with"), str | None),
+    "severity": int | None,
+}
+"""Types of the parameters that tables are made by."""
 
 Number = dict[str, Any]
 """A measured number: the columns `score`, `metric`, `value`, `ci_low`, `ci_high`, `n` and `params`."""
@@ -223,7 +227,8 @@ def _check(record: Mapping[str, Any]) -> None:
     wrong = [name for name in _TEXTS if not isinstance(record[name], str)]
     kinds = {"trial": int | None, "n": int, "params": dict}
     wrong += [name for name, kind in kinds.items() if not isinstance(record[name], kind)]
-    wrong += [f"params.{name}" for name in _NUMBERS if not isinstance(record["params"].get(name), int | float | None)]
+    params = record["params"] if isinstance(record["params"], dict) else {}
+    wrong += [f"params.{name}" for name, kind in _KINDS.items() if not isinstance(params.get(name), kind)]
     if wrong:
         raise ValueError(f"{', '.join(wrong)} of another type")
 

@@ -104,9 +104,11 @@ class TestWeights:
         weights["other.weight"] = weights.pop("bn1.weight")
         weights["conv1.weight"] = weights["conv1.weight"][:3].clone()
         save_file(weights, tmp_path / "w.safetensors")
-        with pytest.raises(
-            ValueError, match=r"1 \(bn1.weight\) missing; 1 \(other.weight\) un.*; 1 \(conv1.weight\) of"
-        ):
+        message = r"1 \(bn1.weight\) missing; 1 \(other.weight\) un.*; 1 \(conv1.weight\) of"
+        with pytest.raises(ValueError, match=message):
+            load_encoder("timm:resnet10_tiny", weights=tmp_path / "w.safetensors")
+        save_file({"x": torch.zeros(1)}, tmp_path / "w.safetensors")
+        with pytest.raises(ValueError, match=r"\d\d \(conv1.weight, bn1.weight, bn1.bias, ...\) missing; 1 \(x\)"):
             load_encoder("timm:resnet10_tiny", weights=tmp_path / "w.safetensors")
 
     @pytest.mark.parametrize("prefix", ["backbone.", "module.", "student.backbone."])
@@ -137,11 +139,6 @@ class TestWeights:
         save_file(again.state_dict(), tmp_path / "named.safetensors")
         encoder = load_encoder("timm:resnet10t", weights=tmp_path / "named.safetensors")
         assert torch.equal(encoder.model(IMAGES), model.forward_head(model.forward_features(IMAGES), pre_logits=True))
-
-    def test_many_misfits_are_cut_short(self, tmp_path, backbone):
-        save_file({"x": torch.zeros(1)}, tmp_path / "w.safetensors")
-        with pytest.raises(ValueError, match=r"\d\d \(conv1.weight, bn1.weight, bn1.bias, ...\) missing; 1 \(x\)"):
-            load_encoder("timm:resnet10_tiny", weights=tmp_path / "w.safetensors")
 
     def test_need_an_architecture(self, run):
         with pytest.raises(ValueError, match="give timm:NAME in place of"):
@@ -185,73 +182,31 @@ class TestPublished:
             load_encoder("timm:resnet10t.c3_in1k")
         assert {filename for _, filename in asked} == {"model.safetensors"}
 
-    def test_unknown_names(self):
-        with pytest.raises(ValueError, match=r"knows no model 'resnet1o'; near names are resnet"):
-            load_encoder("timm:resnet1o")
-        with pytest.raises(ValueError, match=r"no weights 'resnet10t.mine', but resnet10t.c3_in1k"):
-            load_encoder("timm:resnet10t.mine")
-        with pytest.raises(ValueError, match="no safetensors for 'resnet10_tiny'"):
-            load_encoder("timm:resnet10_tiny")
-        with pytest.raises(ValueError, match="one of timm's own models, got 'hf-hub:someone/model'"):
-            load_encoder("timm:hf-hub:someone/model")
-        with pytest.raises(ValueError, match="one of timm's own models, got 'local-dir:here'"):
-            load_encoder("timm:local-dir:here", weights="w.safetensors")
-
-
-class Bomb:
-    """Unpickling it leaves a file behind."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
+    @pytest.mark.parametrize(
+        ("spec", "message"),
+        [
+            ("timm:resnet1o", r"knows no model 'resnet1o'; near names are resnet"),
+            ("timm:resnet10t.mine", r"no weights 'resnet10t.mine', but resnet10t.c3_in1k"),
+            ("timm:resnet10_tiny", "no safetensors for 'resnet10_tiny'"),
+            ("timm:hf-hub:someone/model", "one of timm's own models, got 'hf-hub:someone/model'"),
+            ("timm:local-dir:here", "one of timm's own models, got 'local-dir:here'"),
+        ],
+    )
+    def test_unknown_names(self, spec, message):
+        with pytest.raises(ValueError, match=message):
+            load_encoder(spec)
 
 
 class TestPickles:
-    @pytest.fixture
-    def exploded(self, tmp_path):
-        path = tmp_path / "exploded"
-        yield path
-        assert not path.exists()
-
-    def refused(self, path: Path):
-        return pytest.raises(
-            ValueError, match=rf"(?s){path.name} is a pickled .*torch.load\(.*weights_only=True.*save_file"
-        )
-
-    @pytest.mark.parametrize("ending", [".pt", ".pth", ".bin", ".ckpt"])
     @pytest.mark.parametrize("save", [torch.save, lambda what, path: path.write_bytes(pickle.dumps(what))])
-    def test_refused_with_how_to_convert(self, tmp_path, exploded, ending, save):
-        path = tmp_path / f"model{ending}"
-        save(Bomb(exploded), path)
-        with self.refused(path):
-            load_encoder(path)
-        with self.refused(path):
-            load_encoder("timm:resnet10_tiny", weights=path)
-
-    @pytest.mark.parametrize("save", [torch.save, lambda what, path: path.write_bytes(pickle.dumps(what, protocol=2))])
-    def test_refused_under_another_name(self, tmp_path, exploded, save):
-        path = tmp_path / "model.safetensors"
-        save(Bomb(exploded), path)
-        with self.refused(path):
-            load_encoder("timm:resnet10_tiny", weights=path)
-
-    def test_refused_in_timms_layout(self, run, exploded):
-        (run / "backbone" / "model.safetensors").unlink()
-        torch.save(Bomb(exploded), run / "backbone" / "pytorch_model.bin")
-        with self.refused(run / "backbone" / "pytorch_model.bin"):
-            load_encoder(f"local-dir:{run / 'backbone'}")
-
-    @pytest.mark.parametrize("argument", ["checkpoint_path", "pretrained_cfg"])
-    def test_a_description_cannot_point_to_one(self, run, exploded, argument):
-        torch.save(Bomb(exploded), run / "bomb.pt")
-        path = run / "backbone" / "config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"model_args": {argument: str(run / "bomb.pt")}}))
-        with pytest.raises(
-            ValueError, match=f"config.json describes no model: backbone.kwargs must not have {argument}"
-        ):
-            load_encoder(run)
+    def test_refused_with_how_to_convert(self, tmp_path, save):
+        for path in (tmp_path / "model.pt", tmp_path / "model.bin"):
+            save({}, path)
+            refused = rf"(?s){path.name} is a pickled .*torch.load\(.*weights_only=True.*save_file"
+            with pytest.raises(ValueError, match=refused):
+                load_encoder(path)
+            with pytest.raises(ValueError, match=refused):
+                load_encoder("timm:resnet10_tiny", weights=path)
 
     def test_the_way_out_works(self, tmp_path, backbone, monkeypatch):
         monkeypatch.chdir(tmp_path)
@@ -281,12 +236,6 @@ class TestNoRun:
         with pytest.raises(FileNotFoundError, match="has no backbone yet"):
             load_encoder(run)
 
-    @pytest.mark.parametrize("text", ["data: [", "just words", "", b"\xff\xfe\x00"])
-    def test_damaged_settings(self, run, text):
-        (run / "config.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
-        with pytest.raises(ValueError, match=r"config.yaml is damaged: [^\n]+$"):
-            load_encoder(run)
-
 
 class TestDamaged:
     @pytest.mark.parametrize("keep", [0, 7, 5000])
@@ -294,23 +243,6 @@ class TestDamaged:
         path = run / "backbone" / "model.safetensors"
         path.write_bytes(path.read_bytes()[:keep])
         with pytest.raises(ValueError, match=r"backbone/model.safetensors is damaged: [^\n]+$"):
-            load_encoder(run)
-
-    @pytest.mark.parametrize(
-        "change",
-        [
-            {"architecture": None, "pretrained_cfg": None},
-            {"pretrained_cfg": {"input_size": [3, 32, 32], "mean": [0.5] * 3}},
-            {"pretrained_cfg": {"input_size": [1, 32, 32], "mean": [0.5], "std": [0.5]}},
-            {"pretrained_cfg": {"input_size": [3, 32, 16], "mean": [0.5] * 3, "std": [0.5] * 3}},
-            {"pretrained_cfg": {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.0] * 3}},
-            {"pretrained_cfg": {"input_size": [3, 32, 32], "mean": ["a"] * 3, "std": [0.5] * 3}},
-        ],
-    )
-    def test_description(self, run, change):
-        path = run / "backbone" / "config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | change))
-        with pytest.raises(ValueError, match=r"config.json is damaged: [^\n]+$"):
             load_encoder(run)
 
     @pytest.mark.parametrize("text", ["", "{", "[]", "3"])
@@ -323,15 +255,7 @@ class TestDamaged:
         path = run / "backbone" / "config.json"
         described = json.loads(path.read_text())
         path.write_text(json.dumps(described | {"architecture": "resnet18_small"}))
-        with pytest.raises(
-            ValueError, match=r"model.safetensors does not fit the model: .* missing; .* of another shape"
-        ):
-            load_encoder(run)
-        path.write_text(json.dumps(described | {"architecture": "resnet_mine"}))
-        with pytest.raises(ValueError, match=r"knows no model 'resnet_mine'"):
-            load_encoder(run)
-        path.write_text(json.dumps(described | {"model_args": {"color": 3}}))
-        with pytest.raises(ValueError, match="resnet10_tiny does not take"):
+        with pytest.raises(ValueError, match=r"model.safetensors does not fit the model: .* missing; .* of another sh"):
             load_encoder(run)
 
 
