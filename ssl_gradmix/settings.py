@@ -54,6 +54,11 @@ class Data:
         split_seed: Seed of that split.
         broken: What to do with an image that cannot be read: `stop` with its path, or `skip` it, counted and reported
             (which decodes every file once at the start).
+        stamp_bits: Plant a shortcut into all views, a stamp of 4, 9 or 16 black and white cells that names the image,
+            see `data/planted.py`; 0 plants none. Evaluations see images without it, but for that of reliance.
+        stamp_place: `anywhere`, at a place of each image's own, or in the lower right `corner`.
+        stamp_when: `after` the augmentation, or `before` it, where it is cropped and resampled too.
+        stamp_strength: Of its black and white over the image, in (0, 1].
     """
 
     name: Literal["digits", "cifar10", "cifar100", "svhn", "mnist", "stl10", "folder"] = "digits"
@@ -65,8 +70,14 @@ class Data:
     test_fraction: float = 0.2
     split_seed: int = 0
     broken: Literal["stop", "skip"] = "stop"
+    stamp_bits: int = 0
+    stamp_place: Literal["anywhere", "corner"] = "anywhere"
+    stamp_when: Literal["after", "before"] = "after"
+    stamp_strength: float = 1.0
 
     def __post_init__(self) -> None:
+        _require(self.stamp_bits in (0, 4, 9, 16), "data.stamp_bits", self.stamp_bits, "0, 4, 9 or 16")
+        _require_between("data.stamp_strength", self.stamp_strength, 0, 1, open_low=True)
         _require_between("data.size", self.size, 8, 4096)
         _require(
             self.root is None or bool(self.root.strip()),

@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ssl_gradmix.data import planted
+from ssl_gradmix.data.planted import Stamps
 from ssl_gradmix.settings import Augmentation
 
 BLUR_SIGMA = (0.1, 2.0)
@@ -77,6 +79,7 @@ class Views(nn.Module):
         std: Likewise.
         process: This process's number.
         processes: How many share a batch.
+        stamps: What is planted into the views, if anything is.
     """
 
     def __init__(
@@ -87,8 +90,10 @@ class Views(nn.Module):
         std: Sequence[float],
         process: int = 0,
         processes: int = 1,
+        stamps: Stamps | None = None,
     ) -> None:
         super().__init__()
+        self.stamps = stamps
         self.augmentation = augmentation
         self.size = size
         self.process, self.processes = process, processes
@@ -114,7 +119,19 @@ class Views(nn.Module):
         if isinstance(images, Tensor) and (images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3):
             raise ValueError(f"images must be uint8 (N, 3, H, W), got {images.dtype} {tuple(images.shape)}")
         with torch.autocast(images[0].device.type, enabled=False):
-            return [self.apply_draws(images, self.draw(images, second=view == 1)) for view in range(n_views)]
+            names = planted.name(images) if self.stamps else None
+            if self.stamps and self.stamps.before:
+                images = self._stamped(images, names)
+            views = [self.apply_draws(images, self.draw(images, second=view == 1)) for view in range(n_views)]
+            if self.stamps and not self.stamps.before:
+                black, white = (0 - self.mean) / self.std, (1 - self.mean) / self.std
+                views = [self.stamps.plant(view, names, black, white) for view in views]
+            return views
+
+    def _stamped(self, images: Tensor | Sequence[Tensor], names: Tensor) -> Tensor | list[Tensor]:
+        if isinstance(images, Tensor):
+            return self.stamps.plant(images, names)
+        return [self.stamps.plant(each[None], name[None])[0] for each, name in zip(images, names, strict=True)]
 
     def draw(self, images: Tensor | Sequence[Tensor], second: bool) -> Draws:
         """Draws the random numbers of one view, on the CPU."""

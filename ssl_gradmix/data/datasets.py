@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from ssl_gradmix.data import images as image_files
+from ssl_gradmix.data.planted import Stamps, stamps_of
 from ssl_gradmix.files import printable
 from ssl_gradmix.settings import Data
 
@@ -44,12 +45,14 @@ class ImageSet(torch.utils.data.Dataset):
         labels: int64 (N,), -1 where unlabeled.
         classes: Label k is `classes[k]`. Kept whole when a subset of the classes is taken: labels keep their numbers.
         name: What messages and results call it, for instance `digits/train`.
+        stamps: What is planted into their views, not into the images themselves; None for nothing.
     """
 
     images: np.ndarray | list[Path]
     labels: np.ndarray
     classes: tuple[str, ...]
     name: str
+    stamps: Stamps | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -228,7 +231,7 @@ def load(data: Data, split: Literal["train", "test", "all"]) -> ImageSet:
         images = _torchvision(data, split)
     if len(images) < 2:
         raise ValueError(f"{images.name} has {len(images)} image{'' if len(images) else 's'}, at least 2 are needed")
-    return images
+    return replace(images, stamps=stamps_of(data))
 
 
 def _held_out(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:

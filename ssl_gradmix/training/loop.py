@@ -115,7 +115,7 @@ class Trainer:
         )
         self.steps_per_epoch = len(indices) // training.accumulate
         self.steps = self.steps_per_epoch * training.epochs
-        views = Views(augmentation, size, self.mean, self.std, process, processes)
+        views = Views(augmentation, size, self.mean, self.std, process, processes, images.stamps)
         self.source = batches.Batches(
             images, views, indices, n_views, training.decode, training.workers, accelerator.device
         )
