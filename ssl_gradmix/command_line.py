@@ -135,14 +135,18 @@ def read(parser: ArgumentParser, argv: Sequence[str] | None) -> tuple[Namespace,
         The settings as dataclasses, and the same as plain values, for YAML.
     """
     parsed = parser.parse_args(argv)
-    if parsed.augmentation.flip is None:
-        parsed.augmentation.flip = 0.0 if parsed.data.name in ("digits", "mnist", "svhn") else 0.5
-    if parsed.augmentation.blur is None:
-        parsed.augmentation.blur = 0.5 if parsed.data.size >= 96 else 0.0
+    for name, value in usual_augmentation(parsed.data.name, parsed.data.size).items():
+        if parsed.augmentation[name] is None:
+            parsed.augmentation[name] = value
     plain = yaml.safe_load(parser.dump(parsed))
     plain.pop("environment", None)
     plain.pop("overwrite")  # a run that goes by another's settings must not take its place by them
     return parser.instantiate(parsed), plain
+
+
+def usual_augmentation(data: str, size: int) -> dict[str, float]:
+    """Settings of the augmentation that go by the data set's name and the size of its images, where nobody says."""
+    return {"flip": 0.0 if data in ("digits", "mnist", "svhn") else 0.5, "blur": 0.5 if size >= 96 else 0.0}
 
 
 def run(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> int:

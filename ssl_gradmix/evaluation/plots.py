@@ -246,6 +246,62 @@ def corruptions(table: pd.DataFrame, score: str, metric: str, clean: float, titl
     return figure
 
 
+def reliance(
+    maps: Mapping[str, np.ndarray],
+    examples: Sequence[tuple[np.ndarray, Sequence[int], float]],
+    shares: Arrays,
+    title: str,
+) -> Figure:
+    """Draws where an encoder looks on average, images that it reads most locally, and what images lose.
+
+    Args:
+        maps: Mean attributions (H, W), in [0, 1], by what they are of.
+        examples: Images (H, W, 3) in [0, 1] with their box x0, y0, x1, y1 and the share that they lose; up to 12.
+        shares: By place, the share of the agreement that each image loses when the part there is replaced, (N,).
+        title: Said above.
+    """
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(11.5, 4.2), layout="constrained")
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+        left, middle, right = figure.subfigures(1, 3, width_ratios=(0.55, 1.35, 1.2))
+        for axes, (name, values) in zip(left.subplots(len(maps), 1, squeeze=False).flat, maps.items(), strict=True):
+            shown = axes.imshow(values, cmap="inferno", vmin=0)
+            axes.set_title(f"mean attribution,\n{name}")
+            left.colorbar(shown, ax=axes, shrink=0.85).outline.set_visible(False)
+            _picture(axes)
+        grid = middle.subplots(3, 4)
+        middle.suptitle("images that lose most, and the part", x=0.02, ha="left", fontsize="medium")
+        for axes in grid.flat:
+            _picture(axes)
+        for axes, (image, (x0, y0, x1, y1), share) in zip(grid.flat, examples, strict=False):
+            axes.imshow(image)
+            # Pixels are centered on whole numbers; two colors are seen on bright and on dark images.
+            xs, ys = np.array([x0, x1, x1, x0, x0]) - 0.5, np.array([y0, y0, y1, y1, y0]) - 0.5
+            axes.plot(xs, ys, color="black", linewidth=3, clip_on=False)
+            axes.plot(xs, ys, color="white", linewidth=1.2, clip_on=False)
+            axes.set_title(f"{share:.0%}", fontsize=8, loc="center", pad=2)
+        axes = right.subplots()
+        low, high = np.quantile(np.concatenate(list(shares.values())), (0.002, 0.998))
+        edges = np.linspace(min(low, 0), max(high, 1), 41)
+        for i, (place, values) in enumerate(shares.items()):
+            counts, _ = np.histogram(values.clip(edges[0], edges[-1]), edges)
+            color, label = COLORS[i % len(COLORS)], f"{place}, mean {values.mean():.0%}"
+            axes.stairs(counts / len(values), edges, color=color, fill=i == 0, alpha=0.55 if i == 0 else 1, label=label)
+            axes.axvline(values.mean(), color=color, linestyle="--", linewidth=1)
+        axes.set(xlabel="share of the agreement that an image loses", ylabel="share of images")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter("{x:.0%}")
+        legend = {"frameon": True, "facecolor": PAPER, "edgecolor": PAPER, "alignment": "left"}
+        axes.legend(title="part replaced", loc="best", **legend)
+    return figure
+
+
+def _picture(axes: Axes) -> None:
+    axes.set(xticks=[], yticks=[])
+    axes.grid(False)
+    axes.spines[:].set_visible(False)
+
+
 def curves(lines: Sequence[Line], x_label: str, shares: bool = False) -> Figure:
     """Draws measured points and lines between them; y is a share, shown in percent, where `shares` is set."""
     figure, axes = _panel()

@@ -2,10 +2,9 @@
 
 Two views are encoded, the part of the first that their agreement is attributed to is replaced by another image, and
 their cosine similarity is read again. What it falls by is said in shares of what it falls by where the whole first view
-is replaced, hence in [0, 1] but for chance, however alike an encoder's features of different images are. An encoder
-that reads whole objects loses little with a tenth of the image; one on a shortcut, a stamp or a logo, nearly all.
-
-Both controls replace a box of the same size, by the same image: at a random place, and in the middle.
+is replaced, so that it does not matter how alike an encoder's features of different images are: 0 for a part that is
+not seen, 1 where nothing is left, and above where images of the encoder's own world agree more than that. Controls
+replace a box of the same size, by the same image, at a random place and in the middle.
 """
 
 from __future__ import annotations
@@ -29,6 +28,10 @@ from ssl_gradmix.gradmix import GradMix
 PLACES = ("attributed", "random", "center")
 
 Fill = Literal["crop", "donor"]
+
+RELIES = 0.5
+"""From this share on an encoder is said to live off the tenth of the image that matters most. Measured with 512 images:
+0.04 to 0.31 of encoders of CIFAR-10 and digits, 0.73 to 1.35 of one that was trained on planted stamps of 9 bits."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,18 @@ class Reliance:
         left = self.whole if beyond is None else self.replaced[beyond]
         lost, above = (each.double().numpy() for each in (left - self.replaced[place], self.whole - self.chance))
         return bootstrap_interval(_ratio, lost, above, strata=np.zeros(len(lost)), seed=seed)
+
+
+def verdict(share: float, at_random: float, part: float) -> str:
+    """What the shares lost with the attributed part, and with one at a random place, say in a sentence."""
+    lost = f"loses {f'{max(share, 0):.0%}' if share < 1 else 'all'} of its agreement with {part:.0%} of the image"
+    control = f"{max(at_random, 0):.0%} with one at random"
+    if share < RELIES:
+        return f"this encoder {lost}, the part that matters most ({control})"
+    return (
+        f"this encoder {lost} ({control}): it lives off a small part of its images, "
+        "see where in the picture; a training with GradMix may break that"
+    )
 
 
 def _ratio(lost: np.ndarray, above: np.ndarray, weights: np.ndarray | int = 1) -> np.ndarray:
@@ -163,7 +178,7 @@ def _joined(batches: Sequence[tuple]) -> Reliance:
     if not above.mean() > 2 * above.std() / math.sqrt(len(above)):
         raise ValueError(
             f"encoder: its features agree no more for two views of an image (cosine {whole.mean():.3f}) than for two "
-            f"images ({chance.mean():.3f}), so there is no agreement to lose; it may have collapsed, or images are alike"
+            f"images ({chance.mean():.3f}), so there is no agreement to lose; has it collapsed, or are images alike?"
         )
     places = dict(zip(PLACES, replaced, strict=True))
     return Reliance(names[0][0], whole, chance, places, donors, boxes, attribution, flat, images)

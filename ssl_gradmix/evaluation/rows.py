@@ -2,7 +2,7 @@
 
 | column      | what it holds                                                                                       |
 |-------------|-----------------------------------------------------------------------------------------------------|
-| `task`      | What was evaluated: `linear_probe`, `osr`, `ood`, `corruption`.                                     |
+| `task`      | What was evaluated: `linear_probe`, `osr`, `ood`, `corruption`, `reliance`.                         |
 | `dataset`   | Name of the data set.                                                                               |
 | `split`     | Its part, `test` as a rule.                                                                         |
 | `trial`     | Open-set trial, or the seed of a random one; missing where there is none.                           |
