@@ -274,8 +274,9 @@ class Training:
         workers: Loader processes, where images are decoded when they are needed.
         threads: CPU threads of each process, where it trains on the CPU. Null does as OMP_NUM_THREADS says, or else
             shares the cores out.
-        knn_every: Epochs between two readings of features of training images: their effective rank and, where images
-            are labeled, kNN accuracy on held-out ones; 0 for never.
+        knn_every: Epochs between two readings of features of training images: their effective rank, the share of the
+            agreement of two views that hangs on a tenth of the image and, where images are labeled, kNN accuracy on
+            held-out ones; 0 for never.
         samples_every: Epochs between two pictures of mixed views in `samples/`; 0 for never.
         checkpoint_every: Epochs between two checkpoints.
         trackers: Accelerate trackers to log to as well, for instance `[tensorboard]`.

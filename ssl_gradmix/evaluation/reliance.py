@@ -29,9 +29,13 @@ PLACES = ("attributed", "random", "center")
 
 Fill = Literal["crop", "donor"]
 
+HEALTHY = 0.31
+"""The largest share that an encoder without a planted shortcut lost with a tenth of the image, where it was measured:
+CIFAR-10 and digits, backbone and projector, layers 3 and 4, 512 images and more; the smallest was 0.04."""
+
 RELIES = 0.5
-"""From this share on an encoder is said to live off the tenth of the image that matters most. Measured with 512 images:
-0.04 to 0.31 of encoders of CIFAR-10 and digits, 0.73 to 1.35 of one that was trained on planted stamps of 9 bits."""
+"""From this share on an encoder is said to live off a small part. Trained plainly on planted stamps of 9 bits one lost
+0.73 to 1.35, and with GradMix, after which it told classes twice as well apart, 0.44 to 0.63."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +88,8 @@ def verdict(share: float, at_random: float, part: float) -> str:
     if share < RELIES:
         return f"this encoder {lost}, the part that matters most ({control})"
     return (
-        f"this encoder {lost} ({control}): it lives off a small part of its images, "
-        "see where in the picture; a training with GradMix may break that"
+        f"this encoder {lost} ({control}), and those without a planted shortcut lost {HEALTHY:.0%} at most where "
+        "measured: the picture shows what it lives off, and training with GradMix may loosen that"
     )
 
 

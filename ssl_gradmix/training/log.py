@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from PIL import Image
 from tqdm.auto import tqdm
 
+from ssl_gradmix.evaluation.reliance import RELIES
 from ssl_gradmix.run_folder import RunFolder, flat
 
 COLLAPSED_STD = 0.1
@@ -32,6 +33,7 @@ READINGS = {
     "seconds_left": "{} left",
     "rankme": "rank {:.1f}",
     "knn": "kNN {:.1%}",
+    "reliance": "reliance {:.0%}",
 }
 """An epoch's readings in the log, and how they are shown; the rest is for log.jsonl alone."""
 
@@ -59,7 +61,7 @@ def clock(seconds: float) -> str:
 
 
 def warnings(entry: dict[str, Any]) -> list[str]:
-    """Lines on an epoch in which the encoder collapsed, or most attribution maps were flat."""
+    """Lines on an epoch in which the encoder collapsed or came to live off a small part, or most maps were flat."""
     found = []
     rank = entry.get("rankme")
     if entry["embedding_std"] < COLLAPSED_STD or (rank is not None and rank < COLLAPSED_RANK):
@@ -68,6 +70,11 @@ def warnings(entry: dict[str, Any]) -> list[str]:
             f"(embedding_std {entry['embedding_std']:.3f}"
             + ("" if rank is None else f", effective rank {rank:.2f}")
             + "); a lower --optimizer.lr or --optimizer.weight_decay may help, for BYOL another --method.momentum"
+        )
+    if entry.get("reliance", 0) >= RELIES:
+        found.append(
+            f"warning: the encoder loses {entry['reliance']:.0%} of its agreement with a tenth of the image: it "
+            "may live off a stamp, a logo or the like; eval/reliance.py shows where, --extra_view gradmix may help"
         )
     if entry["flat"] > FLAT:
         found.append(

@@ -123,7 +123,7 @@ class Trainer:
         labeled = images.subset(images.labels >= 0)
         watched = labeled if len(labeled) >= 10 else images
         if accelerator.is_main_process and training.knn_every and len(watched) >= 10:
-            self.monitor = Monitor(watched, size, self.mean, self.std)
+            self.monitor = Monitor(watched, size, self.mean, self.std, views=views)
         if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
             method = convert_sync_batchnorm(method)  # timm's: torch's drops what timm's norms hold, activations
         method.to(memory_format=torch.channels_last)

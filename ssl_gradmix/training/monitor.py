@@ -1,4 +1,4 @@
-"""What an encoder's features are worth while it trains: kNN accuracy and effective rank."""
+"""What an encoder's features are worth while it trains: kNN accuracy, effective rank, and reliance on a small part."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ import torch
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
-from ssl_gradmix.data.augmentation import eval_transform
+from ssl_gradmix.data.augmentation import Views, eval_transform
 from ssl_gradmix.data.datasets import ImageSet
 from ssl_gradmix.evaluation.knn import knn_accuracy
 from ssl_gradmix.evaluation.rank import rankme
+from ssl_gradmix.evaluation.reliance import measure, two_views
 
 logger = logging.getLogger("ssl_gradmix")
+
+WATCHED = 128
+"""Images in which reliance is read: two passes of them and three of parts, no more than a step or two of training."""
 
 
 class Monitor:
@@ -35,6 +39,7 @@ class Monitor:
         bank: At most so many images vote.
         queries: At most so many are classified, and at most a fifth of all.
         seed: Draws both, stratified by class.
+        views: Makes the two views in which reliance is read; None reads none.
     """
 
     def __init__(
@@ -46,7 +51,9 @@ class Monitor:
         bank: int = 5000,
         queries: int = 1000,
         seed: int = 0,
+        views: Views | None = None,
     ) -> None:
+        self.views, self.watched = views, images.subset(np.random.default_rng(seed).permutation(len(images))[:WATCHED])
         order = np.random.default_rng(seed).permutation(len(images))[: bank + queries]
         labels = images.labels[order]
         queries = min(queries, len(order) // 5)
@@ -63,23 +70,34 @@ class Monitor:
         self.queries, self.query_labels = images.subset(asked).pixels(size), torch.from_numpy(images.labels[asked])
         self.normalize = eval_transform(size, mean, std)
 
-    @torch.inference_mode()
     def __call__(self, backbone: nn.Module, device: torch.device) -> dict[str, float]:
         """The readings for the log; the backbone is left as it was found, BatchNorm statistics included.
 
         Returns:
-            `rankme` from 1 to the number of dimensions, and `knn`, an accuracy in [0, 1], where labels differ.
+            `rankme` from 1 to the number of dimensions; `knn`, an accuracy in [0, 1], where labels differ; and
+            `reliance`, where views agree more than images, and the backbone has maps to attribute at.
         """
         training = backbone.training
         backbone.eval()
         try:
             queries, bank = (self._features(backbone, pixels, device) for pixels in (self.queries, self.bank))
+            readings = {"rankme": rankme(torch.cat([queries, bank]))}
+            if self.labeled:
+                readings["knn"] = knn_accuracy(queries, self.query_labels, bank, self.bank_labels)
+            if self.views is not None:
+                readings |= self._reliance(backbone)
         finally:
             backbone.train(training)
-        readings = {"rankme": rankme(torch.cat([queries, bank]))}
-        if self.labeled:
-            readings["knn"] = knn_accuracy(queries, self.query_labels, bank, self.bank_labels)
         return readings
 
+    def _reliance(self, backbone: nn.Module) -> dict[str, float]:
+        try:
+            (found,) = measure(backbone, (pair for pair, _ in two_views(self.watched, self.views, WATCHED, 0)))
+        except ValueError as error:  # what the encoder does not allow to be read is no reason to stop its training
+            logger.info("reliance is not read: %s", error)
+            return {}
+        return {"reliance": found.by_image("attributed").mean().item()}
+
+    @torch.inference_mode()
     def _features(self, backbone: nn.Module, pixels: Tensor, device: torch.device) -> Tensor:
         return torch.cat([backbone(self.normalize(batch.to(device))).float().cpu() for batch in pixels.split(256)])
