@@ -13,6 +13,9 @@ METHODS = ("simclr", "byol")
 DATA = ("all", "known", "two-cue")
 """All classes; the known classes of an open-set trial; two digits side by side."""
 
+STAMPED = ("stamps-0", "stamps-4", "stamps-9", "stamps-16")
+"""All classes, with a stamp of so many bits in every view of the training, see `ssl_gradmix/data/planted.py`."""
+
 TRIALS = (0, 2, 3, 4)
 """CIFAR-10's distinct open-set trials: trial 1 has the known classes of trial 0."""
 
@@ -28,6 +31,7 @@ VARIANTS: dict[str, dict[str, str]] = {
     "center-box": {**_GRADMIX, "gradmix.region": "center"},
     "gradmix": _GRADMIX,
     "gradmix-loss": {**_GRADMIX, "gradmix.target": "loss"},
+    "oracle": _GRADMIX,  # the box is put on the stamp, by benchmarks/evidence/oracle.py
     "gradmix-noise": {**_GRADMIX, "gradmix.fill": "noise"},
     "gradmix-crop": {**_GRADMIX, "gradmix.fill": "crop"},
     "gradmix-mask": {**_GRADMIX, "gradmix.region": "mask"},
@@ -102,7 +106,7 @@ class Cell(NamedTuple):
     Attributes:
         method: One of `METHODS`.
         variant: One of `VARIANTS`.
-        data: One of `DATA`.
+        data: One of `DATA` or `STAMPED`.
         seed: Of the training. With data `known` it chooses the open-set trial too, so that seeds are trials.
     """
 
@@ -113,6 +117,11 @@ class Cell(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.method}/{self.variant}/{self.data}/{self.seed}"
+
+    @property
+    def kind(self) -> str:
+        """Of its data, `stamps` whatever their bits."""
+        return "stamps" if self.data in STAMPED else self.data
 
     def run(self, grid: Grid) -> Path:
         """Its run folder."""
@@ -144,7 +153,8 @@ def passes(cell: Cell, grid: Grid) -> tuple[int, int, int]:
     """
     settings, n = VARIANTS[cell.variant], epochs(cell, grid)
     views = 2 if settings["extra_view"] == "none" else 3
-    attributed = settings["extra_view"] == "gradmix" and settings.get("gradmix.region") not in ("random", "center")
+    mixed = settings["extra_view"] == "gradmix" and cell.variant != "oracle"
+    attributed = mixed and settings.get("gradmix.region") not in ("random", "center")
     return views * n, n if attributed else 0, 2 * n if cell.method == "byol" else 0
 
 
@@ -159,12 +169,17 @@ def steps(cell: Cell, grid: Grid) -> list[Step]:
         where = ["--data.root", str(grid.two_cues / cue), "--out", str(run / "eval" / cue)]
         return evaluate("eval/linear_probe.py", f"eval/{cue}/linear_probe.json", *where)
 
-    train = Step(["python", f"recipes/{cell.method}_gradmix.py", *_training(cell, grid), *grid.recipe], None)
+    recipe = [f"recipes/{cell.method}_gradmix.py"]
+    script = ["benchmarks/evidence/oracle.py", *recipe] if cell.variant == "oracle" else recipe
+    train = Step(["python", *script, *_training(cell, grid), *grid.recipe], None)
     rank = evaluate("benchmarks/evidence/rankme.py", "rankme.json")
     if cell.data == "known":
         return [train, evaluate("eval/osr.py", "eval/osr.json")]
     if cell.data == "two-cue":
         return [train, probe("usual"), probe("neglected"), rank]
+    if cell.kind == "stamps":
+        reliance = evaluate("eval/reliance.py", "eval/reliance.json", "--layers", "[layer3]")
+        return [train, evaluate("eval/linear_probe.py", "eval/linear_probe.json"), reliance]
     workers = str(grid.threads)
     return [
         train,
@@ -190,6 +205,8 @@ def _training(cell: Cell, grid: Grid) -> list[str]:
     }
     if cell.data == "known":
         settings["data.open_set"] = f"cifar10:{TRIALS[cell.seed % len(TRIALS)]}"
+    if cell.kind == "stamps":
+        settings["data.stamp_bits"] = cell.data.removeprefix("stamps-")
     if cell.data == "two-cue":  # a flip would change sides, and a small crop leave one of the digits out
         settings |= {"augmentation.flip": 0, "augmentation.min_scale": 0.5}
     return options(settings)

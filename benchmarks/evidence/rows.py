@@ -83,6 +83,12 @@ MEASURES = {
     "usual_cue": Measure("two cues: the usual one", "two-cue", "usual/linear_probe.json", "linear", "top1"),
     "neglected_cue": Measure("two cues: the neglected one", "two-cue", "neglected/linear_probe.json", "linear", "top1"),
     "two_cue_rank": Measure("two cues: RankMe", "two-cue", percent=False),
+    "unstamped_linear": Measure("linear probe, images without stamps", "stamps", "linear_probe.json", "linear", "top1"),
+    "unstamped_knn": Measure("kNN, images without stamps", "stamps", "linear_probe.json", "knn", "top1"),
+    "reliance": Measure(
+        "agreement lost with a tenth of the image (less is better)", "stamps", "reliance.json", "attributed",
+        "reliance", larger_is_better=False,
+    ),
 }  # fmt: skip
 """By their names in rows, in the order of the tables."""
 
@@ -104,7 +110,7 @@ def condense(cell: Cell, grid: Grid) -> list[dict[str, Any]]:
     cost = dict(zip(("passes", "attributions", "target_passes"), passes(cell, grid), strict=True))
     cost |= dict(seconds=round(_seconds(log, config["training"]["batch_size"]), 1), threads=grid.threads)
     origin = dict(commit=config["environment"]["commit"], settings=grid.settings())
-    wanted = {name: measure for name, measure in MEASURES.items() if measure.data == cell.data}
+    wanted = {name: measure for name, measure in MEASURES.items() if measure.data == cell.kind}
     return [
         {**about, "measure": name, "value": _value(name, measure, run, log), **cost, **origin}
         for name, measure in wanted.items()

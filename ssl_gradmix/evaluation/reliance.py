@@ -35,7 +35,7 @@ CIFAR-10 and digits, backbone and projector, layers 3 and 4, 512 images and more
 
 RELIES = 0.5
 """From this share on an encoder is said to live off a small part. Trained plainly on planted stamps of 9 bits one lost
-0.73 to 1.35, and with GradMix, after which it told classes twice as well apart, 0.44 to 0.63."""
+0.73 to 1.35, and with GradMix, after which a linear probe was right twice as often, 0.39 to 0.63."""
 
 
 @dataclass(frozen=True)
