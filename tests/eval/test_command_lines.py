@@ -16,13 +16,13 @@ from ssl_gradmix.evaluation import rows
 ENCODERS_ARE_READ_BY = ("linear_probe", "osr", "corruption")
 
 
-@pytest.mark.parametrize("script", [*ENCODERS_ARE_READ_BY, "make_c"])
+@pytest.mark.parametrize("script", [*ENCODERS_ARE_READ_BY, "reliance", "make_c"])
 def test_help_teaches(script, capsys):
     with pytest.raises(SystemExit, match="0"):
         load_script(f"eval/{script}.py").main(["--help"])
     text = capsys.readouterr().out
     assert f"python eval/{script}.py" in text
-    for option in ("--data.name", "--out", "--seed", *(["encoder "] if script in ENCODERS_ARE_READ_BY else [])):
+    for option in ("--data.name", "--out", "--seed", *(["encoder "] if script != "make_c" else [])):
         assert option in text
 
 
@@ -49,7 +49,7 @@ def test_bad_input_is_one_line(tmp_path, capsys, script, arguments, message):
     assert not [path for path in run.glob("eval/*") if path.name != "features"]
 
 
-@pytest.mark.parametrize("script", ENCODERS_ARE_READ_BY)
+@pytest.mark.parametrize("script", [*ENCODERS_ARE_READ_BY, "reliance"])
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
