@@ -20,10 +20,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import yaml
 from PIL import Image
 from scipy.stats import ttest_rel
 from support import ROOT, load_script
+
+from ssl_gradmix import GradMix
+from ssl_gradmix.data.augmentation import Views
+from ssl_gradmix.data.planted import Stamps, name
+from ssl_gradmix.settings import Augmentation
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from evidence import images, page, rows, runner
@@ -95,6 +101,19 @@ class TestCells:
     )
     def test_passes(self, cell, expected, grid):
         assert passes(Cell(*cell.split("/"), 0), grid) == expected
+
+
+def test_the_oracle_puts_the_box_on_the_stamp(monkeypatch):
+    oracle = load_script("benchmarks/evidence/oracle.py")
+    monkeypatch.setattr(GradMix, "_attribute", oracle.on_the_stamp)
+    monkeypatch.setattr(Views, "forward", oracle.views_noted)
+    views = Views(Augmentation(), 32, (0.5,) * 3, (0.25,) * 3, stamps=Stamps(9))
+    pixels = torch.randint(0, 256, (12, 3, 40, 40), dtype=torch.uint8)
+    first, second = views(pixels, 2)
+    mixed = GradMix(lam_range=(0.85, 0.85))(first, None, None, donors=second)
+    stamps = Stamps(9).boxes(name(pixels), (32, 32))
+    assert (mixed.boxes[:, :2] <= stamps[:, :2]).all()
+    assert (mixed.boxes[:, 2:] >= stamps[:, 2:]).all()
 
 
 class TestImages:

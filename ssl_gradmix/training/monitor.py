@@ -20,6 +20,9 @@ logger = logging.getLogger("ssl_gradmix")
 WATCHED = 128
 """Images in which reliance is read: two passes of them and three of parts, no more than a step or two of training."""
 
+WIDEST = 0.5
+"""Of the interval of a reliance that is read: untrained encoders may tell images apart so little that it is noise."""
+
 
 class Monitor:
     """Reads the effective rank of features, and how well neighbors classify them where images have labels that differ.
@@ -54,6 +57,7 @@ class Monitor:
         views: Views | None = None,
     ) -> None:
         self.views, self.watched = views, images.subset(np.random.default_rng(seed).permutation(len(images))[:WATCHED])
+        self.layers: list[str] | None = None
         order = np.random.default_rng(seed).permutation(len(images))[: bank + queries]
         labels = images.labels[order]
         queries = min(queries, len(order) // 5)
@@ -75,7 +79,7 @@ class Monitor:
 
         Returns:
             `rankme` from 1 to the number of dimensions; `knn`, an accuracy in [0, 1], where labels differ; and
-            `reliance`, where views agree more than images, and the backbone has maps to attribute at.
+            `reliance`, where views clearly agree more than images, and the backbone has maps to attribute at.
         """
         training = backbone.training
         backbone.eval()
@@ -92,11 +96,14 @@ class Monitor:
 
     def _reliance(self, backbone: nn.Module) -> dict[str, float]:
         try:
-            (found,) = measure(backbone, (pair for pair, _ in two_views(self.watched, self.views, WATCHED, 0)))
+            pairs = (pair for pair, _ in two_views(self.watched, self.views, WATCHED, 0))
+            (found,) = measure(backbone, pairs, self.layers)
         except ValueError as error:  # what the encoder does not allow to be read is no reason to stop its training
             logger.info("reliance is not read: %s", error)
             return {}
-        return {"reliance": found.by_image("attributed").mean().item()}
+        self.layers = [found.layer]  # GradMix, which says what it takes, would say so again
+        share = found.share("attributed")
+        return {"reliance": float(share.value)} if share.high - share.low < WIDEST else {}
 
     @torch.inference_mode()
     def _features(self, backbone: nn.Module, pixels: Tensor, device: torch.device) -> Tensor:

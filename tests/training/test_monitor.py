@@ -49,4 +49,6 @@ def test_an_encoder_that_lives_off_a_small_part_is_warned_of() -> None:
     entry = {"embedding_std": 1.0, "flat": 0.0, "rankme": 40.0}
     assert not log.warnings(entry | {"reliance": 0.3})
     (line,) = log.warnings(entry | {"reliance": 0.97})
+    (capped,) = log.warnings(entry | {"reliance": 1.2})
+    assert "loses 100% of" in capped
     assert line.startswith("warning: the encoder loses 97% of its agreement with a tenth of the image")
