@@ -27,8 +27,10 @@ from scipy.stats import ttest_rel
 from support import ROOT, load_script
 
 from ssl_gradmix import GradMix
+from ssl_gradmix.attribution import Observed
+from ssl_gradmix.data import planted
 from ssl_gradmix.data.augmentation import Views
-from ssl_gradmix.data.planted import Stamps, name
+from ssl_gradmix.data.planted import Stamps
 from ssl_gradmix.settings import Augmentation
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -110,8 +112,8 @@ def test_the_oracle_puts_the_box_on_the_stamp(monkeypatch):
     views = Views(Augmentation(), 32, (0.5,) * 3, (0.25,) * 3, stamps=Stamps(9))
     pixels = torch.randint(0, 256, (12, 3, 40, 40), dtype=torch.uint8)
     first, second = views(pixels, 2)
-    mixed = GradMix(lam_range=(0.85, 0.85))(first, None, None, donors=second)
-    stamps = Stamps(9).boxes(name(pixels), (32, 32))
+    mixed = GradMix(lam_range=(0.85, 0.85))(first, None, Observed(), donors=second)
+    stamps = Stamps(9).boxes(planted.name(pixels), (32, 32))
     assert (mixed.boxes[:, :2] <= stamps[:, :2]).all()
     assert (mixed.boxes[:, 2:] >= stamps[:, 2:]).all()
 

@@ -74,7 +74,8 @@ def warnings(entry: dict[str, Any]) -> list[str]:
     if entry.get("reliance", 0) >= RELIES:
         found.append(
             f"warning: the encoder loses {min(entry['reliance'], 1):.0%} of its agreement with a tenth of the "
-            "image: it may live off a stamp, a logo or the like; eval/reliance.py shows where, --extra_view gradmix may help"
+            "image: it may live off a stamp, a logo or the like; eval/reliance.py shows where, and "
+            "--extra_view gradmix may help"
         )
     if entry["flat"] > FLAT:
         found.append(
