@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.numpy import load_file
 from sklearn.metrics import average_precision_score, roc_auc_score
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
@@ -232,13 +233,18 @@ def test_other_data_sets_together_and_one_by_one(run, tmp_path, capsys):
     assert sorted(path.name for path in (run / "eval").glob("o*")) == ["ood.json", "ood.png", "ood_samples.safetensors"]
     assert "folder:plain, with 95% intervals" in capsys.readouterr().out
 
+    out = tmp_path / "out"
     for each in sets:
-        alone, about_alone, samples_alone = evaluate(
-            run, "--unknown", json.dumps([each]), task="ood", folder=tmp_path / "out"
-        )
+        alone, about_alone, samples_alone = evaluate(run, "--unknown", json.dumps([each]), task="ood", folder=out)
     assert sorted(map(str, records(alone))) == sorted(map(str, records(found)))
     assert about_alone["groups"] == about["groups"]
     assert samples_alone.keys() == samples.keys()
+    Image.new("RGB", (9, 9)).save(tmp_path / "noise" / "one" / "more.png")
+    again, about_again, samples_again = evaluate(run, "--unknown", json.dumps(sets[:1]), task="ood", folder=out)
+    assert only(again, "vim", "auroc", dataset="folder:noise")["n"] == n_known + 13
+    assert only(again, "vim", "auroc", dataset="folder:plain")["n"] == n_known + 5
+    assert about_again["groups"].keys() == about["groups"].keys()
+    assert samples_again.keys() == samples.keys()
 
 
 def test_two_runs_compare_on_the_same_samples(run, tmp_path, capsys):
