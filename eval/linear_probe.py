@@ -1,7 +1,7 @@
 """How well a linear classifier, and nearest neighbors, tell the classes apart on frozen features.
 
 The encoder sees images as they are, BatchNorm frozen. The learning rate of the linear classifier is chosen by its loss
-on a tenth of the training images; its test accuracy is read once, after its last epoch.
+on held-out training images; its test accuracy is read once, after its last epoch.
 
     python eval/linear_probe.py runs/x
     python eval/linear_probe.py timm:resnet18.a1_in1k --data.name cifar10 --data.root data --out results

@@ -579,6 +579,7 @@ def describe(group: Group, test: ImageSet) -> dict[str, Any]:
     return {
         "known": list(group.known),
         "known_names": [test.classes[label] for label in group.known],
+        "known_from": test.name,
         "unknown": np.unique(group.images.labels[group.is_unknown]).tolist(),
         "unknown_from": group.images.name,
     }

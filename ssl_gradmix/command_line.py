@@ -95,7 +95,12 @@ def recipe_parser(method_settings: type, description: str, recipe: str) -> Argum
     )
     parser.add_argument("--run", type=str, default=f"runs/{recipe}", help="Run folder, where everything is written.")
     parser.add_argument(
-        "--overwrite", type=bool, nargs="?", const=True, default=False, help="Start anew in a folder that holds a run."
+        "--overwrite",
+        type=bool,
+        nargs="?",
+        const=True,
+        default=False,
+        help="Start anew in a folder that holds another or a finished run; an unfinished one begun with it resumes.",
     )
     parser.add_argument("--expect_processes", type=int | None, default=None, help="Stop unless so many processes run.")
     parser.add_argument(

@@ -89,7 +89,7 @@ def test_a_sample_picture_that_is_a_bomb_or_a_pipe(run: Path, refusal: Callable[
 @pytest.mark.parametrize("settings", ["data: {name: folder, root: 5}", "data: {size: x}", "data: {open_set: 3}"])
 def test_a_map_whose_settings_are_of_other_types_is_missing(run: Path, settings: str) -> None:
     (run / "config.yaml").write_text(settings)
-    assert "run: no map" in report(run)
+    assert "run: no map" in report(run, "--map", "pca")
 
 
 def test_a_strange_log_ends_where_it_is_strange(run: Path) -> None:

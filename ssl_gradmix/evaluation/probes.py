@@ -16,6 +16,9 @@ LEARNING_RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 
 BATCH_SIZE = 256
 
+ENOUGH = 500
+"""Held-out samples on which the rate is chosen."""
+
 _MOMENTUM = 0.9
 
 
@@ -86,16 +89,18 @@ def linear_probe(
     labels: Tensor,
     learning_rates: Sequence[float] = LEARNING_RATES,
     epochs: int = 100,
-    held_out: float = 0.1,
+    folds: int = 10,
     seed: int = 0,
 ) -> LinearProbe:
     """Trains a linear classifier with SGD, at a learning rate chosen on held-out training features.
 
     Momentum 0.9, no weight decay, batches of 256, a cosine to 0 by step, zero weights at the start. All learning rates
-    are trained in one pass over the same batches. The rate whose classifier has the lowest cross-entropy on the
-    held-out share after the last epoch is trained once more on all features; that classifier after its last epoch is
-    returned. Test features play no part, and no epoch is picked. (Accuracy, which others choose by, is coarse where few
-    samples are held out: it then takes rates so large that every softmax is 0 or 1.)
+    are trained in one pass over the same batches. A part of the features, a tenth, is held out, and the rate whose
+    classifier has the lowest cross-entropy on it after the last epoch is trained once more on all features; that
+    classifier after its last epoch is returned. Where the part holds fewer than 500 samples, further parts are held out
+    in turn, as in cross-validation, until 500 samples are judged or all. Test features play no part, and no epoch is
+    picked. (Accuracy on a single part, which others choose by, is coarse where few samples are held out: it then takes
+    rates so large that every softmax is 0 or 1.)
 
     The usual protocol (SimCLR, DINO, solo-learn) trains on raw features. Here each feature is centered and divided by
     its standard deviation over `features` first, so that one grid of rates serves encoders of any scale; MAE and VISSL
@@ -107,9 +112,9 @@ def linear_probe(
         labels: (N,) integers from 0, not necessarily contiguous.
         learning_rates: What to choose from, for batches of 256.
         epochs: Passes over the features, for the choice and for the classifier each.
-        held_out: Share of each class held out for the choice, at least one sample of a class of two or more. If all
-            classes have a single sample, the choice is made on the training features.
-        seed: Of the held-out share and the order of batches; the same seed gives the same classifier.
+        folds: Parts that the samples of each class are cut into. A class of a single sample is never held out; if all
+            are such, the choice is made on the training features.
+        seed: Of the parts and the order of batches; the same seed gives the same classifier.
 
     Raises:
         ValueError: If shapes do not fit, features are not finite, labels are missing (-1) or of fewer than two classes,
@@ -120,18 +125,21 @@ def linear_probe(
         raise ValueError(f"learning_rates must be at least one, all above 0, got {tuple(learning_rates)}")
     if epochs < 1:
         raise ValueError(f"epochs must be at least 1, got {epochs}")
-    if not 0 < held_out < 1:
-        raise ValueError(f"held_out must be between 0 and 1, got {held_out}")
+    if folds < 2:
+        raise ValueError(f"folds must be at least 2, got {folds}")
     scaling = _Scaling.of(features)
     scaled, shape = scaling(features), (len(classes), features.shape[1])
     everything = torch.arange(len(targets), device=targets.device)
-    kept_out = _draw(targets, lambda n: min(max(round(held_out * n), 1), n - 1), seed).to(targets.device)
-    rest = everything[~torch.isin(everything, kept_out)]
-    judged = kept_out if len(kept_out) else rest
-
-    weight, bias = _train(scaled, rest, targets, shape, learning_rates, epochs, seed)
-    logits = scaled[judged] @ weight.mT + bias[:, None]  # (L, B, C)
-    losses = [functional.cross_entropy(each, targets[judged]).item() for each in logits]
+    parts = _parts(targets, folds, seed) or [(everything, everything)]
+    losses, judged = torch.zeros(len(learning_rates), device=targets.device, dtype=torch.float64), 0
+    for rest, part in parts:
+        weight, bias = _train(scaled, rest, targets, shape, learning_rates, epochs, seed)
+        logits = scaled[part] @ weight.mT + bias[:, None]  # (L, B, C)
+        losses += torch.stack([functional.cross_entropy(each, targets[part], reduction="sum") for each in logits])
+        judged += len(part)
+        if judged >= ENOUGH:
+            break
+    losses = (losses / judged).tolist()
     validation = dict(zip(learning_rates, losses, strict=True))
     best = min(validation, key=validation.__getitem__)
 
@@ -175,6 +183,19 @@ class _Scaling(NamedTuple):
         """Turns a classifier of scaled features into the same of raw ones."""
         weight = weight * self.scale
         return weight, bias - weight @ self.center
+
+
+def _parts(targets: Tensor, folds: int, seed: int) -> list[tuple[Tensor, Tensor]]:
+    """Cuts the samples of each class into parts: for each that has any, the indices of the others and of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    part = torch.full((len(targets),), -1)
+    for label in targets.unique().tolist():
+        members = (targets.cpu() == label).nonzero().flatten()
+        if len(members) > 1:
+            part[members[torch.randperm(len(members), generator=generator)]] = torch.arange(len(members)) % folds
+    part = part.to(targets.device)
+    found = [((part != i).nonzero().flatten(), (part == i).nonzero().flatten()) for i in range(folds)]
+    return [(rest, own) for rest, own in found if len(own)]
 
 
 @torch.no_grad()

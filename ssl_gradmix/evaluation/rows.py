@@ -173,7 +173,8 @@ def kept(path: str | Path, about: Mapping[str, Any]) -> tuple[pd.DataFrame, dict
     Args:
         path: The file; a damaged one is as good as none.
         about: What is to be written with new rows. `encoder` holds the fingerprint of the encoder, `images` those of
-            the images by name; `groups`, where it is given, holds what is said of each trial.
+            the images by name; `groups`, where it is given, holds what is said of each trial, with the names of its
+            images as `known_from` and `unknown_from`.
 
     Returns:
         The rows, and `about` with the images and groups of the earlier ones.
@@ -184,7 +185,7 @@ def kept(path: str | Path, about: Mapping[str, Any]) -> tuple[pd.DataFrame, dict
         same_weights = before["encoder"]["fingerprint"] == about["encoder"]["fingerprint"]
         earlier = {name: dict(before.get(name, {})) for name in ("images", "groups") if name in about}
         digests = {name: about["images"].get(name, digest) for name, digest in earlier["images"].items()}
-        changed = {name.rpartition("/")[0] for name, digest in digests.items() if digest != earlier["images"][name]}
+        changed = {_data_set(name) for name, digest in digests.items() if digest != earlier["images"][name]}
     except FileNotFoundError:
         return none
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -195,10 +196,10 @@ def kept(path: str | Path, about: Mapping[str, Any]) -> tuple[pd.DataFrame, dict
         return none
     if changed:
         logger.info("%s: results are replaced, as the images of %s are others now", path, ", ".join(sorted(changed)))
-    known = param(rows, "known").map(lambda name: str(name).rpartition("/")[0])
-    rows = rows[~(rows["dataset"].isin(changed) | known.isin(changed))]
-    if changed:
-        earlier["groups"] = {}
+    for images in (rows["dataset"] + "/", param(rows, "known"), param(rows, "unknown")):
+        rows = rows[~images.loc[rows.index].map(_data_set).isin(changed)]
+    if "groups" in earlier:
+        earlier["groups"] = {name: group for name, group in earlier["groups"].items() if not _uses(group, changed)}
     return rows, {**about, **{name: {**earlier[name], **about[name]} for name in earlier if name in about}}
 
 
@@ -231,6 +232,17 @@ def _check(record: Mapping[str, Any]) -> None:
     wrong += [f"params.{name}" for name, kind in _KINDS.items() if not isinstance(params.get(name), kind)]
     if wrong:
         raise ValueError(f"{', '.join(wrong)} of another type")
+
+
+def _data_set(images: Any) -> str:
+    return str(images).rpartition("/")[0]
+
+
+def _uses(group: Any, changed: set[str]) -> bool:
+    """Whether a group is of these data sets, or is none."""
+    return not isinstance(group, dict) or any(
+        _data_set(group.get(side)) in changed for side in ("known_from", "unknown_from")
+    )
 
 
 def _identity(row: Mapping[str, Any]) -> tuple:

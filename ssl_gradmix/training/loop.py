@@ -229,7 +229,8 @@ class Trainer:
             "step": step,
             **means,
             "lr": self._rate(step - 1),
-            "images_per_second": round(seen / (time.perf_counter() - began), 1),
+            # Not of an epoch that was resumed after its last batch.
+            **({"images_per_second": round(seen / (time.perf_counter() - began), 1)} if seen else {}),
         }
 
     def _step(self, batch: Any) -> Losses:

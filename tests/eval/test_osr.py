@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import io
 import json
 import re
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -49,50 +51,102 @@ def evaluate(run: Path, *arguments: str, task: str = "osr", folder: Path | None 
 # From the command line
 
 
-def test_trials_on_digits_against_the_same_done_by_hand(run, capsys):
-    found, about, samples = evaluate(run, "--trials", "[random:6:0, random:6:3]", "--k", "7")
-    # The first trial: what the known classes' training images alone say about all test images.
-    known = sorted(np.random.default_rng(0).permutation(10)[:6].tolist())
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """Two trials on digits: the run, what was written, and what was printed."""
+    run, printed = make_run(tmp_path_factory.mktemp("runs") / "mine"), io.StringIO()
+    with redirect_stdout(printed):
+        found, about, _ = evaluate(run, "--trials", "[random:6:0, random:6:3]", "--k", "7")
+    arrays = osr.Samples.read(run / "eval" / "osr_samples.safetensors").arrays
+    return run, found, about, arrays, printed.getvalue()
+
+
+def test_a_trial_against_the_same_done_by_hand(digits):
+    """What the known classes' training images alone say about all test images."""
+    run, found, about, arrays, _ = digits
+    known, samples = sorted(np.random.default_rng(0).permutation(10)[:6].tolist()), arrays["random:6:0"]
     encoder = load_encoder(run)
     (train, labels), (test, test_labels) = (extract(encoder, load(Data(), part)) for part in ("train", "test"))
     train, labels = train[np.isin(labels, known)], labels[np.isin(labels, known)]
     order = np.argsort(~np.isin(test_labels, known), kind="stable")
     test, test_labels = test[order], test_labels[order]
     is_known = np.isin(test_labels, known)
-    assert samples["random:6:0/labels"].tolist() == test_labels.tolist()
-    assert samples["random:6:0/is_known"].tolist() == is_known.tolist()
+    assert samples["labels"].tolist() == test_labels.tolist()
+    assert samples["is_known"].tolist() == is_known.tolist()
     unit = [each.double() / each.double().norm(dim=1, keepdim=True) for each in (train, test)]
     distance = NearestNeighbors(n_neighbors=7).fit(unit[0]).kneighbors(unit[1])[0][:, -1]
-    np.testing.assert_allclose(samples["random:6:0/knn_distance"], -distance, atol=1e-9)
-    value = only(found, "knn_distance", "auroc", trial=0, k=7)["value"]
-    assert value == pytest.approx(roc_auc_score(is_known, -distance), abs=1e-9)
-    correct = is_known & (linear_probe(train, labels, epochs=3).predict(test) == test_labels).numpy()
-    assert samples["random:6:0/correct"].tolist() == correct.tolist()
-    assert only(found, "linear", "accuracy", trial=0)["value"] == pytest.approx(correct.sum() / is_known.sum())
+    np.testing.assert_allclose(samples["knn_distance"], -distance, atol=1e-9)
+    probe = linear_probe(train, labels, epochs=3)
+    logits = test @ probe.weight.T + probe.bias
+    np.testing.assert_allclose(samples["max_logit"], logits.amax(1), atol=1e-4)
+    correct = is_known & (probe.classes[logits.argmax(1)] == test_labels).numpy()
+    assert samples["correct"].tolist() == correct.tolist()
 
+    row = only(found, "linear", "accuracy", trial=0, learning_rate=probe.learning_rate, epochs=3, seed=0)
+    assert (row["value"], row["n"]) == (pytest.approx(correct.sum() / is_known.sum()), is_known.sum())
+    oracle = KNeighborsClassifier(20, metric="cosine", algorithm="brute", weights=lambda d: np.exp(-d / 0.07))
+    accuracy = oracle.fit(train.double(), labels).score(test[is_known].double(), test_labels[is_known])
+    row = only(found, "knn", "accuracy", trial=0, k=20, temperature=0.07)
+    assert row["value"] == pytest.approx(accuracy, abs=1.1 / row["n"])
+    assert about["groups"].keys() == {"random:6:0", "random:6:3"}
+    assert about["groups"]["random:6:0"]["known"] == known
+    assert about["encoder"]["fingerprint"] == encoder.fingerprint
+
+
+def test_metrics_equal_independent_ones(digits):
+    _, found, _, arrays, _ = digits
+    samples = arrays["random:6:0"]
+    known = samples["is_known"]
+    assert {*samples} - {"is_known", "correct", "labels"} == {*SCORES}
+    for score in SCORES:
+        s, u = samples[score][known], samples[score][~known]
+        accepting = max(t for t in s if np.mean(s >= t) >= 0.95)
+        rejecting = min(t for t in u if np.mean(u <= t) >= 0.95)
+        pairs = (s[:, None] > u) + 0.5 * (s[:, None] == u)
+        expected = {
+            "auroc": roc_auc_score(known, samples[score]),
+            "aupr_in": average_precision_score(known, samples[score]),
+            "aupr_out": average_precision_score(~known, -samples[score]),
+            "threshold_tpr95": accepting,
+            "fpr95_id_pos": np.mean(u >= accepting),
+            "fpr95_ood_pos": np.mean(s <= rejecting),
+            "oscr": (pairs * samples["correct"][known][:, None]).mean(),
+        }
+        of_score = found[(found["score"] == score) & (found["trial"] == 0)]
+        assert dict(zip(of_score["metric"], of_score["value"], strict=True)) == pytest.approx(expected, abs=1e-9)
+        for row in records(of_score):
+            if row["metric"] == "threshold_tpr95":
+                assert (row["ci_low"], row["ci_high"], row["n"]) == (None, None, known.sum())
+            else:
+                assert row["ci_low"] <= row["value"] <= row["ci_high"]
+                assert row["n"] == len(known)
+
+
+def test_rows_say_what_they_depend_on(digits):
+    _, found, _, _, printed = digits
     means = found[found["trial"].isna()]
     assert (len(found) - len(means), len(means)) == (2 * (2 + 11 * 7), 2 + 11 * 6)
     for name, value in (("task", "osr"), ("dataset", "digits"), ("split", "test"), ("encoder", "mine")):
         assert set(found[name]) == {value}
-    for params in found["params"]:
-        assert {"protocol": "random", "pretraining": ALL_CLASSES, "n_known": 6}.items() <= params.items()
+    setting = {"protocol": "random", "pretraining": ALL_CLASSES, "n_known": 6}
+    of_probe = only(found, "linear", "accuracy", trial=0)["params"]
+    training = {name: of_probe[name] for name in ("learning_rate", "epochs", "seed")}
+    expected = {"knn_distance": {"k": 7}, "top_k_cosine": {"k": 3}, "max_logit": training, "mahalanobis": {}}
+    for score, params in (expected | {"vim": {"dim": 16, **training}}).items():
+        assert only(found, score, "auroc", trial=0)["params"] == params | setting
+        assert only(found, score, "oscr", trial=0)["params"] == params | setting | training  # it asks the probe too
+
     for row in records(means):
         values = [only(found, row["score"], row["metric"], trial=trial)["value"] for trial in (0, 3)]
         assert row["value"] == pytest.approx(np.mean(values))
         assert row["params"]["std"] == pytest.approx(abs(values[0] - values[1]) / np.sqrt(2))
         assert row["params"]["trials"] == [0, 3]
-
-    assert about["groups"].keys() == {"random:6:0", "random:6:3"}
-    assert about["groups"]["random:6:0"]["known"] == known
-    assert about["encoder"]["fingerprint"] == encoder.fingerprint
-    with Image.open(run / "eval" / "osr.png") as picture:
-        assert min(picture.size) > 600
-    printed = capsys.readouterr().out
-    assert "mine on digits/test, encoder pretrained on: all classes, unlabeled" in printed
-    assert f"random:6:0: known are {', '.join(map(str, known))}; unknown ones from digits/test" in printed
+        assert setting.items() <= row["params"].items()
     mean = only(found, "vim", "auroc", trial=None)
     assert re.search(rf"^vim +{mean['value']:.4f} ± {mean['params']['std']:.4f} ", printed, re.MULTILINE)
     assert "over trials [0, 3]" in printed
+    assert "mine on digits/test, encoder pretrained on: all classes, unlabeled" in printed
+    assert "random:6:0: known are 2, 3, 4, 5, 6, 7; unknown ones from digits/test" in printed
 
 
 @pytest.mark.parametrize(
@@ -179,13 +233,18 @@ def test_other_data_sets_together_and_one_by_one(run, tmp_path, capsys):
     assert sorted(path.name for path in (run / "eval").glob("o*")) == ["ood.json", "ood.png", "ood_samples.safetensors"]
     assert "folder:plain, with 95% intervals" in capsys.readouterr().out
 
+    out = tmp_path / "out"
     for each in sets:
-        alone, about_alone, samples_alone = evaluate(
-            run, "--unknown", json.dumps([each]), task="ood", folder=tmp_path / "out"
-        )
+        alone, about_alone, samples_alone = evaluate(run, "--unknown", json.dumps([each]), task="ood", folder=out)
     assert sorted(map(str, records(alone))) == sorted(map(str, records(found)))
     assert about_alone["groups"] == about["groups"]
     assert samples_alone.keys() == samples.keys()
+    Image.new("RGB", (9, 9)).save(tmp_path / "noise" / "one" / "more.png")
+    again, about_again, samples_again = evaluate(run, "--unknown", json.dumps(sets[:1]), task="ood", folder=out)
+    assert only(again, "vim", "auroc", dataset="folder:noise")["n"] == n_known + 13
+    assert only(again, "vim", "auroc", dataset="folder:plain")["n"] == n_known + 5
+    assert about_again["groups"].keys() == about["groups"].keys()
+    assert samples_again.keys() == samples.keys()
 
 
 def test_two_runs_compare_on_the_same_samples(run, tmp_path, capsys):
@@ -324,13 +383,12 @@ def test_missing_images_are_refused(known, unknown, message):
 
 
 def test_fingerprint_tells_samples_apart():
-    test = image_set([0, 1, 2, 2])
-    trial = Trial("random:2:0", (0, 1), (2,))
-    first = group_of(trial, test).fingerprint(test)
-    assert group_of(trial, image_set([0, 1, 2, 2])).fingerprint(test) == first
-    others = (image_set([0, 1, 2, 2], seed=1), test.subset([1, 0, 2, 3]), test.subset([0, 1, 2]))
-    assert all(group_of(trial, images).fingerprint(images) != first for images in others)
-    assert group_of(Trial("random:2:0", (0, 2), (1,)), test).fingerprint(test) != first
+    test, trial = image_set([0, 1, 2, 2]), Trial("random:2:0", (0, 1), (2,))
+    alike, other = ([image_set([0, 1, 2, 2])], [image_set([0, 1, 2, 2], seed=1), test.subset([1, 0, 2, 3])])
+    first, *alike, edited, turned = (group_of(trial, each).fingerprint(each) for each in (test, *alike, *other))
+    another_trial = group_of(Trial("random:2:0", (0, 2), (1,)), test).fingerprint(test)
+    assert alike == [first]
+    assert len({first, edited, turned, another_trial}) == 4
 
 
 def test_unknown_images_are_the_test_images_or_all_where_there_are_none(tmp_path):
@@ -383,80 +441,6 @@ def test_cifar100_must_be_told_and_have_its_classes(tmp_path):
 # Measuring
 
 
-@pytest.fixture(scope="module")
-def cloud():
-    """Three known classes, numbered 2, 5 and 7, and one unknown; overlapping."""
-    rng = np.random.default_rng(0)
-    centers = {2: 0, 5: 1, 7: 2, 4: 3}
-    means = 1.5 * rng.normal(size=(4, 6))
-
-    def draw(labels):
-        features = means[[centers[label] for label in labels]] + rng.normal(size=(len(labels), 6))
-        return torch.from_numpy(features).float(), torch.tensor(labels)
-
-    train = draw([2] * 40 + [5] * 30 + [7] * 25)
-    test = draw([2, 5, 7, 4] * 25)
-    return train, test, test[1] != 4
-
-
-@pytest.fixture(scope="module")
-def detected(cloud):
-    train, test, is_known = cloud
-    probe = linear_probe(*train, epochs=5)
-    numbers, arrays = osr.detect(probe, train, test, is_known, osr.Options(k=4, epochs=5))
-    return probe, rows.frame(numbers), arrays
-
-
-def test_metrics_equal_independent_ones(detected):
-    _, found, arrays = detected
-    known = arrays["is_known"]
-    assert [score for score in arrays if score not in ("is_known", "correct", "labels")] == SCORES
-    for score in SCORES:
-        s, u = arrays[score][known], arrays[score][~known]
-        accepting = max(t for t in s if np.mean(s >= t) >= 0.95)
-        rejecting = min(t for t in u if np.mean(u <= t) >= 0.95)
-        pairs = (s[:, None] > u) + 0.5 * (s[:, None] == u)
-        expected = {
-            "auroc": roc_auc_score(known, arrays[score]),
-            "aupr_in": average_precision_score(known, arrays[score]),
-            "aupr_out": average_precision_score(~known, -arrays[score]),
-            "threshold_tpr95": accepting,
-            "fpr95_id_pos": np.mean(u >= accepting),
-            "fpr95_ood_pos": np.mean(s <= rejecting),
-            "oscr": (pairs * arrays["correct"][known][:, None]).mean(),
-        }
-        values = {row["metric"]: row["value"] for row in records(found[found["score"] == score])}
-        assert values == pytest.approx(expected, abs=1e-9)
-
-
-def test_intervals_counts_and_parameters(detected):
-    probe, found, _ = detected
-    for row in records(found):
-        if row["metric"] == "threshold_tpr95":
-            assert (row["ci_low"], row["ci_high"], row["n"]) == (None, None, 75)
-        else:
-            assert row["ci_low"] <= row["value"] <= row["ci_high"]
-            assert row["n"] == 100
-    training = {"learning_rate": probe.learning_rate, "epochs": 5, "seed": 0}
-    expected = {"knn_distance": {"k": 4}, "top_k_cosine": {"k": 3}, "max_logit": training, "mahalanobis": {}}
-    for score, params in (expected | {"vim": {"dim": 3, **training}}).items():
-        assert only(found, score, "auroc")["params"] == params
-        assert only(found, score, "oscr")["params"] == params | training  # it counts what the probe names right
-
-
-def test_closed_set_accuracy_of_both_classifiers(cloud, detected):
-    train, (features, labels), is_known = cloud
-    probe, test = detected[0], (features[is_known], labels[is_known])
-    linear, knn = osr.closed_set(probe, train, test, osr.Options(epochs=5))
-    predicted = np.array([2, 5, 7])[(test[0] @ probe.weight.T + probe.bias).argmax(1)]
-    assert linear["value"] == pytest.approx(np.mean(predicted == test[1].numpy()))
-    oracle = KNeighborsClassifier(20, metric="cosine", algorithm="brute", weights=lambda d: np.exp(-d / 0.07))
-    assert knn["value"] == pytest.approx(oracle.fit(*train).score(*test))
-    assert knn["params"] == {"k": 20, "temperature": 0.07}
-    assert (linear["n"], knn["n"], linear["params"]["epochs"]) == (75, 75, 5)
-    assert 0.6 < linear["ci_low"] < linear["value"] < linear["ci_high"] < 1
-
-
 def trial_rows(metric, values, trials, **params):
     """A row a trial, of 10 images and as many more as its number."""
     return [
@@ -489,27 +473,31 @@ def test_p_values_are_not_averaged_nor_what_one_trial_has():
     assert osr.over_trials(found[0]).empty
 
 
-def test_comparison_with_itself_and_with_a_worse_run(detected):
-    _, _, arrays = detected
+def test_comparison_with_itself_and_with_a_worse_run(digits):
+    arrays = digits[3]["random:6:0"]
     for same in osr.compare(arrays, arrays, "twin"):
         assert (same["value"], same["ci_low"], same["ci_high"], same["params"]["p_value"]) == (0, 0, 0, 1)
 
     known, rng = arrays["is_known"], np.random.default_rng(0)
-    better = {**arrays, "vim": known + 0.5 * rng.normal(size=100)}
-    worse = {**arrays, "vim": rng.normal(size=100), "correct": arrays["correct"] & (rng.random(100) < 0.5)}
+    better = {**arrays, "vim": known + 0.5 * rng.normal(size=len(known))}
+    worse = {
+        **arrays,
+        "vim": rng.normal(size=len(known)),
+        "correct": arrays["correct"] & (rng.random(len(known)) < 0.5),
+    }
     del worse["energy"]
     found = rows.frame(osr.compare(better, worse, "worse"))
     assert set(found["score"]) == {*SCORES} - {"energy"}
-    auroc, oscr = (only(found, "vim", f"{metric}_difference") for metric in ("auroc", "oscr"))
+    difference = only(found, "vim", "auroc_difference")
     expected = roc_auc_score(known, better["vim"]) - roc_auc_score(known, worse["vim"])
-    assert auroc["value"] == pytest.approx(expected, abs=1e-9)
+    assert difference["value"] == pytest.approx(expected, abs=1e-9)
+    assert difference["ci_low"] > 0.1
+    assert difference["params"] == {"compared_with": "worse", "p_value": pytest.approx(2 / 1001)}
     ours, theirs = (
         ((arrays["vim"][known][:, None] > arrays["vim"][~known]) * arrays["correct"][known][:, None]).mean()
         for arrays in (better, worse)
     )
-    assert oscr["value"] == pytest.approx(ours - theirs, abs=1e-9)
-    assert auroc["ci_low"] > 0.1
-    assert auroc["params"] == {"compared_with": "worse", "p_value": pytest.approx(2 / 1001)}
+    assert only(found, "vim", "oscr_difference")["value"] == pytest.approx(ours - theirs, abs=1e-9)
 
 
 def test_table_has_a_line_a_score():

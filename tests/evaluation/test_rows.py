@@ -123,24 +123,25 @@ def test_rows_of_other_weights_are_dropped(tmp_path, caplog):
 
 def test_rows_of_changed_images_are_dropped_whichever_side_they_were_on(tmp_path, caplog):
     caplog.set_level(logging.INFO)
-    first = rows.joined([ROW, measured(images="svhn/test", known="cifar10/test"), measured(images="mnist/test")])
-    again = measured(k=3)
-    before = about("cifar10/train", "cifar10/test", "svhn/test", "mnist/test", groups={"cifar10:2": 1})
-    later = about("cifar10/test", groups={"cifar10:3": 1}) | {"images": {"cifar10/train": "b", "cifar10/test": "a"}}
-    found = added(tmp_path / "r.json", (first, before), (again, later))
-    assert found == records(rows.joined([measured(images="mnist/test"), again]))
+    stays, again = measured(images="mnist/test"), measured(k=3)
+    stale = [ROW, *(measured(images="svhn/test", **{side: "cifar10/test"}) for side in ("known", "unknown"))]
+    sides = {"known_from": "mnist/test", "unknown_from": "svhn/test"}
+    groups = {"a": sides, "b": sides | {"known_from": "cifar10/test"}, "c": sides | {"unknown_from": "cifar10/test"}}
+    before = about("cifar10/train", "cifar10/test", "svhn/test", "mnist/test", groups=groups)
+    later = about("cifar10/test", groups={"d": sides}) | {"images": {"cifar10/train": "b", "cifar10/test": "a"}}
+    found = added(tmp_path / "r.json", (rows.joined([*stale, stays]), before), (again, later))
+    assert found == records(rows.joined([stays, again]))
     assert "as the images of cifar10 are others now" in caplog.text
     _, said = rows.read(tmp_path / "r.json")
-    assert said["groups"] == {"cifar10:3": 1}
+    assert said["groups"] == {"a": sides, "d": sides}
     assert said["images"] == {"cifar10/train": "b", "cifar10/test": "a", "svhn/test": "a", "mnist/test": "a"}
 
 
 def test_what_is_said_of_earlier_rows_stays_with_them(tmp_path):
-    added(tmp_path / "r.json", (ROW, about("cifar10/test", groups={"cifar10:2": "known"}, seed=0)))
-    added(tmp_path / "r.json", (measured(trial=3), about("cifar10/train", groups={"cifar10:3": "known"}, seed=1)))
-    assert rows.read(tmp_path / "r.json")[1] == about(
-        *("cifar10/test", "cifar10/train"), groups={"cifar10:2": "known", "cifar10:3": "known"}, seed=1
-    )
+    added(tmp_path / "r.json", (ROW, about("cifar10/test", groups={"cifar10:2": {"known": [1]}}, seed=0)))
+    added(tmp_path / "r.json", (measured(trial=3), about("cifar10/train", groups={"cifar10:3": {}}, seed=1)))
+    both = {"cifar10:2": {"known": [1]}, "cifar10:3": {}}
+    assert rows.read(tmp_path / "r.json")[1] == about("cifar10/test", "cifar10/train", groups=both, seed=1)
 
 
 @pytest.mark.parametrize(

@@ -154,9 +154,7 @@ def _difference_table(
             text = percent(difference.value, True)
             detail = f"{percent(difference.low, True)} to {percent(difference.high, True)}"
             cells.append(Cell(text, detail, difference.is_clear))
-            (clear if difference.is_clear else unclear).append(
-                f"{measure[0].lower() if measure[1].islower() else measure[0]}{measure[1:]} {text} ({detail})"
-            )
+            (clear if difference.is_clear else unclear).append(f"{measure} {text} ({detail})")
         lines.append([Cell(name, run=run), *cells])
         parts = [f"clear of 0: {', '.join(clear)}"] if clear else []
         parts += [f"no difference shown: {', '.join(unclear)}"] if unclear else []

@@ -87,8 +87,8 @@ def accuracy(runs: Sequence[Run]) -> Section:
 
     text = "How well classifiers of frozen features name what test images show."
     note = (
-        "In percent, with 95% Wilson intervals. The learning rate of the linear probe was chosen by its loss on a "
-        "tenth of the training images, and its test accuracy read once, after the last epoch. With a fraction of the "
+        "In percent, with 95% Wilson intervals. The learning rate of the linear probe was chosen by its loss on "
+        "held-out training images, and its test accuracy read once, after the last epoch. With a fraction of the "
         "labels it was trained on those alone. Weighted kNN: the k nearest training images vote, by exp(cosine / "
         "temperature)."
     )

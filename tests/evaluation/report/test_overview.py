@@ -39,7 +39,7 @@ def test_differences_to_the_first_run_are_paired(tmp_path):
     assert value == pytest.approx(100 * d.mean(), abs=0.05)
     assert [low, high] == pytest.approx([100 * (d.mean() - margin), 100 * (d.mean() + margin)], abs=0.35)
     clear = d.mean() - margin > 0
-    assert (("Difference from none", "gradmix", 1) in page.best) == clear
+    assert (("Difference from none", "gradmix", 1) in page.best) == clear, page.best
     assert ("clear of 0: Linear probe" in page.words) == clear
 
 
