@@ -110,8 +110,8 @@ def report(found: pd.DataFrame) -> Iterator[str]:
         yield from table(["variant", *header, *(f"probe, minus {name}" for name in differences)], lines)
 
 
-def _percent(mean: float, std: float, seeds: int) -> str:
-    return f"{100 * mean:.1f}" + (f" ± {100 * std:.1f} ({seeds})" if seeds > 1 else "")
+def _percent(mean: float, std: float, seeds: float) -> str:
+    return f"{100 * mean:.1f}" + (f" ± {100 * std:.1f} ({seeds:.0f})" if seeds > 1 else "")
 
 
 def _interval(mean: float, low: float, high: float) -> str:

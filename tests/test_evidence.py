@@ -105,6 +105,21 @@ class TestCells:
         assert passes(Cell(*cell.split("/"), 0), grid) == expected
 
 
+def test_the_tables_of_shortcuts(tmp_path, capsys):
+    values = {"random-box": [0.23, 0.21, 0.24], "gradmix": [0.39, 0.38, 0.35]}
+    path = tmp_path / "rows.jsonl"
+    for variant, of_seeds in values.items():
+        for seed, value in enumerate(of_seeds):
+            measured = {"unstamped_linear": value, "unstamped_knn": 0.2, "reliance": 0.5}
+            each = [row(variant, name, found, seed, data="stamps-9") for name, found in measured.items()]
+            rows.append(path, each)
+    load_script("benchmarks/shortcuts.py").main(["--report", "--results", str(path)])
+    paired = ttest_rel(values["gradmix"], values["random-box"])
+    low, high = (100 * end for end in paired.confidence_interval(0.95))
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| gradmix ")]
+    assert line == f"| gradmix | 37.3 ± 2.1 (3) | 20.0 ± 0.0 (3) | 50.0 ± 0.0 (3) | +14.7 [{low:+.1f}, {high:+.1f}] |"
+
+
 def test_the_oracle_puts_the_box_on_the_stamp(monkeypatch):
     oracle = load_script("benchmarks/evidence/oracle.py")
     monkeypatch.setattr(GradMix, "_attribute", oracle.on_the_stamp)
