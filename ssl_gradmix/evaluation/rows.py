@@ -28,7 +28,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from safetensors import safe_open
 
+from ssl_gradmix.data.corruptions import COMMON, EXTRA, SEVERITIES
 from ssl_gradmix.files import read_json, write_whole
 
 logger = logging.getLogger("ssl_gradmix")
@@ -78,17 +80,7 @@ def frame(
     /,
     **params: Any,
 ) -> pd.DataFrame:
-    """Rows of numbers about the same images.
-
-    Args:
-        numbers: What was measured.
-        task: Column.
-        images: Name of the images, `<dataset>/<split>`.
-        encoder: Column.
-        feature: Column.
-        trial: Column.
-        **params: Added to those of every number.
-    """
+    """Rows of numbers about the same images, which are called `<dataset>/<split>`; `params` are added to all."""
     dataset, _, split = images.rpartition("/")
     shared = {"task": task, "dataset": dataset, "split": split, "trial": trial, "encoder": encoder, "feature": feature}
     return typed([{**shared, **each, "params": {**each["params"], **params}} for each in numbers])
@@ -110,6 +102,16 @@ def joined(frames: Iterable[pd.DataFrame]) -> pd.DataFrame:
 def param(rows: pd.DataFrame, name: str) -> pd.Series:
     """One parameter of each row, None where it has none."""
     return pd.Series([params.get(name) for params in rows["params"]], rows.index, dtype=object)
+
+
+def by_corruption(rows: pd.DataFrame, score: str, metric: str) -> pd.DataFrame:
+    """Values of one score and metric: a line a corruption in the benchmark's order, a column a severity."""
+    found = rows[(rows["score"] == score) & (rows["metric"] == metric)]
+    found = found.assign(**{name: param(found, name) for name in ("corruption", "severity")})
+    found = found[found["corruption"].isin(COMMON + EXTRA) & found["severity"].isin(SEVERITIES)]
+    table = found.pivot_table(index="corruption", columns="severity", values="value", aggfunc="last")
+    table = table.reindex(index=[name for name in COMMON + EXTRA if name in table.index], columns=SEVERITIES)
+    return table.astype(float)
 
 
 def results_folder(out: Path, feature: str = "backbone") -> Path:
@@ -201,6 +203,23 @@ def kept(path: str | Path, about: Mapping[str, Any]) -> tuple[pd.DataFrame, dict
     if "groups" in earlier:
         earlier["groups"] = {name: group for name, group in earlier["groups"].items() if not _uses(group, changed)}
     return rows, {**about, **{name: {**earlier[name], **about[name]} for name in earlier if name in about}}
+
+
+def read_samples(path: str | Path) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, str]]:
+    """Reads what is kept of each image, beside the rows: arrays (N,) by group and name, uint8 as booleans; a header.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        SafetensorError, TypeError: If it holds something else. (NumPy has no bfloat16.)
+    """
+    arrays: dict[str, dict[str, np.ndarray]] = {}
+    with safe_open(path, "numpy") as file:
+        header, keys = file.metadata() or {}, file.keys()
+        for key in keys:
+            group, _, name = key.rpartition("/")
+            array = file.get_tensor(key)
+            arrays.setdefault(group, {})[name] = array.astype(bool) if array.dtype == np.uint8 else array
+    return arrays, header
 
 
 def console(rows: pd.DataFrame) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from ssl_gradmix.evaluation import rows as result_rows
 from ssl_gradmix.evaluation.encoders import load_encoder
@@ -135,15 +135,10 @@ def _read_results(path: Path) -> Results:
     if not samples.is_file():
         return found
     try:
-        with safe_open(samples, "numpy") as file:
-            keys = file.keys()
-            for key in keys:
-                group, _, name = key.rpartition("/")
-                array = file.get_tensor(key)
-                found.samples.setdefault(group, {})[name] = array.astype(bool) if array.dtype == np.uint8 else array
-            found.images = dict(re.findall(r'"([^"]+)": "(\w+)"', (file.metadata() or {}).get("images", "")))
-    except (SafetensorError, TypeError) as error:  # NumPy has no bfloat16
+        found.samples, header = result_rows.read_samples(samples)
+    except (SafetensorError, TypeError) as error:
         raise ValueError(f"{samples} is damaged: {error}") from error
+    found.images = dict(re.findall(r'"([^"]+)": "(\w+)"', header.get("images", "")))
     for group, arrays in found.samples.items():
         if "is_known" not in arrays:
             raise ValueError(f"{samples} is damaged: no {group}/is_known")

@@ -14,7 +14,7 @@ import pandas as pd
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
-from ssl_gradmix.data.corruptions import COMMON, EXTRA, SEVERITIES
+from ssl_gradmix.data.corruptions import COMMON
 from ssl_gradmix.data.datasets import load
 from ssl_gradmix.data.open_set import known_classes
 from ssl_gradmix.evaluation import plots
@@ -251,17 +251,12 @@ def corruption(runs: Sequence[Run]) -> Section:
 
 
 def by_severity(rows: pd.DataFrame, score: str, metric: str) -> pd.DataFrame:
-    """A line a corruption, the known ones as the benchmark has them, and a column a severity; 0 is clean images."""
-    rows = rows[rows["score"] == score]
-    where = {name: result_rows.param(rows, name) for name in ("corruption", "severity")}
-    found = rows.assign(**where)[rows["metric"] == metric]
-    found = found[found["corruption"].isin(COMMON + EXTRA) & found["severity"].isin(SEVERITIES)]
-    table = found.pivot_table(index="corruption", columns="severity", values="value", aggfunc="last")
-    table = table.reindex(index=[name for name in COMMON + EXTRA if name in table.index], columns=SEVERITIES)
-    clean = rows[rows["metric"] == f"clean_{metric}"]["value"]
+    """As `rows.by_corruption`, with a column 0 of clean images."""
+    table = result_rows.by_corruption(rows, score, metric)
+    clean = rows[(rows["score"] == score) & (rows["metric"] == f"clean_{metric}")]["value"]
     if len(clean) and len(table):
         table.insert(0, 0, clean.iloc[-1])
-    return table.astype(float)
+    return table
 
 
 def _severity_panel(title: str, values: Sequence[pd.Series]) -> list[Panel]:
