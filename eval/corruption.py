@@ -283,8 +283,8 @@ def read_baseline(
     """Errors of another run, from its folder or `corruption.json`; or those of `alexnet`, for ImageNet's 1000 classes.
 
     They must be of the corruptions `names` (extra ones are passed over), and agree with this run in what `_MUST_AGREE`
-    of its parameters `shared`, in the images that its results are `about`, and in the feature. `n_classes` is None where
-    some of the data set's classes are evaluated.
+    of its parameters `shared`, in the images that its results are `about`, and in the feature. `n_classes` is None
+    where some of the data set's classes are evaluated.
     """
     if where == "alexnet":
         if n_classes != 1000 or shared.get("preset", "imagenet") != "imagenet":
@@ -402,25 +402,23 @@ def report(evaluation: cli.Evaluation, found: pd.DataFrame, means: pd.DataFrame,
 
 def severity_table(table: pd.DataFrame, clean: float) -> str:
     """Lays out values for a terminal, in %: a line a corruption, a column a severity, and the mean."""
-    cells = [
-        ("severity", *map(str, SEVERITIES), "mean"),
-        ("clean images", *[""] * len(SEVERITIES), f"{clean:.1%}"[:-1]),
-    ]
-    cells += [
-        (name, *(f"{100 * value:.1f}" for value in (*values, values.mean()))) for name, values in table.iterrows()
-    ]
+    lines = [("clean images", *[""] * len(SEVERITIES), f"{100 * clean:.1f}")]
+    for name, values in table.iterrows():
+        lines.append((name, *(f"{100 * value:.1f}" for value in (*values, values.mean()))))
+    cells = [("severity", *map(str, SEVERITIES), "mean"), *lines]
     widths = [max(map(len, column)) + 2 for column in zip(*cells, strict=True)]
     return "\n".join(line[0].ljust(widths[0]) + "".join(map(str.rjust, line[1:], widths[1:])) for line in cells)
 
 
 def summary_table(means: pd.DataFrame) -> str:
     """Lays out what `summarize` gives for a terminal: a line a mean, a column a score."""
-    what = means["metric"].str.replace("_", " ")
-    baseline, group = rows.param(means, "baseline"), rows.param(means, "group")
-    what = what.where(baseline.isna(), what + " against " + baseline.astype(str)).where(group.isna(), "  " + group)
-    what += " (" + rows.param(means, "corruptions").astype(str) + ")"
-    table = means.assign(what=what).pivot(index="what", columns="score", values="value")
-    table = table.reindex(index=what.unique(), columns=means["score"].unique())
+    said = []
+    for row in means.itertuples():
+        against = f" against {row.params['baseline']}" if "baseline" in row.params else ""
+        what = f"  {row.params['group']}" if "group" in row.params else row.metric.replace("_", " ") + against
+        said.append(f"{what} ({row.params['corruptions']})")
+    table = means.assign(what=said).pivot(index="what", columns="score", values="value")
+    table = table.reindex(index=dict.fromkeys(said), columns=means["score"].unique())
     width = max(map(len, table.index))
     lines = [" " * width + "".join(f"  {score:>12}" for score in table.columns)]
     for what, values in table.iterrows():

@@ -61,23 +61,14 @@ class Subject:
 
 @dataclass(eq=False)
 class Evaluation:
-    """What is evaluated, loaded, and where the results go.
+    """What is evaluated, loaded, and where the results go."""
 
-    Args:
-        encoder: The frozen encoder.
-        data: Settings of its data.
-        out: Folder for results.
-        batch_size: Images that the encoder sees at once, on each process.
-        cache: Folder in which features are kept, or None.
-        accelerator: Says on which device and on how many processes.
-    """
-
-    encoder: Encoder
-    data: Data
-    out: Path
-    batch_size: int
-    cache: Path | None
-    accelerator: Accelerator
+    encoder: Encoder  # frozen
+    data: Data  # settings of its data
+    out: Path  # folder for results
+    batch_size: int  # images that the encoder sees at once, on each process
+    cache: Path | None  # folder in which features are kept
+    accelerator: Accelerator  # says on which device and on how many processes
 
     def load(self, split: str, data: Data | None = None) -> ImageSet:
         """Loads the labeled train or test images of the classes that the data settings ask for.

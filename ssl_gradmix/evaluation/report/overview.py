@@ -15,6 +15,7 @@ from ssl_gradmix.evaluation.metrics import auroc
 from ssl_gradmix.evaluation.report.page import Cell, Section, Table
 from ssl_gradmix.evaluation.report.runs import Run
 from ssl_gradmix.evaluation.report.tables import in_words, measure_of, percent, value_cell
+from ssl_gradmix.evaluation.rows import param
 from ssl_gradmix.run_folder import flat
 
 _HEADLINES = {
@@ -65,14 +66,12 @@ def _groups_of_seeds(runs: Sequence[Run]) -> list[list[int]]:
 
 def _headline(run: Run, task: str, score: str, metric: str) -> pd.Series | None:
     """The last row of that kind, a mean over trials where there are such."""
-    found = [
-        row
-        for _, row in run.rows(task).iterrows()
-        if (row["score"], row["metric"]) == (score, metric)
-        and not {"label_fraction", "corruption"} & row["params"].keys()
-    ]
-    found = [row for row in found if pd.isna(row["trial"])] or found
-    return found[-1] if found else None
+    rows = run.rows(task)
+    rows = rows[(rows["score"] == score) & (rows["metric"] == metric)]
+    rows = rows[param(rows, "label_fraction").isna() & param(rows, "corruption").isna()]
+    means = rows[rows["trial"].isna()]
+    found = rows if means.empty else means
+    return None if found.empty else found.iloc[-1]
 
 
 def _mean_of_seeds(found: Sequence[pd.Series | None]) -> Cell:
@@ -188,7 +187,7 @@ def _difference_of_aurocs(first: Run, other: Run, score: str = "knn_distance") -
         return None
     ours, theirs = (run.results["osr", "backbone"] for run in (first, other))
     shared = [
-        group
+        (theirs.samples[group], ours.samples[group])
         for group, digest in ours.images.items()
         if theirs.images.get(group) == digest
         and all(score in results.samples.get(group, {}) for results in (ours, theirs))
@@ -196,15 +195,12 @@ def _difference_of_aurocs(first: Run, other: Run, score: str = "knn_distance") -
     if not shared:
         return None
     if len(shared) == 1:
-        a, b = (results.samples[shared[0]] for results in (theirs, ours))
+        ((a, b),) = shared
         known = a["is_known"]
         return Difference(*paired_difference(auroc, (a[score], known), (b[score], known), strata=known)[:3])
-    values = [
-        auroc(theirs.samples[group][score], theirs.samples[group]["is_known"])
-        - auroc(ours.samples[group][score], ours.samples[group]["is_known"])
-        for group in shared
-    ]
-    return Difference(*_with_t_interval(values))
+    return Difference(
+        *_with_t_interval([auroc(a[score], a["is_known"]) - auroc(b[score], b["is_known"]) for a, b in shared])
+    )
 
 
 def _description(run: Run) -> str:
