@@ -402,12 +402,9 @@ def report(evaluation: cli.Evaluation, found: pd.DataFrame, means: pd.DataFrame,
 
 def severity_table(table: pd.DataFrame, clean: float) -> str:
     """Lays out values for a terminal, in %: a line a corruption, a column a severity, and the mean."""
-    lines = [("clean images", *[""] * len(SEVERITIES), f"{100 * clean:.1f}")]
-    for name, values in table.iterrows():
-        lines.append((name, *(f"{100 * value:.1f}" for value in (*values, values.mean()))))
-    cells = [("severity", *map(str, SEVERITIES), "mean"), *lines]
-    widths = [max(map(len, column)) + 2 for column in zip(*cells, strict=True)]
-    return "\n".join(line[0].ljust(widths[0]) + "".join(map(str.rjust, line[1:], widths[1:])) for line in cells)
+    first = pd.DataFrame({"mean": clean}, index=["clean images"])
+    lines = pd.concat([first, table.assign(mean=table.mean(axis=1))])[[*SEVERITIES, "mean"]]
+    return (100 * lines).rename_axis(columns="severity").to_string(na_rep="", float_format="{:.1f}".format, col_space=6)
 
 
 def summary_table(means: pd.DataFrame) -> str:
@@ -418,13 +415,8 @@ def summary_table(means: pd.DataFrame) -> str:
         what = f"  {row.params['group']}" if "group" in row.params else row.metric.replace("_", " ") + against
         said.append(f"{what} ({row.params['corruptions']})")
     table = means.assign(what=said).pivot(index="what", columns="score", values="value")
-    table = table.reindex(index=dict.fromkeys(said), columns=means["score"].unique())
-    width = max(map(len, table.index))
-    lines = [" " * width + "".join(f"  {score:>12}" for score in table.columns)]
-    for what, values in table.iterrows():
-        cells = ("" if np.isnan(value) else f"{value:.4f}" for value in values)
-        lines.append(f"{what:{width}}" + "".join(f"  {cell:>12}" for cell in cells))
-    return "\n".join(map(str.rstrip, lines))
+    table = table.reindex(index=list(dict.fromkeys(said)), columns=means["score"].unique())
+    return table.rename_axis(index=None, columns=None).to_string(na_rep="", float_format="{:.4f}".format, col_space=13)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
