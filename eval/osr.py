@@ -468,7 +468,9 @@ def report(
         for what, metrics in ((heading, _SHOWN), ("this run minus the other", _DIFFERENCES)):
             chosen = table[table["metric"].isin(metrics)]
             if len(chosen):
-                print(f"\n{what}, {spread(chosen)}\n{score_table(chosen, metrics)}")
+                trials = chosen["params"].iloc[0].get("trials")
+                beside = "with 95% intervals" if trials is None else f"mean ± standard deviation over trials {trials}"
+                print(f"\n{what}, {beside}\n{score_table(chosen, metrics)}")
     if means.empty:
         print("\nIntervals: bootstrap over test images; with few images, or near 0 and 1, they are too narrow.")
     print(f"\nWritten: {', '.join(map(str, files))}")
@@ -491,12 +493,6 @@ def score_table(found: pd.DataFrame, metrics: Mapping[str, str]) -> str:
     for row in found.itertuples():
         lines[row.score].append(with_spread(row))
     return rows.aligned([("score", *metrics.values()), *lines.values()])
-
-
-def spread(found: pd.DataFrame) -> str:
-    """What stands beside the values."""
-    trials = found["params"].iloc[0].get("trials")
-    return "with 95% intervals" if trials is None else f"mean ± standard deviation over trials {trials}"
 
 
 def with_spread(row: Any) -> str:

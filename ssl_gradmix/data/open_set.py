@@ -304,8 +304,7 @@ def pretraining(
         config: What config.yaml holds, None for an encoder that is from no run.
         data: Settings of the data that it is evaluated on. Folders of the same name count as the same data, wherever
             they lie.
-        classes: All classes of that data set.
-        known: The known classes.
+        classes: All classes of that data set, of which some are `known`.
         unknown: The unknown ones, where they are of the same data set.
 
     Returns:

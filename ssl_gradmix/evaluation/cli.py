@@ -116,11 +116,7 @@ class Evaluation:
         """What a file of results says beside the rows, which are of these images, or of some of their classes."""
         of_classes = f" of {classes}" if classes else ""
         return {
-            "encoder": {
-                "name": self.encoder.name,
-                "feature": self.encoder.feature,
-                "fingerprint": self.encoder.fingerprint,
-            },
+            "encoder": {name: getattr(self.encoder, name) for name in ("name", "feature", "fingerprint")},
             "data": asdict(self.data),
             "images": {f"{each.name}{of_classes}": each.fingerprint() for each in images},
             "versions": {"ssl_gradmix": __version__, "torch": torch.__version__, "timm": timm.__version__},
@@ -128,16 +124,10 @@ class Evaluation:
 
 
 def main(evaluate: Callable[..., None], options: type, description: str, argv: Sequence[str] | None = None) -> int:
-    """Runs `evaluate(evaluation, options)` from a command line.
+    """Runs `evaluate(evaluation, options)` from a command line and returns the exit status, see `command_line.run`.
 
-    Args:
-        evaluate: What to do. It runs on every process; the main one should write results.
-        options: Dataclass of the evaluation's own settings; its docstring is their help.
-        description: First lines of the help.
-        argv: Arguments, those of the process by default.
-
-    Returns:
-        The exit status, see `command_line.run`.
+    It runs on every process; the main one should write results. `options` is the dataclass of the evaluation's own
+    settings, and its docstring is their help.
     """
     parser = command_line.Parser(description=description, usage="%(prog)s ENCODER [options]")
     parser.add_argument("--config", action=command_line.ConfigFile, help="YAML file of these options.")

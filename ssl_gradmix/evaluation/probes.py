@@ -139,12 +139,12 @@ def linear_probe(
         raise ValueError(f"folds must be at least 2, got {folds}")
     std, mean = torch.std_mean(features.float(), 0, correction=0)
     scale = torch.where(std > 1e-6 * mean.abs(), 1 / std, 0.0)  # what varies less varies by rounding
-    scaled, shape = (features.float() - mean) * scale, (len(classes), features.shape[1])
+    scaled = (features.float() - mean) * scale
     everything = torch.arange(len(targets), device=targets.device)
     parts = _parts(targets, folds, seed) or [(everything, everything)]
     losses, judged = torch.zeros(len(learning_rates), device=targets.device, dtype=torch.float64), 0
     for rest, part in parts:
-        weight, bias = _train(scaled, rest, targets, shape, learning_rates, epochs, seed)
+        weight, bias = _train(scaled, rest, targets, len(classes), learning_rates, epochs, seed)
         logits = scaled[part] @ weight.mT + bias[:, None]  # (L, B, C)
         losses += torch.stack([functional.cross_entropy(each, targets[part], reduction="sum") for each in logits])
         judged += len(part)
@@ -154,7 +154,7 @@ def linear_probe(
     validation = dict(zip(learning_rates, losses, strict=True))
     best = min(validation, key=validation.__getitem__)
 
-    weight, bias = _train(scaled, everything, targets, shape, [best], epochs, seed)
+    weight, bias = _train(scaled, everything, targets, len(classes), [best], epochs, seed)
     weight = weight[0] * scale
     return LinearProbe(classes, weight, bias[0] - weight @ mean, best, validation)
 
@@ -200,19 +200,18 @@ def _train(
     scaled: Tensor,
     kept: Tensor,
     targets: Tensor,
-    shape: tuple[int, int],
+    n_classes: int,
     learning_rates: Sequence[float],
     epochs: int,
     seed: int,
 ) -> tuple[Tensor, Tensor]:
-    """Trains a classifier of `shape` (C, D) at each of L rates on the samples `kept`: weight (L, C, D), bias (L, C).
+    """Trains a classifier at each of L rates on the samples `kept`: weight (L, C, D), bias (L, C).
 
     The cross-entropy's gradient is written out, (softmax - one-hot) x features, which is quicker than autograd. Samples
     come last in logits and gradients, because a softmax over few classes is slow where these do.
     """
-    n_classes, n_features = shape
     rates = torch.tensor(learning_rates, device=targets.device).view(-1, 1, 1)
-    rows = len(rates) * n_classes
+    rows, n_features = len(rates) * n_classes, scaled.shape[1]
     weight, weight_velocity = torch.zeros(2, rows, n_features, device=targets.device)
     bias, bias_velocity = torch.zeros(2, rows, 1, device=targets.device)
     steps = epochs * math.ceil(len(kept) / BATCH_SIZE)

@@ -122,10 +122,7 @@ def results_folder(out: Path, feature: str = "backbone") -> Path:
 def write(path: str | Path, rows: pd.DataFrame, about: Mapping[str, Any]) -> None:
     """Writes rows, and what is to be said about them, as JSON: whole or not at all.
 
-    Args:
-        path: The file; its folder is made.
-        rows: What was measured.
-        about: Further entries of the JSON object beside `rows`, such as the encoder.
+    `about` holds further entries of the JSON object beside `rows`, such as the encoder.
 
     Raises:
         ValueError: If something is NaN or infinite.
@@ -227,7 +224,8 @@ def console(rows: pd.DataFrame) -> str:
     cells = [("score", "metric", "value", "95% interval", "n", "")]
     for row in rows.itertuples():
         interval = "" if pd.isna(row.ci_low) else f"{row.ci_low:.4f} to {row.ci_high:.4f}"
-        params = ", ".join(f"{name} {_short(value)}" for name, value in row.params.items())
+        params = {name: f"{each:g}" if isinstance(each, float) else each for name, each in row.params.items()}
+        params = ", ".join(f"{name} {each}" for name, each in params.items())
         cells.append((row.score, row.metric, f"{row.value:.4f}", interval, str(row.n), params))
     return aligned(cells)
 
@@ -269,7 +267,3 @@ def _identity(row: Mapping[str, Any]) -> tuple:
     trial = None if pd.isna(row["trial"]) else int(row["trial"])
     names = ("task", "dataset", "split", "feature", "score", "metric")
     return (*(row[name] for name in names), trial, json.dumps(params, sort_keys=True))
-
-
-def _short(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
