@@ -404,7 +404,7 @@ def severity_table(table: pd.DataFrame, clean: float) -> str:
     """Lays out values for a terminal, in %: a line a corruption, a column a severity, and the mean."""
     first = pd.DataFrame({"mean": clean}, index=["clean images"])
     lines = pd.concat([first, table.assign(mean=table.mean(axis=1))])[[*SEVERITIES, "mean"]]
-    return (100 * lines).rename_axis(columns="severity").to_string(na_rep="", float_format="{:.1f}".format, col_space=6)
+    return (100 * lines).rename_axis(columns="severity").to_string(na_rep="", float_format="{:.1f}".format, col_space=5)
 
 
 def summary_table(means: pd.DataFrame) -> str:
