@@ -30,7 +30,7 @@ from joblib import cpu_count
 from tqdm import tqdm
 
 from ssl_gradmix.data import corruption_sets, open_set
-from ssl_gradmix.data.corruptions import COMMON, EXTRA, GROUP_OF, SEVERITIES
+from ssl_gradmix.data.corruptions import COMMON, GROUP_OF, SEVERITIES
 from ssl_gradmix.data.datasets import ImageSet, load
 from ssl_gradmix.evaluation import cli, plots, rows, scores
 from ssl_gradmix.evaluation.features import extract
@@ -44,6 +44,7 @@ from ssl_gradmix.evaluation.metrics import (
     relative_mce,
 )
 from ssl_gradmix.evaluation.probes import LinearProbe, label_subset, linear_probe
+from ssl_gradmix.evaluation.rows import by_corruption
 
 CLASSIFIERS = ("linear", "knn")
 """Scores of the metrics `accuracy` and `clean_accuracy`."""
@@ -165,17 +166,7 @@ def evaluate(evaluation: cli.Evaluation, options: Options) -> None:
 def selected(
     images: ImageSet, classes: Sequence[int] | None = None, count: int | None = None, seed: int = 0
 ) -> np.ndarray:
-    """Numbers of the test images to evaluate, ascending; unlabeled ones are none of them.
-
-    Args:
-        images: A whole test set.
-        classes: Labels to keep; None keeps all.
-        count: About how many images, the same share of each class and at least one; None takes all.
-        seed: Of that draw.
-
-    Raises:
-        ValueError: If no image is labeled, none is of these classes, or there are fewer than `count`.
-    """
+    """Numbers of the labeled images of these classes, ascending; about `count`, the same share of each class."""
     chosen = images.labels >= 0
     if not chosen.any():
         raise ValueError(f"{images.name} has no labels, this evaluation needs them: a folder has one a class folder")
@@ -212,21 +203,10 @@ def said_of(corrupted: corruption_sets.Generated | corruption_sets.Published) ->
 
 
 def measure(probe: LinearProbe, bank: cli.Labeled, images: cli.Labeled, options: Options) -> list[rows.Number]:
-    """How classifiers of clean training features do on images.
+    """How the linear probe of `bank`, and kNN in it, do on features and labels of images.
 
-    Args:
-        probe: The linear one.
-        bank: Features (N, D) and labels (N,) that it was trained on, and that kNN looks among.
-        images: Features (M, D) and labels (M,). With `options.osr` some must be of the training classes and some not,
-            else all of them must.
-        options: How.
-
-    Returns:
-        `accuracy` of each of `CLASSIFIERS` on images of the training classes, with Wilson 95% interval; with
-        `options.osr` also `auroc` of each of `OPEN_SET_SCORES`, with bootstrap 95% interval.
-
-    Raises:
-        ValueError: If labels are not as above.
+    `accuracy` of each of `CLASSIFIERS` on images of the training classes, with Wilson 95% interval; with `options.osr`
+    also `auroc` of each of `OPEN_SET_SCORES`, with bootstrap 95% interval.
     """
     features, labels = images
     training = {"learning_rate": probe.learning_rate, "epochs": options.epochs}
@@ -261,12 +241,9 @@ def like(found: pd.DataFrame, of_clean: pd.DataFrame) -> pd.DataFrame:
     return found[np.array([protocol(row) in wanted for row in found.to_dict("records")], bool)]
 
 
-def by_corruption(found: pd.DataFrame, score: str, metric: str) -> pd.DataFrame:
-    """Values of one score and metric: a line a corruption in the benchmark's order, a column a severity."""
-    found = found[(found["score"] == score) & (found["metric"] == metric)]
-    where = {name: rows.param(found, name) for name in ("corruption", "severity")}
-    table = found.assign(**where).pivot(index="corruption", columns="severity", values="value")
-    return table.reindex(index=[name for name in COMMON + EXTRA if name in table.index], columns=SEVERITIES)
+def errors_of(found: pd.DataFrame, score: str) -> dict[str, list[float]]:
+    """Errors in [0, 1] of one classifier by corruption, mildest first."""
+    return {name: (1 - values).tolist() for name, values in by_corruption(found, score, "accuracy").iterrows()}
 
 
 def done(found: pd.DataFrame, scores: Sequence[str]) -> set[str]:
@@ -282,17 +259,11 @@ def clean_value(found: pd.DataFrame, score: str, metric: str) -> float:
 
 @dataclass(frozen=True)
 class Baseline:
-    """Errors to compare with.
+    """Errors to compare with."""
 
-    Args:
-        name: What results call it.
-        errors: By score and corruption, one a severity or their mean.
-        clean_error: By score.
-    """
-
-    name: str
-    errors: Mapping[str, Mapping[str, float | Sequence[float]]]
-    clean_error: Mapping[str, float]
+    name: str  # what results call it
+    errors: Mapping[str, Mapping[str, float | Sequence[float]]]  # by score and corruption: by severity, or the mean
+    clean_error: Mapping[str, float]  # by score
 
 
 ALEXNET = Baseline(
@@ -309,20 +280,11 @@ def read_baseline(
     n_classes: int | None,
     feature: str = "backbone",
 ) -> Baseline:
-    """Reads the errors of another run, or gives AlexNet's.
+    """Errors of another run, from its folder or `corruption.json`; or those of `alexnet`, for ImageNet's 1000 classes.
 
-    Args:
-        where: A run's folder, its `corruption.json`, or `alexnet`, which is for ImageNet's 1000 classes alone.
-        names: The corruptions that it must have; extra ones are passed over.
-        shared: Parameters of this run's rows: the baseline's must agree on images, classes and kind of corruptions.
-        about: What this run's results say of its images, which the baseline must have seen.
-        n_classes: Number of classes evaluated, None where they are some of the data set's.
-        feature: What of the encoder is evaluated; the other run's results must be of the same.
-
-    Raises:
-        FileNotFoundError: If the run has no results.
-        ValueError: If these are no results of corruptions, lack a corruption, are of other images or features, or are
-            several of the same images.
+    They must be of the corruptions `names` (extra ones are passed over), and agree with this run in what `_MUST_AGREE`
+    of its parameters `shared`, in the images that its results are `about`, and in the feature. `n_classes` is None
+    where some of the data set's classes are evaluated.
     """
     if where == "alexnet":
         if n_classes != 1000 or shared.get("preset", "imagenet") != "imagenet":
@@ -355,7 +317,7 @@ def read_baseline(
             f"the baseline {path} has several evaluations of the same images, with other parameters: evaluate that run "
             "once more with --out FOLDER, and give that folder"
         )
-    errors = {score: errors_by_corruption(found, score) for score in CLASSIFIERS}
+    errors = {score: errors_of(found, score) for score in CLASSIFIERS}
     missing = [name for name in names if name in COMMON and any(name not in errors[score] for score in CLASSIFIERS)]
     if (found["metric"] == "clean_accuracy").sum() < len(CLASSIFIERS):
         missing.append("clean images")
@@ -365,26 +327,13 @@ def read_baseline(
     return Baseline(found["encoder"].iloc[0], errors, clean_error)
 
 
-def errors_by_corruption(found: pd.DataFrame, score: str) -> dict[str, list[float]]:
-    """Errors in [0, 1] of one classifier by corruption, mildest first."""
-    return {name: (1 - values).tolist() for name, values in by_corruption(found, score, "accuracy").iterrows()}
-
-
 def summarize(found: pd.DataFrame, baseline: Baseline | None = None) -> tuple[pd.DataFrame, list[str]]:
-    """Means over corruptions.
+    """Means over corruptions, and remarks why a ratio cannot be had. `params["corruptions"]` counts those in a mean.
 
-    Args:
-        found: Rows of each corruption at each severity (`accuracy`, and `auroc` where unknown classes were evaluated
-            too), and of clean images (`clean_accuracy`).
-        baseline: What to divide errors by.
-
-    Returns:
-        Rows of these metrics, and remarks why a ratio cannot be had. `params["corruptions"]` counts those in a mean.
-
-        - `mean_corruption_error`: of the common corruptions, not normalized; what is usual for CIFAR.
-        - `group_corruption_error`: of those of `params["group"]`, which may be `extra`.
-        - `mce`, `relative_mce`: of the common corruptions, as ratios to the baseline; papers print 100 times that.
-        - `mean_corruption_auroc`: of the common corruptions.
+    - `mean_corruption_error`: of the common corruptions, not normalized; what is usual for CIFAR.
+    - `group_corruption_error`: of those of `params["group"]`, which may be `extra`.
+    - `mce`, `relative_mce`: of the common corruptions, as ratios to the baseline; papers print 100 times that.
+    - `mean_corruption_auroc`: of the common corruptions.
     """
     means: list[dict[str, Any]] = []
     remarks: list[str] = []
@@ -396,7 +345,7 @@ def summarize(found: pd.DataFrame, baseline: Baseline | None = None) -> tuple[pd
         means.append({**like, "metric": metric, "value": value, "ci_low": None, "ci_high": None, "params": params})
 
     for score in CLASSIFIERS:
-        errors = errors_by_corruption(found, score)
+        errors = errors_of(found, score)
         common = {name: errors[name] for name in errors if name in COMMON}
         if common:
             add(score, "mean_corruption_error", mean_corruption_error(common), len(common))
@@ -453,32 +402,21 @@ def report(evaluation: cli.Evaluation, found: pd.DataFrame, means: pd.DataFrame,
 
 def severity_table(table: pd.DataFrame, clean: float) -> str:
     """Lays out values for a terminal, in %: a line a corruption, a column a severity, and the mean."""
-    lines = [("clean images", *[""] * len(SEVERITIES), f"{100 * clean:.1f}")]
-    for name, values in table.iterrows():
-        lines.append((name, *(f"{100 * value:.1f}" for value in (*values, values.mean()))))
-    cells = [("severity", *map(str, SEVERITIES), "mean"), *lines]
-    widths = [max(map(len, column)) + 2 for column in zip(*cells, strict=True)]
-    return "\n".join(line[0].ljust(widths[0]) + "".join(map(str.rjust, line[1:], widths[1:])) for line in cells)
+    first = pd.DataFrame({"mean": clean}, index=["clean images"])
+    lines = pd.concat([first, table.assign(mean=table.mean(axis=1))])[[*SEVERITIES, "mean"]]
+    return (100 * lines).rename_axis(columns="severity").to_string(na_rep="", float_format="{:.1f}".format, col_space=5)
 
 
 def summary_table(means: pd.DataFrame) -> str:
     """Lays out what `summarize` gives for a terminal: a line a mean, a column a score."""
-    lines: dict[str, dict[str, float]] = {}
+    said = []
     for row in means.itertuples():
-        what = row.metric.replace("_", " ")
-        if "baseline" in row.params:
-            what += f" against {row.params['baseline']}"
-        if "group" in row.params:
-            what = f"  {row.params['group']}"
-        lines.setdefault(f"{what} ({row.params['corruptions']})", {})[row.score] = row.value
-    columns = list(dict.fromkeys(means["score"]))
-    width = max(map(len, lines))
-    head = " " * width + "".join(f"  {score:>12}" for score in columns)
-    body = [
-        f"{what:{width}}" + "".join(f"  {f'{line[score]:.4f}' if score in line else '':>12}" for score in columns)
-        for what, line in lines.items()
-    ]
-    return "\n".join(line.rstrip() for line in (head, *body))
+        against = f" against {row.params['baseline']}" if "baseline" in row.params else ""
+        what = f"  {row.params['group']}" if "group" in row.params else row.metric.replace("_", " ") + against
+        said.append(f"{what} ({row.params['corruptions']})")
+    table = means.assign(what=said).pivot(index="what", columns="score", values="value")
+    table = table.reindex(index=list(dict.fromkeys(said)), columns=means["score"].unique())
+    return table.rename_axis(index=None, columns=None).to_string(na_rep="", float_format="{:.4f}".format, col_space=13)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -51,15 +51,8 @@ def measure(
 ) -> tuple[list[rows.Number], list[rows.Number], LinearProbe, dict[str, Tensor]]:
     """Accuracies on test features, with Wilson 95% intervals.
 
-    Args:
-        train: Features (N, D) and labels (N,) of training images.
-        test: Features (M, D) and labels (M,) of test images, of classes that `train` has.
-        classes: Label k is `classes[k]`.
-        options: How.
-
-    Returns:
-        Numbers over all test images; numbers of the linear classifier by class; that classifier; and which images
-        were named right, (M,) by score, for a paired comparison with another encoder.
+    Over all images; of the linear classifier by class; that classifier; and by score which images were named right, for
+    a paired comparison with another encoder.
     """
     (features, labels), (test_features, test_labels) = train, test
 

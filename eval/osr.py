@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.numpy import save
 from tqdm import tqdm
 
@@ -84,11 +84,7 @@ class Options:
             self.unknown = [Data(**vars(each)) for each in self.unknown]  # the parser leaves them plain
 
     def check(self, labels: np.ndarray) -> None:
-        """Refuses more neighbors than training images of the known classes, with labels (N,), can be.
-
-        Raises:
-            ValueError: If `k` is above N, `top_k` above the size of the smallest class, or one is below 1.
-        """
+        """Refuses more neighbors than the training images of the known classes, with labels (N,), can be."""
         sizes = np.unique(labels, return_counts=True)[1]
         for name, value, most, what in (
             ("k", self.k, sizes.sum(), "the training images of all known classes"),
@@ -104,30 +100,17 @@ class Options:
 
 @dataclass(eq=False)
 class Group:
-    """Test images of known classes against unknown ones: a trial, or another data set.
+    """Test images of known classes against unknown ones: a trial, or another data set."""
 
-    Args:
-        name: What results of it are kept under, for instance `random:6:0` or `svhn`.
-        trial: Its number, or None where the unknown images are those of another data set, whatever their class.
-        known: Label numbers.
-        images: Where the unknown images are: the test images themselves, or another set.
-        is_unknown: Boolean, which of `images` they are.
-        params: What result rows say of it.
-    """
-
-    name: str
-    trial: int | None
-    known: tuple[int, ...]
-    images: ImageSet
-    is_unknown: np.ndarray
-    params: dict[str, Any]
+    name: str  # of its results, for instance random:6:0 or svhn
+    trial: int | None  # its number; None where the unknown images are another data set's, whatever their class
+    known: tuple[int, ...]  # labels
+    images: ImageSet  # the unknown images are in: the test images themselves, or another set
+    is_unknown: np.ndarray  # which of them they are
+    params: dict[str, Any]  # what result rows say of it
 
     def check(self, train: ImageSet, test: ImageSet) -> None:
-        """Makes sure that there are images of all kinds.
-
-        Raises:
-            ValueError: If a known class has no training image, or no test image is known, or none unknown.
-        """
+        """Makes sure that each known class has a training image, and that there are known and unknown test images."""
         missing = sorted(set(self.known) - set(train.labels.tolist()))
         if missing:
             raise ValueError(f"{self.name}: {train.name} has no image of the known classes {missing}")
@@ -142,11 +125,7 @@ class Group:
         return hashlib.sha256(" ".join(images.fingerprint() for images in both).encode()).hexdigest()[:16]
 
     def select(self, test: cli.Labeled, unknown: cli.Labeled) -> tuple[cli.Labeled, torch.Tensor]:
-        """Picks out of the features of all test images, and of `images`.
-
-        Returns:
-            Those of known test images, then of unknown ones; and which of them are known, boolean.
-        """
+        """The known of all test images, then the unknown of `images`; and which of them are known."""
         known = torch.isin(test[1], test[1].new_tensor(self.known))
         other = torch.from_numpy(self.is_unknown).to(known.device)
         features, labels = (torch.cat([mine[known], theirs[other]]) for mine, theirs in zip(test, unknown, strict=True))
@@ -175,7 +154,8 @@ def evaluate(evaluation: cli.Evaluation, options: Options) -> None:
         return
     found, remarks, probes = [], [], {}
     for group in tqdm(groups, desc="scoring", delay=3, disable=None):
-        bank = of_classes(features[train], group.known)
+        of_known = torch.isin(features[train][1], features[train][1].new_tensor(group.known))
+        bank = tuple(part[of_known] for part in features[train])
         tested, is_known = group.select(features[test], features[group.images])
         if group.known not in probes:
             probes[group.known] = linear_probe(*bank, epochs=options.epochs, seed=options.seed)
@@ -198,11 +178,7 @@ def evaluate(evaluation: cli.Evaluation, options: Options) -> None:
 def choose_groups(
     evaluation: cli.Evaluation, options: Options, test: ImageSet
 ) -> tuple[str, list[Group], Sequence[str]]:
-    """The task, `osr` or `ood`, what is told apart in it, and remarks on trials that are left out.
-
-    Raises:
-        ValueError: If what is asked for does not fit the data, or the run saw other classes in pretraining.
-    """
+    """The task, `osr` or `ood`, what is told apart in it, and remarks on trials that are left out."""
     data, config = evaluation.data, evaluation.encoder.config
     if options.trials is None:
         trials = [] if options.unknown is not None else open_set.own_trials(data, test.classes)
@@ -229,11 +205,8 @@ def choose_groups(
         same = first.setdefault(frozenset(trial.known), trial)
         if same is not trial:
             repeated.append(f"{trial.name} is left out, as it has the known classes of {same.name}")
-    return (
-        "osr",
-        [trial_group(trial, data, test, others if trial.elsewhere else test, config) for trial in first.values()],
-        repeated,
-    )
+    groups = [trial_group(trial, data, test, others if trial.elsewhere else test, config) for trial in first.values()]
+    return "osr", groups, repeated
 
 
 def trial_group(
@@ -251,12 +224,7 @@ def trial_group(
 
 
 def set_groups(data: Data, test: ImageSet, config: Mapping[str, Any] | None, others: Sequence[Data]) -> list[Group]:
-    """The test images of a data set, of those classes that the settings name, against each of other sets.
-
-    Raises:
-        ValueError: If there are no other sets, one is named twice or has known images, or fewer than two classes are
-            known, and as `open_set.pretraining`.
-    """
+    """The test images of a data set, of those classes that the settings name, against each of other sets."""
     known = open_set.known_classes(data, test.classes) or list(range(len(test.classes)))
     if len(known) < 2:
         raise ValueError(f"at least two known classes are needed, {test.name} has {[test.classes[i] for i in known]}")
@@ -281,11 +249,7 @@ def set_groups(data: Data, test: ImageSet, config: Mapping[str, Any] | None, oth
 
 
 def load_unknown(data: Data) -> ImageSet:
-    """Loads the test images of another data set, or all images of a folder that has neither train/ nor test/.
-
-    Raises:
-        ValueError: If they cannot be had.
-    """
+    """Loads the test images of another data set, or all images of a folder that has neither train/ nor test/."""
     try:
         images = load(data, "all" if data.name == "folder" and not has_splits(_place(data)) else "test")
         wanted = open_set.known_classes(data, images.classes)
@@ -295,11 +259,7 @@ def load_unknown(data: Data) -> ImageSet:
 
 
 def load_cifar100(data: Data, others: Sequence[Data] | None) -> ImageSet:
-    """Loads the test images that have the unknown classes of the trials cifar+10 and cifar+50.
-
-    Raises:
-        ValueError: If it is not said where CIFAR-100 is, or the data set has not its number of classes.
-    """
+    """Loads the test images that have the unknown classes of the trials cifar+10 and cifar+50."""
     if others is None and data.name == "cifar10":
         others = [Data("cifar100", data.root, download=data.download)]
     if others is None or len(others) != 1:
@@ -316,14 +276,7 @@ def load_cifar100(data: Data, others: Sequence[Data] | None) -> ImageSet:
 
 
 def closed_set(probe: LinearProbe, bank: cli.Labeled, test: cli.Labeled, options: Options) -> list[rows.Number]:
-    """Accuracy on known test images, of the linear probe and weighted kNN, with Wilson 95% intervals.
-
-    Args:
-        probe: Fitted to `bank`.
-        bank: Features (N, D) of the known classes' training images, and labels (N,).
-        test: Features (M, D) of their test images, and labels (M,).
-        options: Those that `probe` was fitted with.
-    """
+    """Accuracy on known test images, of the linear probe of `bank` and weighted kNN, with Wilson 95% intervals."""
     features, labels = test
     votes = {"k": used_k(_VOTERS, bank[0]), "temperature": _TEMPERATURE}
     linear = accuracy_interval(probe.predict(features) == labels)
@@ -339,18 +292,9 @@ def detect(
 ) -> tuple[list[rows.Number], dict[str, np.ndarray]]:
     """Tells known from unknown test samples by every score of `scores.all_scores`.
 
-    Args:
-        probe: Fitted to `bank`.
-        bank: Features (N, D) of the known classes' training images, and labels (N,).
-        test: Features (M, D) of known and unknown test images, and labels (M,), of any numbers where unknown.
-        is_known: (M,) boolean.
-        options: Those that `probe` was fitted with. More neighbors than there are count as all.
-
-    Returns:
-        Numbers by score: those of `metrics.all_metrics`, with bootstrap 95% intervals, where OSCR counts what the probe
-        names right, whatever the score; and `threshold_tpr95`, which 95% of the known test samples reach.
-
-        Samples (M,) by name: `is_known`, `correct` (False where unknown), `labels`, and each score.
+    The numbers are those of `metrics.all_metrics`, with bootstrap 95% intervals, where OSCR counts what the probe names
+    right, whatever the score; and `threshold_tpr95`, which 95% of the known test samples reach. The samples are (M,) by
+    name: `is_known`, `correct` (False where unknown), `labels`, and each score.
     """
     features, labels = test
     k, top_k = (default if given is None else given for given, default in ((options.k, _K), (options.top_k, _TOP_K)))
@@ -371,17 +315,10 @@ def detect(
 
 
 def compare(samples: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray], name: str) -> list[rows.Number]:
-    """Tests by paired bootstrap whether two runs differ in AUROC and OSCR on the same samples.
+    """Tests by paired bootstrap whether a run and the `other`, called `name`, differ in AUROC and OSCR.
 
-    Args:
-        samples: Of one run, as `detect` gives them.
-        other: Of the other, sample for sample the same images.
-        name: What results call the other.
-
-    Returns:
-        For each score, `auroc_difference` and `oscr_difference`, this run minus the other, with 95% interval, and the
-        two-sided `p_value` among the parameters, see `intervals.paired_difference`. It is not corrected for the number
-        of tests.
+    Both hold the same images, sample for sample. A difference is this run's value minus the other's. The p-values,
+    which stand among the parameters, are not corrected for the number of tests.
     """
     known, numbers = samples["is_known"], []
     for score in samples:
@@ -403,10 +340,8 @@ def compare(samples: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray], 
 def over_trials(found: pd.DataFrame) -> pd.DataFrame:
     """Mean and standard deviation (n - 1) over trials, a row for each score and metric that several trials have.
 
-    Returns:
-        Rows without trial, with `params["std"]`, the `params["trials"]` they are means of, and the other parameters as
-        far as these agree on them; `n` is the number of images of one trial, rounded where they differ. Thresholds and
-        p-values have no mean.
+    Parameters are kept where all trials agree on them, and `n` is the mean number of images of one trial. Thresholds
+    and p-values have no mean.
     """
     means = []
     for _, group in found[found["metric"] != "threshold_tpr95"].groupby(["score", "metric"], sort=False):
@@ -426,19 +361,12 @@ def over_trials(found: pd.DataFrame) -> pd.DataFrame:
 
 @dataclass(eq=False)
 class Samples:
-    """What was found of each test image, for curves and for comparing runs.
+    """What was found of each test image, for curves and for comparing runs."""
 
-    Args:
-        encoder: Its name.
-        settings: How they were scored, `Options.scoring()`.
-        images: Fingerprint of the test images of each group (a trial, or a data set of unknown images), in their order.
-        arrays: By group, as `detect` gives them.
-    """
-
-    encoder: str
-    settings: dict[str, Any]
-    images: dict[str, str]
-    arrays: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+    encoder: str  # its name
+    settings: dict[str, Any]  # how they were scored, `Options.scoring()`
+    images: dict[str, str]  # by group, the fingerprint of its test images in their order
+    arrays: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)  # by group, as `detect` gives them
 
     def write(self, path: Path) -> None:
         """Writes safetensors, whole or not at all: arrays as `<group>/<name>`, booleans as uint8, the rest as metadata.
@@ -450,29 +378,14 @@ class Samples:
             for group, arrays in self.arrays.items()
             for name, array in arrays.items()
         }
-        header = {
-            "encoder": self.encoder,
-            "settings": json.dumps(self.settings),
-            "images": json.dumps(self.images),
-        }
+        header = {"encoder": self.encoder, "settings": json.dumps(self.settings), "images": json.dumps(self.images)}
         write_whole(path, lambda temporary: temporary.write_bytes(save(tensors, header)))
 
     @classmethod
     def read(cls, path: Path) -> Samples:
-        """Reads what `write` wrote.
-
-        Raises:
-            FileNotFoundError: If there is no such file.
-            ValueError: If it holds something else.
-        """
-        arrays: dict[str, dict[str, np.ndarray]] = {}
+        """Reads what `write` wrote."""
         try:
-            with safe_open(path, "numpy") as file:
-                header, keys = file.metadata(), file.keys()
-                for key in keys:
-                    group, _, name = key.rpartition("/")
-                    array = file.get_tensor(key)
-                    arrays.setdefault(group, {})[name] = array.astype(bool) if array.dtype == np.uint8 else array
+            arrays, header = rows.read_samples(path)
             settings, images = dict(json.loads(header["settings"])), dict(json.loads(header["images"]))
             if images.keys() != arrays.keys():
                 raise ValueError(f"it has arrays of {', '.join(arrays)}, but names {', '.join(images)}")
@@ -484,11 +397,7 @@ class Samples:
             raise ValueError(f"{path} is no file of open-set samples, or damaged: {error}") from error
 
     def check_comparable(self, other: Samples) -> None:
-        """Refuses to compare with other samples.
-
-        Raises:
-            ValueError: If no group is in both, one has other images, or they were scored in another way.
-        """
+        """Refuses other samples where no group is in both, one has other images, or scores were made otherwise."""
         shared = [group for group in self.images if group in other.images]
         if not shared:
             theirs, ours = ", ".join(other.images), ", ".join(self.images)
@@ -511,11 +420,7 @@ class Samples:
 
 
 def read_other(run: str, task: str, feature: str) -> Samples:
-    """The samples of another run.
-
-    Raises:
-        FileNotFoundError: It was not evaluated so.
-    """
+    """The samples of another run."""
     folders = [rows.results_folder(out, feature) for out in (Path(run, "eval"), Path(run))]
     places = [folder / f"{task}_samples.safetensors" for folder in folders]
     path = next((path for path in places if path.exists()), None)
@@ -558,20 +463,17 @@ def report(
     print(f"closed-set accuracy: {', '.join(accuracies)}")
     tables = {"known against unknown classes": told}
     if task == "ood":
-        tables = {name: told[told["dataset"] == told_from(group)] for name, group in about["groups"].items()}
+        tables = {group.name: told[told["dataset"] == group.images.name.rpartition("/")[0]] for group in groups}
     for heading, table in tables.items():
         for what, metrics in ((heading, _SHOWN), ("this run minus the other", _DIFFERENCES)):
             chosen = table[table["metric"].isin(metrics)]
             if len(chosen):
-                print(f"\n{what}, {spread(chosen)}\n{score_table(chosen, metrics)}")
+                trials = chosen["params"].iloc[0].get("trials")
+                beside = "with 95% intervals" if trials is None else f"mean ± standard deviation over trials {trials}"
+                print(f"\n{what}, {beside}\n{score_table(chosen, metrics)}")
     if means.empty:
         print("\nIntervals: bootstrap over test images; with few images, or near 0 and 1, they are too narrow.")
     print(f"\nWritten: {', '.join(map(str, files))}")
-
-
-def told_from(group: Mapping[str, Any]) -> str:
-    """The data set that rows of a group are filed under."""
-    return group["unknown_from"].rpartition("/")[0]
 
 
 def describe(group: Group, test: ImageSet) -> dict[str, Any]:
@@ -593,24 +495,12 @@ def score_table(found: pd.DataFrame, metrics: Mapping[str, str]) -> str:
     return rows.aligned([("score", *metrics.values()), *lines.values()])
 
 
-def spread(found: pd.DataFrame) -> str:
-    """What stands beside the values."""
-    trials = found["params"].iloc[0].get("trials")
-    return "with 95% intervals" if trials is None else f"mean ± standard deviation over trials {trials}"
-
-
 def with_spread(row: Any) -> str:
     """A value with its 95% interval, or with its standard deviation over trials."""
     if "std" in row.params:
         return f"{row.value:.4f} ± {row.params['std']:.4f}"
     tested = f" {plots.p_value(row.params['p_value'])}" if "p_value" in row.params else ""
     return f"{row.value:.4f} ({row.ci_low:.4f} to {row.ci_high:.4f}){tested}"
-
-
-def of_classes(labeled: cli.Labeled, classes: Sequence[int]) -> cli.Labeled:
-    """Those of these classes."""
-    chosen = torch.isin(labeled[1], labeled[1].new_tensor(classes))
-    return labeled[0][chosen], labeled[1][chosen]
 
 
 def _training(probe: LinearProbe, options: Options) -> dict[str, object]:

@@ -37,6 +37,7 @@ from ssl_gradmix.settings import Data
 
 # In the order of the papers' code, where a class's place in the list is the label it is trained with.
 # fmt: off
+_OF_CIFAR10 = ((4, 7, 9, 1), (6, 7, 1, 9), (9, 6, 1, 7), (6, 4, 9, 1), (1, 0, 9, 8))
 _KNOWN: dict[str, tuple[tuple[int, ...], ...]] = {
     "mnist": (
         (2, 4, 5, 9, 8, 3),
@@ -59,20 +60,8 @@ _KNOWN: dict[str, tuple[tuple[int, ...], ...]] = {
         (8, 6, 1, 9, 0, 7),
         (2, 4, 1, 7, 9, 6),
     ),
-    "cifar+10": (
-        (4, 7, 9, 1),
-        (6, 7, 1, 9),
-        (9, 6, 1, 7),
-        (6, 4, 9, 1),
-        (1, 0, 9, 8),
-    ),
-    "cifar+50": (
-        (4, 7, 9, 1),
-        (6, 7, 1, 9),
-        (9, 6, 1, 7),
-        (6, 4, 9, 1),
-        (1, 0, 9, 8),
-    ),
+    "cifar+10": _OF_CIFAR10,
+    "cifar+50": _OF_CIFAR10,
     "tinyimagenet": (
         (108, 147, 17, 58, 193, 123, 72, 144, 75, 167, 134, 14, 81, 171, 44, 197, 152, 66, 1, 133),
         (198, 161, 91, 59, 57, 134, 61, 184, 90, 35, 29, 23, 199, 38, 133, 19, 186, 18, 85, 67),
@@ -162,9 +151,6 @@ def distinct_trials(dataset: str) -> list[int]:
     Trials 0 and 1 coincide for `cifar10` and for `svhn`. For `cifar+10` and `cifar+50` trials 1 and 2 share their known
     classes, and their unknown ones differ in one of ten and in four of fifty.
 
-    Args:
-        dataset: One of `DATASETS`.
-
     Raises:
         KeyError: If the data set has no trials.
     """
@@ -175,16 +161,11 @@ def distinct_trials(dataset: str) -> list[int]:
 def random_split(n_classes: int, n_known: int, seed: int) -> tuple[list[int], list[int]]:
     """Known and unknown classes at random: the first `n_known` of `np.random.default_rng(seed).permutation(n_classes)`.
 
-    Args:
-        n_classes: Number of classes of the data.
-        n_known: How many of them are known, at least 1 and fewer than `n_classes`.
-        seed: The same seed gives the same split, whatever was drawn before.
-
     Returns:
         Known classes and the others, both rising.
 
     Raises:
-        ValueError: If the numbers leave no known or no unknown class.
+        ValueError: If `n_known` is not from 1 to `n_classes - 1`.
     """
     if not 1 <= n_known < n_classes:
         raise ValueError(f"n_known must be at least 1 and below n_classes={n_classes}, got {n_known}")
@@ -323,8 +304,7 @@ def pretraining(
         config: What config.yaml holds, None for an encoder that is from no run.
         data: Settings of the data that it is evaluated on. Folders of the same name count as the same data, wherever
             they lie.
-        classes: All classes of that data set.
-        known: The known classes.
+        classes: All classes of that data set, of which some are `known`.
         unknown: The unknown ones, where they are of the same data set.
 
     Returns:

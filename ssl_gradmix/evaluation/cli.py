@@ -61,23 +61,14 @@ class Subject:
 
 @dataclass(eq=False)
 class Evaluation:
-    """What is evaluated, loaded, and where the results go.
+    """What is evaluated, loaded, and where the results go."""
 
-    Args:
-        encoder: The frozen encoder.
-        data: Settings of its data.
-        out: Folder for results.
-        batch_size: Images that the encoder sees at once, on each process.
-        cache: Folder in which features are kept, or None.
-        accelerator: Says on which device and on how many processes.
-    """
-
-    encoder: Encoder
-    data: Data
-    out: Path
-    batch_size: int
-    cache: Path | None
-    accelerator: Accelerator
+    encoder: Encoder  # frozen
+    data: Data  # settings of its data
+    out: Path  # folder for results
+    batch_size: int  # images that the encoder sees at once, on each process
+    cache: Path | None  # folder in which features are kept
+    accelerator: Accelerator  # says on which device and on how many processes
 
     def load(self, split: str, data: Data | None = None) -> ImageSet:
         """Loads the labeled train or test images of the classes that the data settings ask for.
@@ -125,11 +116,7 @@ class Evaluation:
         """What a file of results says beside the rows, which are of these images, or of some of their classes."""
         of_classes = f" of {classes}" if classes else ""
         return {
-            "encoder": {
-                "name": self.encoder.name,
-                "feature": self.encoder.feature,
-                "fingerprint": self.encoder.fingerprint,
-            },
+            "encoder": {name: getattr(self.encoder, name) for name in ("name", "feature", "fingerprint")},
             "data": asdict(self.data),
             "images": {f"{each.name}{of_classes}": each.fingerprint() for each in images},
             "versions": {"ssl_gradmix": __version__, "torch": torch.__version__, "timm": timm.__version__},
@@ -137,16 +124,10 @@ class Evaluation:
 
 
 def main(evaluate: Callable[..., None], options: type, description: str, argv: Sequence[str] | None = None) -> int:
-    """Runs `evaluate(evaluation, options)` from a command line.
+    """Runs `evaluate(evaluation, options)` from a command line and returns the exit status, see `command_line.run`.
 
-    Args:
-        evaluate: What to do. It runs on every process; the main one should write results.
-        options: Dataclass of the evaluation's own settings; its docstring is their help.
-        description: First lines of the help.
-        argv: Arguments, those of the process by default.
-
-    Returns:
-        The exit status, see `command_line.run`.
+    It runs on every process; the main one should write results. `options` is the dataclass of the evaluation's own
+    settings, and its docstring is their help.
     """
     parser = command_line.Parser(description=description, usage="%(prog)s ENCODER [options]")
     parser.add_argument("--config", action=command_line.ConfigFile, help="YAML file of these options.")

@@ -10,12 +10,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ssl_gradmix import methods
+from ssl_gradmix import backbones, methods
 from ssl_gradmix.files import read_yaml
 from ssl_gradmix.settings import METHODS
 
@@ -108,8 +109,11 @@ def load_encoder(
     if feature == "projector" and kind in ("timm", "local-dir"):
         raise ValueError(f"feature projector needs a run, which keeps its projector: {spec} is none")
     if kind == "timm":
-        model = _published(rest) if weights is None else _from_file(rest, Path(weights))
-        name = spec if weights is None else f"{spec}@{Path(weights).name}"
+        if weights is None:
+            model, name = _published(rest), spec
+        else:
+            model, name = _create(rest), f"{spec}@{Path(weights).name}"
+            _load(model, Path(weights))
         return _encoder(model, model.pretrained_cfg, image_size, name)
     if kind == "local-dir":
         return _from_folder(Path(rest), image_size, spec)
@@ -119,7 +123,8 @@ def load_encoder(
     config = read_yaml(run / "config.yaml")
     if not isinstance(config.get("data", {}), dict):
         raise ValueError(f"{run / 'config.yaml'} is damaged: data holds no settings")
-    encoder = _from_folder(run / "backbone", image_size, run.resolve().name, run, config)
+    encoder = _from_folder(run / "backbone", image_size, run.resolve().name)
+    encoder.run, encoder.config = run, config
     return _with_projector(encoder) if feature == "projector" else encoder
 
 
@@ -142,8 +147,8 @@ def _with_projector(encoder: Encoder) -> Encoder:
     with torch.device("meta"):  # takes no memory, whatever the settings ask for
         projector = methods.create(settings, encoder.model).projector
     wanted, weights = projector.state_dict(), _read_safetensors(path)
-    kinds = ({key: (each.shape, each.dtype) for key, each in of.items()} for of in (wanted, weights))
-    if next(kinds) != next(kinds):
+    fitting, found = ({key: (each.shape, each.dtype) for key, each in of.items()} for of in (wanted, weights))
+    if fitting != found:
         raise ValueError(f"{path} does not fit: it is no {name} projector of the widths in {config} for this backbone")
     projector.load_state_dict(weights, assign=True)
     return replace(encoder, model=nn.Sequential(encoder.model, projector), feature="projector")
@@ -164,40 +169,24 @@ def _check_is_run(path: Path) -> None:
         raise FileNotFoundError(f"the run {path} has no backbone yet: {path}/backbone/model.safetensors is missing")
 
 
-def _from_folder(
-    folder: Path, image_size: int | None, name: str, run: Path | None = None, config: dict | None = None
-) -> Encoder:
+def _from_folder(folder: Path, image_size: int | None, name: str) -> Encoder:
     """Builds what timm's config.json describes and loads model.safetensors, strictly, which timm itself does not."""
-    from ssl_gradmix import backbones
-
     architecture, cfg, kwargs = backbones.read_description(folder)
     try:
         model = _create(architecture, **kwargs)
     except (TypeError, ValueError) as error:  # TypeErrors are of arguments called name or pretrained
         raise ValueError(f"{folder / 'config.json'} describes no model: {error}") from error
     _load(model, folder / "model.safetensors")
-    return _encoder(model, cfg, image_size, name, run, config)
-
-
-def _from_file(architecture: str, weights: Path) -> nn.Module:
-    model = _create(architecture)
-    _load(model, weights)
-    return model
+    return _encoder(model, cfg, image_size, name)
 
 
 def _create(architecture: str, **kwargs: object) -> nn.Module:
-    from ssl_gradmix import backbones
-
     backbones.check_name(architecture)
     return backbones.create(architecture, False, **kwargs)  # which arguments called pretrained would make a download
 
 
 def _published(name: str) -> nn.Module:
     """Lets timm load its own weights, but in safetensors only: its fallback is a pickle."""
-    import timm
-
-    from ssl_gradmix import backbones
-
     backbones.check_name(name)
     published = timm.get_pretrained_cfg(name)
     if published is None or not published.hf_hub_id:
@@ -215,8 +204,6 @@ def _published(name: str) -> nn.Module:
 
 def _load(model: nn.Module, path: Path) -> None:
     """Loads a safetensors file into a model without classification head; every weight must fit."""
-    from ssl_gradmix.backbones import of_other_kinds
-
     wanted = model.state_dict()
     weights = _without_prefix(_read_safetensors(path), wanted, path)
     heads = model.pretrained_cfg.get("classifier") or ()
@@ -226,7 +213,7 @@ def _load(model: nn.Module, path: Path) -> None:
         "missing": [key for key in wanted if key not in weights],
         "unexpected": [key for key in weights if key not in wanted],
         "of another shape": [key for key in wanted if key in weights and weights[key].shape != wanted[key].shape],
-        "of another kind of number": of_other_kinds(weights, wanted),
+        "of another kind of number": backbones.of_other_kinds(weights, wanted),
     }
     if any(kinds.values()):
         misfits = "; ".join(f"{_some(keys)} {kind}" for kind, keys in kinds.items() if keys)
@@ -267,22 +254,13 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is damaged: {_one_line(error)}") from error
 
 
-def _encoder(
-    model: nn.Module,
-    cfg: dict,
-    image_size: int | None,
-    name: str,
-    run: Path | None = None,
-    config: dict | None = None,
-) -> Encoder:
-    from ssl_gradmix.backbones import preparation
-
-    size, mean, std = preparation(cfg)
+def _encoder(model: nn.Module, cfg: dict, image_size: int | None, name: str) -> Encoder:
+    size, mean, std = backbones.preparation(cfg)
     if image_size is not None and image_size != size:
         size = image_size
         if hasattr(model, "set_input_size"):
             model.set_input_size(img_size=size)
-    return Encoder(model, size, mean, std, name, run, config)
+    return Encoder(model, size, mean, std, name)
 
 
 def _fingerprint(model: nn.Module) -> str:

@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
+from tqdm import tqdm
 
 from ssl_gradmix.data.datasets import ImageSet
 from ssl_gradmix.evaluation.encoders import Encoder
@@ -67,8 +68,9 @@ def extract(
     features = _read(kept) if kept is not None else None
     if not _all_processes(features is not None, accelerator):
         main = accelerator is None or accelerator.is_main_process
-        device = _device(device, accelerator)
-        features = _gather(encoder, images, batch_size, device, accelerator, progress and main)
+        if device is None:
+            device = ("cuda" if torch.cuda.is_available() else "cpu") if accelerator is None else accelerator.device
+        features = _gather(encoder, images, batch_size, torch.device(device), accelerator, progress and main)
         if kept is not None and main:
             write_whole(kept, lambda temporary: temporary.write_bytes(save({"features": features})))
         if accelerator is not None:
@@ -110,8 +112,6 @@ def _gather(
 
 @torch.inference_mode()
 def _encode(encoder: Encoder, images: ImageSet, batch_size: int, device: torch.device, progress: bool) -> Tensor:
-    from tqdm import tqdm
-
     # On a CPU convolutions are faster that way; in float32 on a GPU they need not be.
     layout = torch.channels_last if device.type == "cpu" else torch.preserve_format
     model = encoder.model.to(device, memory_format=layout).eval()
@@ -151,14 +151,6 @@ def _check(encoded: Tensor, count: int, name: str) -> None:
         raise ValueError(f"the encoder {name} must give one feature vector an image, got {tuple(encoded.shape)}")
     if not encoded.isfinite().all():
         raise ValueError(f"the encoder {name} gives NaN or infinite features: its training may have diverged")
-
-
-def _device(device: str | torch.device | None, accelerator: Accelerator | None) -> torch.device:
-    if device is not None:
-        return torch.device(device)
-    if accelerator is not None:
-        return accelerator.device
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _all_processes(holds: bool, accelerator: Accelerator | None) -> bool:

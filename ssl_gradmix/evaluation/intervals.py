@@ -102,10 +102,7 @@ def paired_difference(
         statistic: As in `bootstrap_interval`.
         a: Arrays (N,) of the first run.
         b: Those of the second, sample for sample.
-        strata: (N,) group of each sample, usually `is_known`.
-        n: Number of resamples.
-        level: Share of intervals meant to cover the truth, in (0, 1).
-        seed: Of the resampling.
+        strata: (N,), as `n`, `level` and `seed` in `bootstrap_interval`.
 
     Raises:
         ValueError: As `bootstrap_interval`.

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ssl_gradmix.evaluation.checks import finite_matrix
+
 _SIMILARITIES_AT_ONCE = 2**25  # 128 MiB of float32
 
 
@@ -34,17 +36,23 @@ def knn_predict(features: Tensor, bank: Tensor, labels: Tensor, k: int = 20, tem
         ValueError: If shapes do not fit, the bank is empty, a feature is NaN or infinite, or `k` or `temperature` is
             not positive.
     """
-    features = _as_float(torch.as_tensor(features))
-    bank = _as_float(torch.as_tensor(bank, device=features.device)).to(features.dtype)
+    features = finite_matrix("features", features, may_be_empty=True)
+    bank = finite_matrix("bank", bank, may_be_empty=True).to(features)
     labels = torch.as_tensor(labels, device=features.device)
-    _check(features, bank, labels, temperature)
+    if features.shape[1] != bank.shape[1]:
+        raise ValueError(f"features and bank must share D, got {tuple(features.shape)} and {tuple(bank.shape)}")
+    if len(bank) == 0 or labels.shape != (len(bank),):
+        raise ValueError(
+            f"bank must hold features and a label for each, got {tuple(bank.shape)} and {tuple(labels.shape)}"
+        )
+    if not temperature > 0:
+        raise ValueError(f"temperature must be above 0, got {temperature}")
     k = used_k(k, bank)
 
     features, bank = functional.normalize(features, dim=1), functional.normalize(bank, dim=1)
     classes, class_index = labels.unique(return_inverse=True)
-    rows = max(1, _SIMILARITIES_AT_ONCE // len(bank))
     predictions = [torch.empty(0, dtype=labels.dtype, device=features.device)]
-    for chunk in features.split(rows):
+    for chunk in features.split(max(1, _SIMILARITIES_AT_ONCE // len(bank))):
         similarity, neighbors = (chunk @ bank.T).topk(k, dim=1)
         weights = ((similarity - similarity[:, :1]) / temperature).exp()
         votes = weights.new_zeros(len(chunk), len(classes)).scatter_add_(1, class_index[neighbors], weights)
@@ -58,12 +66,8 @@ def knn_accuracy(
     """Share of features in [0, 1] whose class `knn_predict` finds.
 
     Args:
-        features: (M, D) features to classify.
+        features: (M, D), and the others, as in `knn_predict`.
         targets: (M,) their true classes.
-        bank: (N, D) features of known class.
-        labels: (N,) the classes of the bank.
-        k: As in `knn_predict`.
-        temperature: As in `knn_predict`.
 
     Raises:
         ValueError: If there is nothing to classify, and as `knn_predict` does.
@@ -79,22 +83,3 @@ def used_k(k: int, bank: Tensor) -> int:
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
     return min(k, len(bank))
-
-
-def _as_float(features: Tensor) -> Tensor:
-    return features if features.dtype == torch.float64 else features.float()
-
-
-def _check(features: Tensor, bank: Tensor, labels: Tensor, temperature: float) -> None:
-    if features.ndim != 2 or bank.ndim != 2 or features.shape[1] != bank.shape[1]:
-        raise ValueError(f"features and bank must share D, got {tuple(features.shape)} and {tuple(bank.shape)}")
-    if len(bank) == 0 or labels.shape != (len(bank),):
-        raise ValueError(
-            f"bank must hold features and a label for each, got {tuple(bank.shape)} and {tuple(labels.shape)}"
-        )
-    if not temperature > 0:
-        raise ValueError(f"temperature must be above 0, got {temperature}")
-    for name, values in (("features", features), ("bank", bank)):
-        broken = (~values.isfinite()).any(1).sum().item()
-        if broken:
-            raise ValueError(f"{name} must be finite, got {broken} of {len(values)} rows with NaN or infinite values")

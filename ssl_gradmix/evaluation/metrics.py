@@ -67,10 +67,7 @@ def average_precision(
     and 400 unknown samples: 0.8 there, the prevalence 0.6 here).
 
     Args:
-        scores: (N,), larger = more known.
-        is_known: (N,) boolean.
         positive: The class to be found: `"known"` (AUPR-IN), or `"unknown"` with scores negated (AUPR-OUT).
-        weights: (N,) or (B, N), how often each sample counts.
     """
     return _plain(_average_precision(*_oriented(_count(scores, is_known, weights), positive)))
 
@@ -92,11 +89,8 @@ def fpr_at_tpr(
     the nearest true positive rate, which may lie below `tpr`.
 
     Args:
-        scores: (N,), larger = more known.
-        is_known: (N,) boolean.
         tpr: In (0, 1].
         positive: Which samples are the positives.
-        weights: (N,) or (B, N), how often each sample counts.
     """
     _check_tpr(tpr)
     return _plain(_fpr_at_tpr(*_oriented(_count(scores, is_known, weights), positive), tpr))
@@ -122,28 +116,22 @@ def oscr(
     and with ties depends on the order of the samples.
 
     Args:
-        scores: (N,), larger = more known.
-        is_known: (N,) boolean.
         correct: (N,) boolean, whether the predicted class is the true one; not read where `is_known` is False.
         ties: Whether a tie of a known with an unknown sample counts half or not at all.
-        weights: (N,) or (B, N), how often each sample counts.
     """
     if ties not in ("half", "strict"):
         raise ValueError(f"ties must be 'half' or 'strict', got {ties!r}")
     counts = _count(scores, is_known, weights, correct)
-    return _plain(_oscr(counts) if ties == "half" else _oscr_strict(counts))
+    if ties == "half":
+        return _plain(_oscr(counts))
+    area = (np.diff(counts.unknown) * counts.correct[..., :-1]).sum(-1)
+    return _plain(area / counts.known[..., -1] / counts.unknown[..., -1])
 
 
 def all_metrics(
     scores: Vector, is_known: Vector, correct: Vector | None = None, *, weights: np.ndarray | None = None
 ) -> dict[str, float]:
-    """The open-set metrics of one score by name, from one sort.
-
-    Args:
-        scores: (N,), larger = more known.
-        is_known: (N,) boolean.
-        correct: (N,) boolean as in `oscr`; without it OSCR is left out.
-        weights: (N,) or (B, N), how often each sample counts.
+    """The open-set metrics of one score by name, from one sort; without `correct` (N,), see `oscr`, OSCR is left out.
 
     Returns:
         `auroc`; `aupr_in` and `aupr_out`, the average precision with known and with unknown samples as positives;
@@ -192,8 +180,6 @@ def threshold_at_tpr(scores: Vector, is_known: Vector, tpr: float = 0.95) -> flo
     are read, and there need not be others.
 
     Args:
-        scores: (N,), larger = more known.
-        is_known: (N,) boolean.
         tpr: In (0, 1].
     """
     _check_tpr(tpr)
@@ -248,10 +234,10 @@ def relative_mce(
     `ALEXNET_ERRORS` with `ALEXNET_CLEAN_ERROR`.
 
     Args:
-        errors: Corruption to top-1 errors in [0, 1], one a severity, or their mean as a single number.
+        errors: As in `mean_corruption_error`.
         clean_error: Top-1 error on clean images, in [0, 1].
-        baseline: As `errors`, of the model to compare with, for at least the same corruptions.
-        baseline_clean: Its error on clean images.
+        baseline: As in `mean_corruption_error`.
+        baseline_clean: The baseline's error on clean images, in [0, 1].
 
     Raises:
         ValueError: As `mean_corruption_error`, and if a corruption does not raise the baseline's error.
@@ -315,8 +301,7 @@ def _oriented(counts: _Counts, positive: Positive) -> tuple[np.ndarray, np.ndarr
     if positive == "known":
         return counts.known, counts.unknown
     if positive == "unknown":
-        rejected = ((accepted[..., -1:] - accepted)[..., ::-1] for accepted in (counts.unknown, counts.known))
-        return tuple(rejected)
+        return tuple((accepted[..., -1:] - accepted)[..., ::-1] for accepted in (counts.unknown, counts.known))
     raise ValueError(f"positive must be 'known' or 'unknown', got {positive!r}")
 
 
@@ -331,11 +316,6 @@ def _auroc(known: np.ndarray, unknown: np.ndarray) -> np.ndarray:
 
 def _oscr(counts: _Counts) -> np.ndarray:
     return _area(counts.unknown, counts.correct) / counts.known[..., -1] / counts.unknown[..., -1]
-
-
-def _oscr_strict(counts: _Counts) -> np.ndarray:
-    area = (np.diff(counts.unknown) * counts.correct[..., :-1]).sum(-1)
-    return area / counts.known[..., -1] / counts.unknown[..., -1]
 
 
 def _average_precision(positive: np.ndarray, negative: np.ndarray) -> np.ndarray:
@@ -387,14 +367,13 @@ def _mean_errors(
     """Mean over severities of each corruption, of the `needed` ones alone where given."""
     if not isinstance(errors, Mapping):
         raise ValueError(f"{name} must be a mapping of corruptions to errors, got {type(errors).__name__}")
-    if needed is not None:
-        missing = [corruption for corruption in needed if corruption not in errors]
-        if missing:
-            raise KeyError(f"{name} lacks {missing}: give its errors, or leave these corruptions out of errors")
-        errors = {corruption: errors[corruption] for corruption in needed}
-    if not errors:
+    needed = errors if needed is None else needed
+    missing = [corruption for corruption in needed if corruption not in errors]
+    if missing:
+        raise KeyError(f"{name} lacks {missing}: give its errors, or leave these corruptions out of errors")
+    if not needed:
         raise ValueError(f"{name} must hold at least one corruption, got none")
-    table = {corruption: np.atleast_1d(np.asarray(values, np.float64)) for corruption, values in errors.items()}
+    table = {corruption: np.atleast_1d(np.asarray(errors[corruption], np.float64)) for corruption in needed}
     for corruption, values in table.items():
         bad = int((~((values >= 0) & (values <= 1))).sum())
         if bad or values.ndim != 1 or values.size == 0:

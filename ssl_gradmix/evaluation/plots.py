@@ -68,21 +68,13 @@ Arrays = Mapping[str, np.ndarray]
 
 
 class Line(NamedTuple):
-    """A curve of one run.
+    """A curve of one run, (N,) points."""
 
-    Attributes:
-        run: Its number, which gives color and dashes.
-        x: (N,).
-        y: (N,).
-        band: (N,) lowest and highest y of what y is the mean of, or None.
-        label: Said in a legend, if there is to be one.
-    """
-
-    run: int
+    run: int  # its number, which gives color and dashes
     x: Sequence[float] | np.ndarray
     y: Sequence[float] | np.ndarray
-    band: tuple[np.ndarray, np.ndarray] | None = None
-    label: str | None = None
+    band: tuple[np.ndarray, np.ndarray] | None = None  # lowest and highest y of what y is the mean of
+    label: str | None = None  # said in a legend, if there is to be one
 
     @property
     def style(self) -> dict:
@@ -130,15 +122,10 @@ def plain(name: str) -> str:
 def mean_curve(
     run: int, groups: Sequence[Arrays], score: str, curve: Callable[..., tuple], *labels: str, label: str | None = None
 ) -> Line:
-    """A ROC or OSCR curve, averaged over trials at equal false positive rates.
+    """A score's `metrics.roc_curve` or `oscr_curve`, averaged over trials at equal false positive rates.
 
-    Args:
-        run: As in `Line`.
-        groups: Samples of each trial: the score and the labels, (N,) each.
-        score: Whose curve.
-        curve: `metrics.roc_curve` or `metrics.oscr_curve`.
-        *labels: Names of its further arguments, `is_known` and so on.
-        label: As in `Line`.
+    `groups` are the samples of each trial: the score, and the further arguments of the curve by their names `labels`,
+    (N,) each.
     """
     curves = [curve(arrays[score], *(arrays[name] for name in labels))[:2] for arrays in groups]
     ys = np.stack([np.interp(_FPR, *each) for each in curves])
@@ -148,10 +135,7 @@ def mean_curve(
 def class_accuracies(rows: pd.DataFrame, overall: pd.Series, title: str) -> Figure:
     """Draws accuracy by class as bars with 95% intervals, worst at the bottom, and the overall accuracy as a line.
 
-    Args:
-        rows: One a class, with its name as `params["class"]`. Of more than 50, the 25 worst and the 25 best are drawn.
-        overall: The row of all classes.
-        title: Said above.
+    `rows` are one a class, with its name as `params["class"]`. Of more than 50, the 25 worst and the 25 best are drawn.
     """
     rows = rows.sort_values("value", kind="stable")
     if len(rows) > _MOST_BARS:
@@ -175,12 +159,8 @@ def class_accuracies(rows: pd.DataFrame, overall: pd.Series, title: str) -> Figu
 def open_set(groups: Mapping[str, Arrays], rows: pd.DataFrame, title: str, several_sets: bool = False) -> Figure:
     """Draws AUROC by score, ROC and OSCR curves, and how one score is distributed.
 
-    Args:
-        groups: Samples of each trial, or of each other data set: `is_known`, `correct` and the scores, (N,) each.
-        rows: Those of metric `auroc` are drawn: of the groups in their order, score by score.
-        title: Said above.
-        several_sets: Whether the groups are different data sets, of which each has its own curves; curves of trials are
-            averaged.
+    `groups` are the samples of each trial, or of each other data set: `is_known`, `correct` and the scores, (N,) each;
+    `rows` hold their AUROCs in the same order. Curves of trials are averaged, those of several data sets are not.
     """
     with rc_context(_STYLE):
         figure = Figure(figsize=(11.5, 8), layout="constrained")
@@ -215,12 +195,7 @@ def open_set(groups: Mapping[str, Arrays], rows: pd.DataFrame, title: str, sever
 def corruptions(table: pd.DataFrame, score: str, metric: str, clean: float, title: str) -> Figure:
     """Draws a heat map of corruptions by severity, and beside it the curve of each group over severity.
 
-    Args:
-        table: A line a corruption and a column a severity, values in [0, 1].
-        score: What is drawn, for instance `linear`.
-        metric: `accuracy` or `auroc`.
-        clean: The value on clean images.
-        title: Said above.
+    Values are in [0, 1]: the table as of `rows.by_corruption`, and `clean` on clean images.
     """
     called = f"{'AUROC' if metric == 'auroc' else metric} of {plain(score)}"
     with rc_context(_STYLE):

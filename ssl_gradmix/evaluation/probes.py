@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from ssl_gradmix.evaluation.checks import finite_matrix
 
 LEARNING_RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 """What the rate of a linear probe is chosen from, for batches of `BATCH_SIZE` features scaled as in `linear_probe`."""
@@ -120,20 +122,29 @@ def linear_probe(
         ValueError: If shapes do not fit, features are not finite, labels are missing (-1) or of fewer than two classes,
             or a setting is out of range.
     """
-    features, classes, targets = _checked(features, labels)
+    features = finite_matrix("features", features, may_be_empty=True)
+    if labels.shape != features.shape[:1]:
+        raise ValueError(f"features must be (N, D) and labels (N,), got {tuple(features.shape)}, {tuple(labels.shape)}")
+    unlabeled = (labels < 0).sum().item()
+    if unlabeled:
+        raise ValueError(f"labels must not be missing, got {unlabeled} of {len(labels)} samples without (-1)")
+    classes, targets = labels.to(features.device).unique(return_inverse=True)
+    if len(classes) < 2:
+        raise ValueError(f"labels must be of at least two classes, got {classes.tolist()}")
     if not learning_rates or min(learning_rates) <= 0:
         raise ValueError(f"learning_rates must be at least one, all above 0, got {tuple(learning_rates)}")
     if epochs < 1:
         raise ValueError(f"epochs must be at least 1, got {epochs}")
     if folds < 2:
         raise ValueError(f"folds must be at least 2, got {folds}")
-    scaling = _Scaling.of(features)
-    scaled, shape = scaling(features), (len(classes), features.shape[1])
+    std, mean = torch.std_mean(features.float(), 0, correction=0)
+    scale = torch.where(std > 1e-6 * mean.abs(), 1 / std, 0.0)  # what varies less varies by rounding
+    scaled = (features.float() - mean) * scale
     everything = torch.arange(len(targets), device=targets.device)
     parts = _parts(targets, folds, seed) or [(everything, everything)]
     losses, judged = torch.zeros(len(learning_rates), device=targets.device, dtype=torch.float64), 0
     for rest, part in parts:
-        weight, bias = _train(scaled, rest, targets, shape, learning_rates, epochs, seed)
+        weight, bias = _train(scaled, rest, targets, len(classes), learning_rates, epochs, seed)
         logits = scaled[part] @ weight.mT + bias[:, None]  # (L, B, C)
         losses += torch.stack([functional.cross_entropy(each, targets[part], reduction="sum") for each in logits])
         judged += len(part)
@@ -143,8 +154,9 @@ def linear_probe(
     validation = dict(zip(learning_rates, losses, strict=True))
     best = min(validation, key=validation.__getitem__)
 
-    weight, bias = _train(scaled, everything, targets, shape, [best], epochs, seed)
-    return LinearProbe(classes, *scaling.folded(weight[0], bias[0]), best, validation)
+    weight, bias = _train(scaled, everything, targets, len(classes), [best], epochs, seed)
+    weight = weight[0] * scale
+    return LinearProbe(classes, weight, bias[0] - weight @ mean, best, validation)
 
 
 def label_subset(labels: Tensor, fraction: float, seed: int = 0) -> Tensor:
@@ -160,29 +172,14 @@ def label_subset(labels: Tensor, fraction: float, seed: int = 0) -> Tensor:
     """
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction must be above 0 and at most 1, got {fraction}")
-    return _draw(labels, lambda count: max(round(fraction * count), 1), seed)
-
-
-class _Scaling(NamedTuple):
-    """The affine change of features that a classifier is trained under."""
-
-    center: Tensor
-    scale: Tensor
-
-    @classmethod
-    def of(cls, features: Tensor) -> _Scaling:
-        """Makes each feature of mean 0 and variance 1; those that never vary become 0."""
-        std, mean = torch.std_mean(features, 0, correction=0)
-        varies = std > 1e-6 * mean.abs()  # less is rounding
-        return cls(mean, torch.where(varies, 1 / std, 0.0))
-
-    def __call__(self, features: Tensor) -> Tensor:
-        return (features - self.center) * self.scale
-
-    def folded(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        """Turns a classifier of scaled features into the same of raw ones."""
-        weight = weight * self.scale
-        return weight, bias - weight @ self.center
+    labels = labels.cpu()
+    generator = torch.Generator().manual_seed(seed)
+    drawn = []
+    for label in labels.unique():
+        members = (labels == label).nonzero().flatten()
+        order = torch.randperm(len(members), generator=generator)
+        drawn.append(members[order[: max(round(fraction * len(members)), 1)]])
+    return torch.cat(drawn).sort().values
 
 
 def _parts(targets: Tensor, folds: int, seed: int) -> list[tuple[Tensor, Tensor]]:
@@ -203,19 +200,18 @@ def _train(
     scaled: Tensor,
     kept: Tensor,
     targets: Tensor,
-    shape: tuple[int, int],
+    n_classes: int,
     learning_rates: Sequence[float],
     epochs: int,
     seed: int,
 ) -> tuple[Tensor, Tensor]:
-    """Trains a classifier of `shape` (C, D) at each of L rates on the samples `kept`: weight (L, C, D), bias (L, C).
+    """Trains a classifier at each of L rates on the samples `kept`: weight (L, C, D), bias (L, C).
 
     The cross-entropy's gradient is written out, (softmax - one-hot) x features, which is quicker than autograd. Samples
     come last in logits and gradients, because a softmax over few classes is slow where these do.
     """
-    n_classes, n_features = shape
     rates = torch.tensor(learning_rates, device=targets.device).view(-1, 1, 1)
-    rows = len(rates) * n_classes
+    rows, n_features = len(rates) * n_classes, scaled.shape[1]
     weight, weight_velocity = torch.zeros(2, rows, n_features, device=targets.device)
     bias, bias_velocity = torch.zeros(2, rows, 1, device=targets.device)
     steps = epochs * math.ceil(len(kept) / BATCH_SIZE)
@@ -239,29 +235,3 @@ def _batches(kept: Tensor, epochs: int, seed: int) -> Iterator[Tensor]:
     for _ in range(epochs):
         order = torch.randperm(len(kept), generator=generator).to(kept.device)
         yield from kept[order].split(BATCH_SIZE)
-
-
-def _draw(labels: Tensor, count: Callable[[int], int], seed: int) -> Tensor:
-    """Draws `count(n)` of the n samples of each class: ascending indices, on the CPU."""
-    labels = labels.cpu()
-    generator = torch.Generator().manual_seed(seed)
-    drawn = []
-    for label in labels.unique():
-        members = (labels == label).nonzero().flatten()
-        drawn.append(members[torch.randperm(len(members), generator=generator)[: count(len(members))]])
-    return torch.cat(drawn).sort().values
-
-
-def _checked(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Features in float32, the classes that occur, and the index of each sample's class."""
-    if features.ndim != 2 or labels.shape != features.shape[:1]:
-        raise ValueError(f"features must be (N, D) and labels (N,), got {tuple(features.shape)}, {tuple(labels.shape)}")
-    if not features.isfinite().all():
-        raise ValueError("features must be finite, got NaN or infinite values")
-    unlabeled = (labels < 0).sum().item()
-    if unlabeled:
-        raise ValueError(f"labels must not be missing, got {unlabeled} of {len(labels)} samples without (-1)")
-    classes, targets = labels.to(features.device).unique(return_inverse=True)
-    if len(classes) < 2:
-        raise ValueError(f"labels must be of at least two classes, got {classes.tolist()}")
-    return features.float(), classes, targets

@@ -28,7 +28,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from safetensors import safe_open
 
+from ssl_gradmix.data.corruptions import COMMON, EXTRA, SEVERITIES
 from ssl_gradmix.files import read_json, write_whole
 
 logger = logging.getLogger("ssl_gradmix")
@@ -78,17 +80,7 @@ def frame(
     /,
     **params: Any,
 ) -> pd.DataFrame:
-    """Rows of numbers about the same images.
-
-    Args:
-        numbers: What was measured.
-        task: Column.
-        images: Name of the images, `<dataset>/<split>`.
-        encoder: Column.
-        feature: Column.
-        trial: Column.
-        **params: Added to those of every number.
-    """
+    """Rows of numbers about the same images, which are called `<dataset>/<split>`; `params` are added to all."""
     dataset, _, split = images.rpartition("/")
     shared = {"task": task, "dataset": dataset, "split": split, "trial": trial, "encoder": encoder, "feature": feature}
     return typed([{**shared, **each, "params": {**each["params"], **params}} for each in numbers])
@@ -112,6 +104,16 @@ def param(rows: pd.DataFrame, name: str) -> pd.Series:
     return pd.Series([params.get(name) for params in rows["params"]], rows.index, dtype=object)
 
 
+def by_corruption(rows: pd.DataFrame, score: str, metric: str) -> pd.DataFrame:
+    """Values of one score and metric: a line a corruption in the benchmark's order, a column a severity."""
+    found = rows[(rows["score"] == score) & (rows["metric"] == metric)]
+    found = found.assign(**{name: param(found, name) for name in ("corruption", "severity")})
+    found = found[found["corruption"].isin(COMMON + EXTRA) & found["severity"].isin(SEVERITIES)]
+    table = found.pivot_table(index="corruption", columns="severity", values="value", aggfunc="last")
+    table = table.reindex(index=[name for name in COMMON + EXTRA if name in table.index], columns=SEVERITIES)
+    return table.astype(float)
+
+
 def results_folder(out: Path, feature: str = "backbone") -> Path:
     """Where results lie in a run's `eval/`, or in what `--out` names: a folder for each feature but the backbone's."""
     return out if feature == "backbone" else out / feature
@@ -120,10 +122,7 @@ def results_folder(out: Path, feature: str = "backbone") -> Path:
 def write(path: str | Path, rows: pd.DataFrame, about: Mapping[str, Any]) -> None:
     """Writes rows, and what is to be said about them, as JSON: whole or not at all.
 
-    Args:
-        path: The file; its folder is made.
-        rows: What was measured.
-        about: Further entries of the JSON object beside `rows`, such as the encoder.
+    `about` holds further entries of the JSON object beside `rows`, such as the encoder.
 
     Raises:
         ValueError: If something is NaN or infinite.
@@ -203,12 +202,30 @@ def kept(path: str | Path, about: Mapping[str, Any]) -> tuple[pd.DataFrame, dict
     return rows, {**about, **{name: {**earlier[name], **about[name]} for name in earlier if name in about}}
 
 
+def read_samples(path: str | Path) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, str]]:
+    """Reads what is kept of each image, beside the rows: arrays (N,) by group and name, uint8 as booleans; a header.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        SafetensorError, TypeError: If it holds something else. (NumPy has no bfloat16.)
+    """
+    arrays: dict[str, dict[str, np.ndarray]] = {}
+    with safe_open(path, "numpy") as file:
+        header, keys = file.metadata() or {}, file.keys()
+        for key in keys:
+            group, _, name = key.rpartition("/")
+            array = file.get_tensor(key)
+            arrays.setdefault(group, {})[name] = array.astype(bool) if array.dtype == np.uint8 else array
+    return arrays, header
+
+
 def console(rows: pd.DataFrame) -> str:
     """Lays rows out for a terminal: score, metric, value with its interval, number of images, and parameters."""
     cells = [("score", "metric", "value", "95% interval", "n", "")]
     for row in rows.itertuples():
         interval = "" if pd.isna(row.ci_low) else f"{row.ci_low:.4f} to {row.ci_high:.4f}"
-        params = ", ".join(f"{name} {_short(value)}" for name, value in row.params.items())
+        params = {name: f"{each:g}" if isinstance(each, float) else each for name, each in row.params.items()}
+        params = ", ".join(f"{name} {each}" for name, each in params.items())
         cells.append((row.score, row.metric, f"{row.value:.4f}", interval, str(row.n), params))
     return aligned(cells)
 
@@ -250,7 +267,3 @@ def _identity(row: Mapping[str, Any]) -> tuple:
     trial = None if pd.isna(row["trial"]) else int(row["trial"])
     names = ("task", "dataset", "split", "feature", "score", "metric")
     return (*(row[name] for name in names), trial, json.dumps(params, sort_keys=True))
-
-
-def _short(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,8 +1,9 @@
 """How known a sample looks: open-set and out-of-distribution scores on frozen features and on a classifier's logits.
 
-Every score is larger the more a sample looks known; most papers give the negative. The functions are pure. Those that
-compare with the known classes take `train` (N, D), the features of their training images, `labels` (N,), the classes,
-and `test` (M, D), and return (M,) float64. Arrays and tensors are taken; the work is done on the device of `train`.
+Every score is larger the more a sample looks known; most papers give the negative. The functions are pure. All return
+(M,) float64, of the features `test` (M, D) or the `logits` (M, C) of a classifier of the known classes. Those that
+compare with the known classes take their training images too: the features `train` (N, D), and the classes `labels`
+(N,), integers from 0. Arrays and tensors are taken; the work is done on the device of `train`.
 
 All is computed in float64, similarities block by block, so that no matrix (M, N) ever exists.
 
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-Matrix = np.ndarray | Tensor
+from ssl_gradmix.evaluation.checks import Matrix, finite_matrix
 
 _SIMILARITIES_AT_ONCE = 2**24  # 64 MiB of float32
 _ROWS_AT_ONCE = 2**13  # of features, where they are cast to float64
@@ -42,9 +43,7 @@ def all_scores(
     """Every score of this module by name; the neighbors come from one pass over the similarities.
 
     Args:
-        train: (N, D) features of the known classes' training images.
-        labels: (N,) integers from 0, their classes.
-        test: (M, D) features to score.
+        train: (N, D), with `labels` (N,) and `test` (M, D) as in all functions here.
         train_logits: (N, C) logits of a classifier of the known classes on `train`, for instance the linear probe.
         test_logits: (M, C) its logits on `test`.
         k: Neighbors of `knn_distance`.
@@ -77,8 +76,8 @@ def parameters_used(train: Matrix, labels: Matrix, k: int = 50, top_k: int = 3) 
     """What the parameters of `all_scores` come to on these data, by score, for the record of a result.
 
     Returns:
-        `k` of `knn_distance`: at most N. `k` of `top_k_cosine`: at most the size of the
-        smallest class, the same for all classes, so that sums compare. `dim` of `vim`: see there.
+        `k` of `knn_distance`: at most N. `k` of `top_k_cosine`: at most the size of the smallest class, the same for
+        all classes, so that sums compare. `dim` of `vim`: see there.
 
     Raises:
         ValueError: If `k` or `top_k` is below 1.
@@ -101,9 +100,6 @@ def knn_distance(train: Matrix, labels: Matrix, test: Matrix, k: int = 50) -> np
     (200 for CIFAR-100, 1000 for ImageNet). The classes play no part.
 
     Args:
-        train: (N, D) features.
-        labels: (N,) integers from 0.
-        test: (M, D) features.
         k: Which neighbor, clamped to N.
     """
     train, classes, test = _checked(train, labels, test)
@@ -119,16 +115,16 @@ def top_k_cosine(train: Matrix, labels: Matrix, test: Matrix, k: int = 3, divide
     negative. Hence the undivided sum is the default. A denominator of 0 gives 0.
 
     Args:
-        train: (N, D) features.
-        labels: (N,) integers from 0.
-        test: (M, D) features.
         k: Neighbors in each class, clamped to the size of the smallest class.
         divided: Whether S_c is divided by its sum over classes.
     """
     train, classes, test = _checked(train, labels, test)
     k = parameters_used(train, labels, top_k=k)["top_k_cosine"]["k"]
     similarity = _neighbors(train, classes, test, 1, k)[1]
-    return _as_array((_divided(similarity) if divided else similarity).amax(1))
+    if divided:
+        total = similarity.sum(1, keepdim=True)
+        similarity = torch.where(total == 0, 0, similarity / total)
+    return _as_array(similarity.amax(1))
 
 
 def ncm(train: Matrix, labels: Matrix, test: Matrix, metric: Literal["cosine", "euclidean"] = "cosine") -> np.ndarray:
@@ -137,9 +133,6 @@ def ncm(train: Matrix, labels: Matrix, test: Matrix, metric: Literal["cosine", "
     For the cosine, a class's mean is that of its L2-normalized features, so that each sample has the same say.
 
     Args:
-        train: (N, D) features.
-        labels: (N,) integers from 0.
-        test: (M, D) features.
         metric: `"cosine"` or `"euclidean"`.
     """
     train, classes, test = _checked(train, labels, test)
@@ -159,11 +152,6 @@ def mahalanobis(train: Matrix, labels: Matrix, test: Matrix) -> np.ndarray:
 
     Lee et al., "A Simple Unified Framework for Detecting Out-of-Distribution Samples and Adversarial Attacks", NeurIPS
     2018, on one layer and without their perturbation of the input. No shrinkage; singular S: see the module.
-
-    Args:
-        train: (N, D) features.
-        labels: (N,) integers from 0.
-        test: (M, D) features.
     """
     distance, _ = _mahalanobis_distances(*_checked(train, labels, test))
     return _as_array(-distance)
@@ -174,11 +162,6 @@ def rmd(train: Matrix, labels: Matrix, test: Matrix) -> np.ndarray:
 
     Ren et al., "A Simple Fix to Mahalanobis Distance for Improving Near-OOD Detection", 2021. With a single class the
     two Gaussians are the same, and the score is 0 throughout.
-
-    Args:
-        train: (N, D) features.
-        labels: (N,) integers from 0.
-        test: (M, D) features.
     """
     distance, background = _mahalanobis_distances(*_checked(train, labels, test))
     return _as_array(background - distance)
@@ -188,11 +171,8 @@ def feature_norm(test: Matrix) -> np.ndarray:
     """Euclidean norm of the features: encoders tend to answer unknown images weakly (Dhamija et al., NeurIPS 2018).
 
     Constant, and so of no use, where the features are already L2-normalized.
-
-    Args:
-        test: (M, D) features.
     """
-    return _as_array(_by_rows(_finite_matrix("test", test), lambda rows: rows.norm(dim=1)))
+    return _as_array(_by_rows(finite_matrix("test", test), lambda rows: rows.norm(dim=1)))
 
 
 def vim(
@@ -215,9 +195,7 @@ def vim(
     the training features leave nothing over, alpha is undefined, and the score is the energy.
 
     Args:
-        train: (N, D) features.
-        labels: (N,) integers from 0; the classes play no part.
-        test: (M, D) features.
+        train: (N, D), with `labels` (N,), which play no part, and `test` (M, D).
         train_logits: (N, C) logits of a classifier on `train`.
         test_logits: (M, C) its logits on `test`.
         dim: Dimension of the principal subspace, below D. None takes the authors' rule, 1000 for D of at least 2048,
@@ -225,7 +203,7 @@ def vim(
         origin: (D,) point in feature space.
     """
     train, _, test = _checked(train, labels, test)
-    train_logits, test_logits = _finite_matrix("train_logits", train_logits), _finite_matrix("test_logits", test_logits)
+    train_logits, test_logits = finite_matrix("train_logits", train_logits), finite_matrix("test_logits", test_logits)
     if len(train_logits) != len(train) or len(test_logits) != len(test):
         raise ValueError(
             "train_logits and test_logits must have a row for each feature, "
@@ -234,7 +212,7 @@ def vim(
     dim = _vim_dim(*train.shape) if dim is None else dim
     if not 0 <= dim < train.shape[1]:
         raise ValueError(f"dim must be at least 0 and below the {train.shape[1]} features, got {dim}")
-    zero = train.new_zeros(len(train), dtype=torch.int64)
+    zero = train.new_zeros(len(train), dtype=torch.int64)  # all of one class
     if origin is None:
         origin = _class_means(train, zero)[0]
     else:
@@ -257,21 +235,13 @@ def vim(
 
 
 def msp(logits: Matrix) -> np.ndarray:
-    """Largest softmax probability (Hendrycks and Gimpel, ICLR 2017), in float64: in float32 confident ones tie at 1.
-
-    Args:
-        logits: (M, C).
-    """
-    return _as_array(_finite_matrix("logits", logits).double().softmax(1).amax(1))
+    """Largest softmax probability (Hendrycks and Gimpel, ICLR 2017), in float64: in float32 confident ones tie at 1."""
+    return _as_array(finite_matrix("logits", logits).double().softmax(1).amax(1))
 
 
 def max_logit(logits: Matrix) -> np.ndarray:
-    """Largest logit (Hendrycks et al., "Scaling Out-of-Distribution Detection for Real-World Settings", ICML 2022).
-
-    Args:
-        logits: (M, C).
-    """
-    return _as_array(_finite_matrix("logits", logits).amax(1))
+    """Largest logit (Hendrycks et al., "Scaling Out-of-Distribution Detection for Real-World Settings", ICML 2022)."""
+    return _as_array(finite_matrix("logits", logits).amax(1))
 
 
 def energy(logits: Matrix, temperature: float = 1.0) -> np.ndarray:
@@ -283,7 +253,7 @@ def energy(logits: Matrix, temperature: float = 1.0) -> np.ndarray:
     """
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, got {temperature}")
-    return _as_array(temperature * (_finite_matrix("logits", logits).double() / temperature).logsumexp(1))
+    return _as_array(temperature * (finite_matrix("logits", logits).double() / temperature).logsumexp(1))
 
 
 def _neighbors(train: Tensor, classes: Tensor, test: Tensor, k: int, top_k: int) -> tuple[Tensor, Tensor]:
@@ -300,11 +270,6 @@ def _neighbors(train: Tensor, classes: Tensor, test: Tensor, k: int, top_k: int)
         # From the difference: sqrt(2 - 2 cosine) has lost half its digits for a near duplicate.
         distances.append((rows - bank[kth]).norm(dim=1))
     return torch.cat(distances), torch.cat(similarities)
-
-
-def _divided(similarity: Tensor) -> Tensor:
-    total = similarity.sum(1, keepdim=True)
-    return torch.where(total == 0, 0, similarity / total)  # opposite classes: a share of nothing, not infinite
 
 
 def _mahalanobis_distances(train: Tensor, classes: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
@@ -355,8 +320,8 @@ def _vim_dim(n_samples: int, n_features: int) -> int:
 
 def _checked(train: Matrix, labels: Matrix, test: Matrix) -> tuple[Tensor, Tensor, Tensor]:
     """Features as tensors of one device, and classes numbered from 0 in the order of their labels."""
-    train = _finite_matrix("train", train)
-    test = _finite_matrix("test", test).to(train)
+    train = finite_matrix("train", train)
+    test = finite_matrix("test", test).to(train)
     labels = torch.as_tensor(labels, device=train.device)
     if train.shape[1] != test.shape[1]:
         raise ValueError(f"train and test must share D, got {tuple(train.shape)} and {tuple(test.shape)}")
@@ -367,17 +332,6 @@ def _checked(train: Matrix, labels: Matrix, test: Matrix) -> tuple[Tensor, Tenso
     if labels.min() < 0:
         raise ValueError(f"labels must be known classes, 0 or above, got {int((labels < 0).sum())} negative ones")
     return train, labels.unique(return_inverse=True)[1], test
-
-
-def _finite_matrix(name: str, values: Matrix) -> Tensor:
-    values = torch.as_tensor(values).detach()
-    if values.ndim != 2 or 0 in values.shape:
-        raise ValueError(f"{name} must have shape (samples, values), neither 0, got {tuple(values.shape)}")
-    values = values if values.dtype == torch.float64 else values.float()
-    broken = int((~values.isfinite()).any(1).sum())
-    if broken:
-        raise ValueError(f"{name} must be finite, got {broken} of {len(values)} rows with NaN or infinite values")
-    return values
 
 
 def _as_array(values: Tensor) -> np.ndarray:

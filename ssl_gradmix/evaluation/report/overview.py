@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
-from ssl_gradmix.evaluation.intervals import paired_difference
+from ssl_gradmix.evaluation.intervals import Interval, paired_difference
 from ssl_gradmix.evaluation.metrics import auroc
 from ssl_gradmix.evaluation.report.page import Cell, Section, Table
 from ssl_gradmix.evaluation.report.runs import Run
 from ssl_gradmix.evaluation.report.tables import in_words, measure_of, percent, value_cell
+from ssl_gradmix.evaluation.rows import param
 from ssl_gradmix.run_folder import flat
 
 _HEADLINES = {
@@ -65,41 +65,25 @@ def _groups_of_seeds(runs: Sequence[Run]) -> list[list[int]]:
 
 def _headline(run: Run, task: str, score: str, metric: str) -> pd.Series | None:
     """The last row of that kind, a mean over trials where there are such."""
-    found = [
-        row
-        for _, row in run.rows(task).iterrows()
-        if (row["score"], row["metric"]) == (score, metric)
-        and not {"label_fraction", "corruption"} & row["params"].keys()
-    ]
-    found = [row for row in found if pd.isna(row["trial"])] or found
-    return found[-1] if found else None
+    rows = run.rows(task)
+    rows = rows[(rows["score"] == score) & (rows["metric"] == metric)]
+    rows = rows[param(rows, "label_fraction").isna() & param(rows, "corruption").isna()]
+    means = rows[rows["trial"].isna()]
+    found = rows if means.empty else means
+    return None if found.empty else found.iloc[-1]
 
 
 def _mean_of_seeds(found: Sequence[pd.Series | None]) -> Cell:
     if any(row is None for row in found):
         return Cell("–")
-    values = np.array([row["value"] for row in found])
-    _, low, high = _with_t_interval(values)
-    return Cell(percent(values.mean()), f"{percent(low)} to {percent(high)}")
+    mean, low, high = _with_t_interval([row["value"] for row in found])
+    return Cell(percent(mean), f"{percent(low)} to {percent(high)}")
 
 
-def _with_t_interval(values: Sequence[float]) -> tuple[float, float, float]:
+def _with_t_interval(values: Sequence[float]) -> Interval:
     """Mean and 95% t interval."""
     mean, margin = float(np.mean(values)), float(stats.sem(values) * stats.t.ppf(0.975, len(values) - 1))
-    return mean, mean - margin, mean + margin
-
-
-class Difference(NamedTuple):
-    """What a measure is above that of the first run, with its 95% interval."""
-
-    value: float
-    low: float
-    high: float
-
-    @property
-    def is_clear(self) -> bool:
-        """Whether the interval is clear of 0."""
-        return self.low > 0 or self.high < 0
+    return Interval(mean, mean - margin, mean + margin)
 
 
 def _paired(runs: Sequence[Run]) -> tuple[Table, list[str]]:
@@ -123,13 +107,13 @@ def _of_groups(
 ) -> tuple[Table, list[str]]:
     """Differences to the first group of seeds."""
 
-    def difference(rows: Sequence[pd.Series | None], group: Sequence[int]) -> Difference | None:
+    def difference(rows: Sequence[pd.Series | None], group: Sequence[int]) -> Interval | None:
         found = [[rows[i] for i in members if rows[i] is not None] for members in (group, groups[0])]
         if min(map(len, found)) < 2 or len({measure_of(row).protocol for rows in found for row in rows}) > 1:
             return None
         a, b = ([row["value"] for row in rows] for rows in found)
         interval = stats.ttest_ind(a, b, equal_var=False).confidence_interval()
-        return Difference(float(np.mean(a) - np.mean(b)), *map(float, interval))
+        return Interval(float(np.mean(a) - np.mean(b)), *map(float, interval))
 
     names = [runs[group[0]].name + f" ({len(group)} seeds)" * (len(group) > 1) for group in groups]
     found = {i: [difference(rows, group) for rows in columns.values()] for i, group in enumerate(groups) if i}
@@ -141,7 +125,7 @@ def _difference_table(
     first: str,
     names: Sequence[tuple[str, int]],
     measures: Sequence[str],
-    found: Mapping[int, Sequence[Difference | None]],
+    found: Mapping[int, Sequence[Interval | None]],
     note: str,
 ) -> tuple[Table, list[str]]:
     lines, said = [], []
@@ -153,8 +137,9 @@ def _difference_table(
                 continue
             text = percent(difference.value, True)
             detail = f"{percent(difference.low, True)} to {percent(difference.high, True)}"
-            cells.append(Cell(text, detail, difference.is_clear))
-            (clear if difference.is_clear else unclear).append(f"{measure} {text} ({detail})")
+            is_clear = difference.low > 0 or difference.high < 0
+            cells.append(Cell(text, detail, is_clear))
+            (clear if is_clear else unclear).append(f"{measure} {text} ({detail})")
         lines.append([Cell(name, run=run), *cells])
         parts = [f"clear of 0: {', '.join(clear)}"] if clear else []
         parts += [f"no difference shown: {', '.join(unclear)}"] if unclear else []
@@ -162,7 +147,7 @@ def _difference_table(
     return Table(f"Difference from {first}", [Cell(""), *map(Cell, measures)], lines, note), said
 
 
-def _difference_of_hits(first: Run, other: Run, score: str) -> Difference | None:
+def _difference_of_hits(first: Run, other: Run, score: str) -> Interval | None:
     """Of two classifiers on the same test images."""
     hits = []
     for run in (first, other):
@@ -176,19 +161,19 @@ def _difference_of_hits(first: Run, other: Run, score: str) -> Difference | None
     (images, ours), (others, theirs) = hits
     if images != others or len(ours) != len(theirs) or not len(ours):
         return None
-    return Difference(*paired_difference(_mean, (theirs,), (ours,), strata=np.zeros(len(ours)))[:3])
+    return Interval(*paired_difference(_mean, (theirs,), (ours,), strata=np.zeros(len(ours)))[:3])
 
 
 def _mean(hits: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray | float:
     return float(hits.mean()) if weights is None else weights @ hits / weights.sum(-1)
 
 
-def _difference_of_aurocs(first: Run, other: Run, score: str = "knn_distance") -> Difference | None:
+def _difference_of_aurocs(first: Run, other: Run, score: str = "knn_distance") -> Interval | None:
     if not all(("osr", "backbone") in run.results for run in (first, other)):
         return None
     ours, theirs = (run.results["osr", "backbone"] for run in (first, other))
     shared = [
-        group
+        (theirs.samples[group], ours.samples[group])
         for group, digest in ours.images.items()
         if theirs.images.get(group) == digest
         and all(score in results.samples.get(group, {}) for results in (ours, theirs))
@@ -196,15 +181,10 @@ def _difference_of_aurocs(first: Run, other: Run, score: str = "knn_distance") -
     if not shared:
         return None
     if len(shared) == 1:
-        a, b = (results.samples[shared[0]] for results in (theirs, ours))
+        ((a, b),) = shared
         known = a["is_known"]
-        return Difference(*paired_difference(auroc, (a[score], known), (b[score], known), strata=known)[:3])
-    values = [
-        auroc(theirs.samples[group][score], theirs.samples[group]["is_known"])
-        - auroc(ours.samples[group][score], ours.samples[group]["is_known"])
-        for group in shared
-    ]
-    return Difference(*_with_t_interval(values))
+        return Interval(*paired_difference(auroc, (a[score], known), (b[score], known), strata=known)[:3])
+    return _with_t_interval([auroc(a[score], a["is_known"]) - auroc(b[score], b["is_known"]) for a, b in shared])
 
 
 def _description(run: Run) -> str:

@@ -21,21 +21,13 @@ from ssl_gradmix.version import __version__
 
 
 class Cell(NamedTuple):
-    """What stands in a table: a value or a name, and what is said smaller beside it.
-
-    Attributes:
-        text: The value or the name.
-        detail: For instance an interval.
-        best: Whether it is marked.
-        run: Number of the run that it names, shown by the run's line.
-        bar: Share in [0, 1] drawn below the value.
-    """
+    """What stands in a table: a value or a name, and what is said smaller beside it."""
 
     text: str
     detail: str = ""
-    best: bool = False
-    run: int | None = None
-    bar: float | None = None
+    best: bool = False  # whether it is marked
+    run: int | None = None  # number of the run that it names, shown by the run's line
+    bar: float | None = None  # share in [0, 1] drawn below the value
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from ssl_gradmix.evaluation import rows as result_rows
 from ssl_gradmix.evaluation.encoders import load_encoder
@@ -23,42 +23,25 @@ TASKS = ("linear_probe", "osr", "ood", "corruption")
 
 @dataclass(eq=False)
 class Results:
-    """What one evaluation found, of one kind of features.
-
-    Args:
-        rows: Its rows.
-        about: What the file says of them.
-        samples: Arrays (N,) by trial or data set, then by name; empty where there are none.
-        images: Fingerprint of the images of each trial or data set.
-    """
+    """What one evaluation found, of one kind of features."""
 
     rows: pd.DataFrame
-    about: dict[str, Any]
-    samples: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
-    images: dict[str, str] = field(default_factory=dict)
+    about: dict[str, Any]  # what the file says of them
+    samples: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)  # (N,) by trial or data set, then by name
+    images: dict[str, str] = field(default_factory=dict)  # fingerprints by trial or data set
 
 
 @dataclass(eq=False)
 class Run:
-    """A run, or a folder of results of another encoder.
+    """A run, or a folder of results of another encoder."""
 
-    Args:
-        path: As the user gave it.
-        name: What the report calls it.
-        config: What is in config.yaml, None for a folder of results.
-        log: Lines of log.jsonl.
-        picture: Last one of `samples/`.
-        results: By task and feature, for those evaluated.
-        outdated: Tasks and features whose results are of earlier weights.
-    """
-
-    path: str
-    name: str
-    config: dict[str, Any] | None
+    path: str  # as the user gave it
+    name: str  # what the report calls it
+    config: dict[str, Any] | None  # None for a folder of results
     log: list[dict[str, Any]]
-    picture: Path | None
-    results: dict[tuple[str, str], Results]
-    outdated: list[tuple[str, str]]
+    picture: Path | None  # the last one of samples/
+    results: dict[tuple[str, str], Results]  # by task and feature, for those evaluated
+    outdated: list[tuple[str, str]]  # tasks and features whose results are of earlier weights
 
     def rows(self, task: str, feature: str = "backbone") -> pd.DataFrame:
         """The rows of an evaluation, none where there was none."""
@@ -69,13 +52,7 @@ class Run:
 def read_runs(paths: Sequence[str]) -> list[Run]:
     """Reads run folders, and folders of results that `--out` of an evaluation made.
 
-    Args:
-        paths: At least one; a run's name is that of its folder, or its path where several have the same name.
-
-    Raises:
-        FileNotFoundError: If there is no such folder.
-        ValueError: If a folder is given twice, is neither a run nor holds results, a file is damaged, or no run was
-            evaluated.
+    A run is called by its folder's name, or by its path where several have the same name.
     """
     resolved = [Path(path).resolve() for path in paths]
     names = [path.name for path in resolved]
@@ -135,15 +112,10 @@ def _read_results(path: Path) -> Results:
     if not samples.is_file():
         return found
     try:
-        with safe_open(samples, "numpy") as file:
-            keys = file.keys()
-            for key in keys:
-                group, _, name = key.rpartition("/")
-                array = file.get_tensor(key)
-                found.samples.setdefault(group, {})[name] = array.astype(bool) if array.dtype == np.uint8 else array
-            found.images = dict(re.findall(r'"([^"]+)": "(\w+)"', (file.metadata() or {}).get("images", "")))
-    except (SafetensorError, TypeError) as error:  # NumPy has no bfloat16
+        found.samples, header = result_rows.read_samples(samples)
+    except (SafetensorError, TypeError) as error:
         raise ValueError(f"{samples} is damaged: {error}") from error
+    found.images = dict(re.findall(r'"([^"]+)": "(\w+)"', header.get("images", "")))
     for group, arrays in found.samples.items():
         if "is_known" not in arrays:
             raise ValueError(f"{samples} is damaged: no {group}/is_known")

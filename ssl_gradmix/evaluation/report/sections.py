@@ -14,7 +14,7 @@ import pandas as pd
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
-from ssl_gradmix.data.corruptions import COMMON, EXTRA, SEVERITIES
+from ssl_gradmix.data.corruptions import COMMON
 from ssl_gradmix.data.datasets import load
 from ssl_gradmix.data.open_set import known_classes
 from ssl_gradmix.evaluation import plots
@@ -71,13 +71,9 @@ def _with_projector(runs: Sequence[Run], task: str, parts: Callable[[str], list[
 
 def accuracy(runs: Sequence[Run]) -> Section:
     def parts(feature: str) -> list[Part]:
-        found, by_class = (
-            [
-                measured(run, "linear_probe", feature, lambda row, w=wanted: (row["metric"] == "class_accuracy") == w)
-                for run in runs
-            ]
-            for wanted in (False, True)
-        )
+        of_runs = [run.rows("linear_probe", feature) for run in runs]
+        found = [measured(rows[rows["metric"] != "class_accuracy"]) for rows in of_runs]
+        by_class = [measured(rows[rows["metric"] == "class_accuracy"]) for rows in of_runs]
         made: list[Part] = [comparison("Accuracy", runs, found, note)] if any(found) else []
         if any(by_class):
             worst_first = "In percent, with 95% Wilson intervals; worst classes first."
@@ -105,10 +101,9 @@ def detection(runs: Sequence[Run], task: Literal["osr", "ood"]) -> Section:
         text = "Telling test images of the known classes from images of another data set, with the same scores."
 
     def parts(feature: str) -> list[Part]:
-        aurocs, rates = (
-            [measured(run, task, feature, lambda row, m=metrics: row["metric"] in m) for run in runs]
-            for metrics in (("auroc",), ("oscr", "accuracy"))
-        )
+        of_runs = [run.rows(task, feature) for run in runs]
+        aurocs = [measured(rows[rows["metric"] == "auroc"]) for rows in of_runs]
+        rates = [measured(rows[rows["metric"].isin(["oscr", "accuracy"])]) for rows in of_runs]
         made: list[Part] = []
         if any(aurocs):
             note = "In percent; 50 is chance. Every score is larger the more an image looks known."
@@ -117,8 +112,8 @@ def detection(runs: Sequence[Run], task: Literal["osr", "ood"]) -> Section:
             note = "In percent. OSCR is the area under CCR over FPR; it is at most the closed-set accuracy."
             made.append(comparison("OSCR and closed-set accuracy", runs, rates, note))
         made += _detection_figures(runs, task, feature)
-        for run in runs:
-            made += _tables_of_run(run, run.rows(task, feature))
+        for run, rows in zip(runs, of_runs, strict=True):
+            made += _tables_of_run(run, rows)
         return made
 
     return Section(title, _with_projector(runs, task, parts), text)
@@ -205,12 +200,10 @@ def corruption(runs: Sequence[Run]) -> Section:
     )
 
     def parts(feature: str) -> list[Part]:
-        def wanted(row: pd.Series) -> bool:
-            return "corruption" not in row["params"]
-
-        means = [measured(run, "corruption", feature, wanted) for run in runs]
+        of_runs = [run.rows("corruption", feature) for run in runs]
+        means = [measured(rows[result_rows.param(rows, "corruption").isna()]) for rows in of_runs]
         made: list[Part] = [comparison("Means over corruptions", runs, means, means_note)] if any(means) else []
-        tables = [by_severity(run.rows("corruption", feature), "linear", "accuracy") for run in runs]
+        tables = [by_severity(rows, "linear", "accuracy") for rows in of_runs]
         if all(table.empty for table in tables):
             return made
         first = next(i for i, table in enumerate(tables) if len(table))
@@ -239,11 +232,12 @@ def corruption(runs: Sequence[Run]) -> Section:
             ("knn_distance", "auroc", "AUROC of kNN distance"),
             ("max_logit", "auroc", "AUROC of the maximum logit"),
         ):
-            of_runs = [by_severity(run.rows("corruption", feature), score, metric) for run in runs]
-            panels += _severity_panel(title, [table[table.index.isin(COMMON)].mean() for table in of_runs])
-        names = [run.name for run in runs]
+            curves = [by_severity(rows, score, metric) for rows in of_runs]
+            curves = [table[table.index.isin(COMMON)].mean().dropna() for table in curves]
+            lines = [plots.Line(i, mean.index.tolist(), mean.to_numpy()) for i, mean in enumerate(curves) if len(mean)]
+            panels += [Panel(title, plots.svg(plots.curves(lines, "severity", shares=True)))] if lines else []
         note = f"Over the common corruptions, in percent; severity 0 is clean images.{remark}"
-        made.append(Figures("Mean by severity", panels, note, names))
+        made.append(Figures("Mean by severity", panels, note, [run.name for run in runs]))
         return made
 
     text = "Accuracy on corrupted test images, of classifiers that were fitted on clean training images."
@@ -251,23 +245,12 @@ def corruption(runs: Sequence[Run]) -> Section:
 
 
 def by_severity(rows: pd.DataFrame, score: str, metric: str) -> pd.DataFrame:
-    """A line a corruption, the known ones as the benchmark has them, and a column a severity; 0 is clean images."""
-    rows = rows[rows["score"] == score]
-    where = {name: result_rows.param(rows, name) for name in ("corruption", "severity")}
-    found = rows.assign(**where)[rows["metric"] == metric]
-    found = found[found["corruption"].isin(COMMON + EXTRA) & found["severity"].isin(SEVERITIES)]
-    table = found.pivot_table(index="corruption", columns="severity", values="value", aggfunc="last")
-    table = table.reindex(index=[name for name in COMMON + EXTRA if name in table.index], columns=SEVERITIES)
-    clean = rows[rows["metric"] == f"clean_{metric}"]["value"]
+    """As `rows.by_corruption`, with a column 0 of clean images."""
+    table = result_rows.by_corruption(rows, score, metric)
+    clean = rows[(rows["score"] == score) & (rows["metric"] == f"clean_{metric}")]["value"]
     if len(clean) and len(table):
         table.insert(0, 0, clean.iloc[-1])
-    return table.astype(float)
-
-
-def _severity_panel(title: str, values: Sequence[pd.Series]) -> list[Panel]:
-    found = [(i, of_run.dropna()) for i, of_run in enumerate(values)]
-    lines = [plots.Line(i, of_run.index.tolist(), of_run.to_numpy()) for i, of_run in found if len(of_run)]
-    return [Panel(title, plots.svg(plots.curves(lines, "severity", shares=True)))] if lines else []
+    return table
 
 
 def maps(runs: Sequence[Run], method: Literal["pca", "tsne"]) -> Section:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -57,15 +57,15 @@ class Measure(NamedTuple):
 Measured = Mapping[Measure, pd.Series]
 
 
-def measured(run: Run, task: str, feature: str, wanted: Callable[[pd.Series], bool]) -> Measured:
-    """The rows of an evaluation that are wanted, by what they measure: means over trials where there are such."""
-    found = [row for _, row in run.rows(task, feature).iterrows()]
+def measured(rows: pd.DataFrame) -> Measured:
+    """Rows by what they measure: means over trials where there are such."""
+    found = [row for _, row in rows.iterrows()]
     means = [row for row in found if pd.isna(row["trial"])]
     averaged = {(*_of_trial(row), trial) for row in means for trial in row["params"].get("trials", ())}
     return {
         measure_of(row): row
         for row in found
-        if wanted(row) and (pd.isna(row["trial"]) or (*_of_trial(row), row["trial"]) not in averaged)
+        if pd.isna(row["trial"]) or (*_of_trial(row), row["trial"]) not in averaged
     }
 
 
