@@ -35,7 +35,7 @@ CIFAR-10 and digits, backbone and projector, layers 3 and 4, 512 images and more
 
 RELIES = 0.5
 """From this share on an encoder is said to live off a small part. Three that were trained plainly on planted stamps of
-9 bits lost 0.57 to 1.35; one trained on them with GradMix, whose linear probe was right twice as often, 0.39 to 0.63."""
+9 bits lost 0.57 to 1.35; one trained on them with GradMix, whose probe was right twice as often, 0.39 to 0.63."""
 
 
 @dataclass(frozen=True)
