@@ -9,11 +9,13 @@ order at severity 2, and so on. `labels.npy` has 5 * N labels. ImageNet-C (https
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -37,10 +39,9 @@ from ssl_gradmix.data.corruptions import (
     frost_source,
 )
 from ssl_gradmix.data.datasets import ImageSet
-from ssl_gradmix.files import printable, read_json
+from ssl_gradmix.files import printable, read_json, write_whole
 from ssl_gradmix.version import __version__
 
-_PARTIAL = ".partial"
 _CHUNK = 1000  # images corrupted at once: what bounds the memory beside the images themselves
 _DECODED_AT_MOST = 4 * 2**30  # bytes
 
@@ -118,10 +119,8 @@ class CorruptedImages:
     def pixels(self, size: int, progress: bool = True) -> Tensor:
         """Corrupted pixels, uint8 (N, 3, size, size)."""
         clean = self.clean.pixels(size, progress).permute(0, 2, 3, 1).contiguous().numpy()
-        corrupted = corrupt_batch(
-            clean, self.corruption, self.severity, self.seed, self.numbers, self.preset, self.workers
-        )
-        return torch.from_numpy(corrupted).permute(0, 3, 1, 2).contiguous()
+        how = self.corruption, self.severity, self.seed, self.numbers, self.preset, self.workers
+        return torch.from_numpy(corrupt_batch(clean, *how)).permute(0, 3, 1, 2).contiguous()
 
 
 class Generated:
@@ -268,10 +267,10 @@ def read_cifar_c(root: str | Path, name: str, severity: int | None = None) -> tu
             f"{labels_path} must hold whole numbers, one for each of the 5 * N images of {path.name} {images.shape}, "
             f"got {labels.dtype} {labels.shape}"
         )
+    if severity not in (None, *SEVERITIES):
+        raise ValueError(f"severity must be a whole number from 1 to 5 or None, got {severity!r}")
     block = slice(None)
     if severity is not None:
-        if severity not in SEVERITIES:
-            raise ValueError(f"severity must be a whole number from 1 to 5 or None, got {severity!r}")
         size = len(images) // len(SEVERITIES)
         block = slice((severity - 1) * size, severity * size)
     return np.array(images[block]), np.array(labels[block], np.int64)
@@ -323,8 +322,8 @@ def make_c(
 ) -> None:
     """Writes a corrupted set in CIFAR-10-C's layout, with a `meta.json` that says how it was made.
 
-    A file is written under another name and renamed when it is whole. Called again with the same arguments, it leaves
-    out the corruptions that are there, so an interrupted run goes on where it stopped and more names can be added.
+    A file is there when it is whole. Called again with the same arguments, it leaves out the corruptions that are
+    there, so an interrupted run goes on where it stopped and more names can be added.
 
     Args:
         images: uint8 (N, H, W, 3), the clean images; image i has index i.
@@ -350,26 +349,27 @@ def make_c(
     if labels.dtype.kind not in "iu" or labels.shape != (len(images),) or len(images) == 0:
         raise ValueError(f"labels must be {len(images)} whole numbers, one an image, got {labels.dtype} {labels.shape}")
     _claim(out, _describe(images, labels, preset, seed, source))
+    for left in out.glob(".*.npy.*.tmp"):  # by a call that was killed
+        left.unlink()
 
     if not (out / "labels.npy").exists():
-        with open(out / f"labels.npy{_PARTIAL}", "wb") as file:
-            np.save(file, np.tile(labels.astype(np.int64), len(SEVERITIES)))
-        os.replace(file.name, out / "labels.npy")
+        content = io.BytesIO()
+        np.save(content, np.tile(labels.astype(np.int64), len(SEVERITIES)))
+        write_whole(out / "labels.npy", lambda temporary: temporary.write_bytes(content.getvalue()))
     missing = [name for name in names if not (out / f"{name}.npy").exists()]
-    with tqdm(
-        total=len(missing) * len(SEVERITIES) * len(images), unit="image", disable=None if progress else True
-    ) as bar:
+    total = len(missing) * len(SEVERITIES) * len(images)
+    with tqdm(total=total, unit="image", disable=None if progress else True) as bar:
         for name in missing:
             bar.set_description(name)
-            _write_corruption(images, out / f"{name}.npy", name, seed, preset, workers, bar)
+            corrupt_all = partial(_write_corruption, images, name, seed, preset, workers, bar)
+            write_whole(out / f"{name}.npy", corrupt_all)
 
 
 def _write_corruption(
-    images: np.ndarray, path: Path, name: str, seed: int, preset: str, workers: int, bar: tqdm
+    images: np.ndarray, name: str, seed: int, preset: str, workers: int, bar: tqdm, path: Path
 ) -> None:
-    partial = path.with_name(path.name + _PARTIAL)
     shape = (len(SEVERITIES) * len(images), *images.shape[1:])
-    corrupted = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=shape)
+    corrupted = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
     for block, severity in enumerate(SEVERITIES):
         for start in range(0, len(images), _CHUNK):
             chunk = images[start : start + _CHUNK]
@@ -377,8 +377,6 @@ def _write_corruption(
             first = block * len(images) + start
             corrupted[first : first + len(chunk)] = corrupt_batch(chunk, name, severity, seed, indices, preset, workers)
             bar.update(len(chunk))
-    del corrupted  # writes it out; Windows would not rename it before
-    os.replace(partial, path)
 
 
 def _describe(images: np.ndarray, labels: np.ndarray, preset: str, seed: int, source: str) -> dict:
@@ -411,12 +409,10 @@ def _claim(out: Path, meta: dict) -> None:
         if differing:
             raise ValueError(f"{path} is of a set made otherwise, in {', '.join(differing)}: write to another folder")
         return
-    if out.exists() and (not out.is_dir() or any(entry.suffix != _PARTIAL for entry in out.iterdir())):
+    # A call that was killed may have left a beginning of meta.json, under a name with something before or behind.
+    if out.exists() and (not out.is_dir() or any(path.name not in entry.name for entry in out.iterdir())):
         raise ValueError(f"out {str(out)!r} must be a new or empty folder, or one that make_c wrote with its meta.json")
-    out.mkdir(parents=True, exist_ok=True)
-    partial = out / f"meta.json{_PARTIAL}"
-    partial.write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(path, lambda temporary: temporary.write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8"))
 
 
 def _open_array(path: Path) -> np.ndarray:
