@@ -23,11 +23,6 @@ def seed_step(*place: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0] >> np.uint64(1)))
 
 
-def shuffled(count: int, seed: int, epoch: int) -> Tensor:
-    """The order of `count` images in an epoch, int64 (count,), the same on every process."""
-    return torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(count))
-
-
 class BatchIndices:
     """Image indices of this process's share of each batch, the same batches however many processes share them.
 
@@ -54,8 +49,9 @@ class BatchIndices:
 
     def epoch(self, epoch: int) -> Tensor:
         """int64 (micro-batches, share): row b holds this process's part of micro-batch b."""
-        order = shuffled(self.count, self.seed, epoch)[: self.length * self.micro]
-        return order.view(self.length, self.processes, self.micro // self.processes)[:, self.process]
+        order = np.random.default_rng([self.seed, epoch]).permutation(self.count)[: self.length * self.micro]
+        shares = torch.from_numpy(order).view(self.length, self.processes, self.micro // self.processes)
+        return shares[:, self.process]
 
 
 class Batches:
@@ -71,8 +67,7 @@ class Batches:
         device: Where the views are made.
 
     Raises:
-        ValueError: The images are to be decoded at once, and take more memory than the machine has; or a file cannot be
-            read.
+        ValueError: Decoded at once, the images take more memory than the machine has; or a file cannot be read.
     """
 
     def __init__(
