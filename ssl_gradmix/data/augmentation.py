@@ -89,8 +89,7 @@ class Views(nn.Module):
         processes: int = 1,
     ) -> None:
         super().__init__()
-        self.augmentation = augmentation
-        self.size = size
+        self.augmentation, self.size = augmentation, size
         self.process, self.processes = process, processes
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
@@ -124,8 +123,9 @@ class Views(nn.Module):
         chances = [settings.flip, settings.jitter, settings.gray, settings.blur, settings.solarize if second else 0.0]
         happens = (torch.rand(everyone, 5)[own] < torch.tensor(chances)).float()
         flip, jittered, gray, blur, solarize = happens.split(1, dim=1)
+        extents = [images.shape[-2:]] * n if isinstance(images, Tensor) else [image.shape[-2:] for image in images]
         return Draws(
-            boxes=crop_boxes(_extents(images), settings.min_scale, torch.rand(everyone, CROP_NUMBERS)[own]),
+            boxes=crop_boxes(torch.tensor(extents), settings.min_scale, torch.rand(everyone, CROP_NUMBERS)[own]),
             flip=flip,
             jitter=torch.empty(everyone, 4).uniform_(-1, 1)[own] * strengths * jittered,
             gray=gray,
@@ -164,13 +164,6 @@ class Views(nn.Module):
         if settings.solarize > 0:
             views = torch.where(solarize * views >= SOLARIZE_FROM, 1 - views, views)
         return views.sub_(self.mean).div_(self.std)
-
-
-def _extents(images: Tensor | Sequence[Tensor]) -> Tensor:
-    """Height and width of each image, (N, 2), on the CPU."""
-    if isinstance(images, Tensor):
-        return torch.tensor(images.shape[-2:]).expand(len(images), 2)
-    return torch.tensor([image.shape[-2:] for image in images])
 
 
 def crop_boxes(extents: Tensor, min_scale: float, drawn: Tensor) -> Tensor:

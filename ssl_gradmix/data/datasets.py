@@ -8,7 +8,7 @@ import os
 import unicodedata
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -102,11 +102,9 @@ class ImageSet(torch.utils.data.Dataset):
         unlabeled = int((self.labels < 0).sum())
         if not present:
             return f"{self.name}: {len(self):,} images without labels"
-        few = ", ".join([*present[:3], *(["..."] if len(present) > 3 else [])])
-        return (
-            f"{self.name}: {len(self):,} images of {len(present)} class{'es' * (len(present) > 1)} ({few})"
-            + f", {unlabeled:,} of them without labels" * (unlabeled > 0)
-        )
+        few = ", ".join([*present[:3], *["..."] * (len(present) > 3)])
+        rest = f", {unlabeled:,} of them without labels" if unlabeled else ""
+        return f"{self.name}: {len(self):,} images of {len(present)} class{'es' * (len(present) > 1)} ({few}){rest}"
 
     def fingerprint(self) -> str:
         """What the images are, as 16 hex digits: the same for a copy elsewhere, another for any image more or less.
@@ -222,10 +220,8 @@ def load(data: Data, split: Literal["train", "test", "all"]) -> ImageSet:
     """
     if data.name == "digits":
         images = _digits(split)
-    elif data.name == "folder":
-        images = _folder(data, split)
     else:
-        images = _torchvision(data, split)
+        images = _folder(data, split) if data.name == "folder" else _torchvision(data, split)
     if len(images) < 2:
         raise ValueError(f"{images.name} has {len(images)} image{'' if len(images) else 's'}, at least 2 are needed")
     return images
@@ -255,21 +251,11 @@ def _digits(split: str) -> ImageSet:
 def _torchvision(data: Data, split: str) -> ImageSet:
     from torchvision import datasets
 
-    root, train = Path(data.root or "data").expanduser(), split == "train"
+    root = Path(data.root or "data").expanduser()
+    names = {"svhn": split, "stl10": "train+unlabeled" if split == "train" else "test"}
+    which = {"split": names[data.name]} if data.name in names else {"train": split == "train"}
     try:
-        match data.name:
-            case "cifar10" | "cifar100":
-                loaded = getattr(datasets, data.name.upper())(root, train=train, download=data.download)
-                images, labels, classes = loaded.data, loaded.targets, loaded.classes
-            case "mnist":
-                loaded = datasets.MNIST(root, train=train, download=data.download)
-                images, labels, classes = loaded.data.numpy()[..., None].repeat(3, axis=-1), loaded.targets, DIGITS
-            case "svhn":
-                loaded = datasets.SVHN(root, split=split, download=data.download)
-                images, labels, classes = loaded.data.transpose(0, 2, 3, 1), loaded.labels, DIGITS
-            case "stl10":
-                loaded = datasets.STL10(root, split="train+unlabeled" if train else "test", download=data.download)
-                images, labels, classes = loaded.data.transpose(0, 2, 3, 1), loaded.labels, loaded.classes
+        loaded = getattr(datasets, data.name.upper())(root, download=data.download, **which)
     except (RuntimeError, OSError) as error:
         if data.download:
             raise ConnectionError(
@@ -280,7 +266,11 @@ def _torchvision(data: Data, split: str) -> ImageSet:
             f"{data.name} is not in data.root {str(root)!r}: --data.download true fetches it, or set data.root to the "
             f"folder where torchvision keeps it ({error})"
         ) from error
-    return ImageSet(images, np.asarray(labels, np.int64), tuple(classes), f"{data.name}/{split}")
+    images, labels = np.asarray(loaded.data), loaded.labels if data.name in names else loaded.targets
+    images = images[..., None].repeat(3, axis=-1) if data.name == "mnist" else images
+    images = images.transpose(0, 2, 3, 1) if data.name in names else images
+    classes = DIGITS if data.name in ("mnist", "svhn") else tuple(loaded.classes)
+    return ImageSet(images, np.asarray(labels, np.int64), classes, f"{data.name}/{split}")
 
 
 def _folder(data: Data, split: str) -> ImageSet:
@@ -298,7 +288,8 @@ def _folder(data: Data, split: str) -> ImageSet:
             )
         if split != "all" and images.classes:
             held_out = _held_out(images.labels, data.test_fraction, data.split_seed)
-            _refuse_links(images.images, [*zip(images.labels.tolist(), held_out.tolist(), strict=True)])
+            groups = zip(images.labels.tolist(), held_out.tolist(), strict=True)
+            _refuse_links(zip(images.images, groups, strict=True))
             images = images.subset(held_out == (split == "test"))
     return _without_broken(images) if data.broken == "skip" else images
 
@@ -348,18 +339,18 @@ def _list_split(root: Path, split: str, name: str) -> ImageSet:
             f"{str(folder)!r}"
         )
     images = _list_folder(folder, name)
-    paths, groups = list(images.images), [(split, label) for label in images.labels.tolist()]
+    groups = [*zip(images.images, images.labels.tolist(), strict=True)]
     if split == "test" and other:
-        paths += [path for place in other_classes or [""] for path in image_files.find(other / place)]
-        groups += [(other_split, None)] * (len(paths) - len(groups))
-    _refuse_links(paths, groups)
+        paths = [path for place in other_classes or [""] for path in image_files.find(other / place)]
+        groups += [(path, other_split) for path in paths]
+    _refuse_links(groups)
     return images
 
 
-def _refuse_links(paths: Sequence[Path], groups: Sequence[object]) -> None:
+def _refuse_links(grouped: Iterable[tuple[Path, object]]) -> None:
     """Refuses where images of two groups, such as classes, are the same file: by a link to it, or to its folder."""
     first: dict[tuple[int, int], tuple[Path, object]] = {}
-    for path, group in zip(paths, groups, strict=True):
+    for path, group in grouped:
         try:
             status = os.stat(path)
         except OSError:  # decoding it says so
