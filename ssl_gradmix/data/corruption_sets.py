@@ -47,11 +47,7 @@ _DECODED_AT_MOST = 4 * 2**30  # bytes
 
 
 def choose(names: Sequence[str] | None = None, extra: bool = False) -> list[str]:
-    """The corruptions to evaluate or to write, in the benchmark's order.
-
-    Args:
-        names: Those wanted; None is the 15 common ones.
-        extra: Add the 4 extra ones.
+    """The corruptions to evaluate or to write, in the benchmark's order: None is the 15 common ones, `extra` adds 4.
 
     Raises:
         ValueError: If there is none, or one is unknown.
@@ -84,10 +80,7 @@ class CorruptedImages:
     Args:
         clean: The images.
         numbers: (N,), their numbers in the whole set.
-        corruption: As `name` in `corruptions.corrupt`.
-        severity: As there.
-        preset: As there.
-        seed: As there.
+        corruption: As `name` in `corruptions.corrupt`; severity, preset and seed are as there too.
         workers: Processes that share the work.
     """
 
@@ -124,25 +117,13 @@ class CorruptedImages:
 
 
 class Generated:
-    """A corrupted set made on the fly.
+    """A corrupted set made on the fly: of all clean test images those of `numbers` (N,), at the encoder's image size.
 
-    Args:
-        test: All clean test images.
-        numbers: (N,), which of them.
-        size: Side of the encoder's images in pixels, at which they are corrupted.
-        preset: As in `corruptions.corrupt`; None takes `corruptions.default_preset(size)`.
-        seed: As in `corruptions.corrupt`.
-        workers: Processes that share the work.
+    The preset, seed and workers are as in `CorruptedImages`; no preset is `corruptions.default_preset(size)`.
     """
 
     def __init__(
-        self,
-        test: ImageSet,
-        numbers: np.ndarray,
-        size: int,
-        preset: str | None = None,
-        seed: int = 0,
-        workers: int = 1,
+        self, test: ImageSet, numbers: np.ndarray, size: int, preset: str | None = None, seed: int = 0, workers: int = 1
     ) -> None:
         self.numbers, self.clean = numbers, test.subset(numbers)
         if len(numbers) * size * size * 3 <= _DECODED_AT_MOST:  # in memory, as each is corrupted many times
@@ -280,11 +261,6 @@ def read_imagenet_c(root: str | Path, name: str, severity: int) -> tuple[list[Pa
     """Lists one corruption and severity of ImageNet-C, or of any folder laid out as `<name>/<severity>/<class>/*`.
 
     The published images are JPEG files of quality 85, already cropped to 224 pixels.
-
-    Args:
-        root: Folder of the set.
-        name: The corruption's folder.
-        severity: The severity's folder.
 
     Returns:
         Paths of the images, ordered by class and name; labels int64 (N,); and the class folders in order, label k being
