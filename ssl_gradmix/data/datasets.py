@@ -65,11 +65,7 @@ class ImageSet(torch.utils.data.Dataset):
         return decoded, int(self.labels[index])
 
     def decoded(self, index: int) -> torch.Tensor:
-        """Image `index` at its own size, uint8 (3, H, W).
-
-        Raises:
-            ValueError: As `__getitem__`.
-        """
+        """Image `index` at its own size, uint8 (3, H, W); raises as `__getitem__`."""
         return torch.from_numpy(np.array(self[index][0]).transpose(2, 0, 1).copy())
 
     @property
@@ -84,11 +80,7 @@ class ImageSet(torch.utils.data.Dataset):
         return replace(self, images=taken, labels=self.labels[kept])
 
     def only(self, classes: Sequence[int]) -> ImageSet:
-        """Takes the images of these classes, in their present order; labels keep their numbers.
-
-        Raises:
-            ValueError: No image is of these classes.
-        """
+        """Takes the images of these classes, in their present order; ValueError where there are none."""
         kept = np.isin(self.labels, classes)
         if not kept.any():
             raise ValueError(
@@ -126,16 +118,11 @@ class ImageSet(torch.utils.data.Dataset):
         return digest.hexdigest()[:16]
 
     def originals(self, limit: int) -> torch.Tensor | list[torch.Tensor] | None:
-        """Decodes all images at their own sizes.
-
-        Args:
-            limit: How many bytes they may take. Of files the headers are read first, so no more than that is decoded.
+        """Decodes all images at their own sizes; raises as `__getitem__`.
 
         Returns:
-            uint8 (N, 3, H, W) where all are of one size, else N tensors (3, H, W). None where they take more.
-
-        Raises:
-            ValueError: A file cannot be read; the message names its path.
+            uint8 (N, 3, H, W) where all are of one size, else N tensors (3, H, W). None where they take more than
+            `limit` bytes, which the headers of files tell before any is decoded.
         """
         if isinstance(self.images, np.ndarray):
             if self.images.nbytes > limit:
@@ -161,18 +148,12 @@ class ImageSet(torch.utils.data.Dataset):
         return together
 
     def pixels(self, size: int, progress: bool = True) -> torch.Tensor:
-        """Decodes the center square of all images to one size: what an encoder is evaluated on.
+        """Decodes all images to uint8 (N, 3, size, size): what an encoder is evaluated on.
 
-        Args:
-            size: The shorter side is resized to it (bilinear, antialiased), and the center square kept.
-            progress: Show a bar where it takes some seconds.
-
-        Returns:
-            uint8 (N, 3, size, size).
+        The shorter side is resized (bilinear, antialiased), and the center square kept.
 
         Raises:
-            ValueError: A file cannot be read, the message names its path; or the images take more memory than the
-                machine has.
+            ValueError: As `__getitem__`, or the images take more memory than the machine has.
         """
         if isinstance(self.images, np.ndarray) and self.images.shape[1:3] == (size, size):
             return torch.from_numpy(self.images).permute(0, 3, 1, 2).contiguous()
@@ -200,12 +181,8 @@ def load(data: Data, split: Literal["train", "test", "all"]) -> ImageSet:
     The splits are the data set's own, with these exceptions. `digits` has none: a fifth of each class, drawn with a
     fixed seed, is its test split. The train split of `stl10` is its 5,000 labeled and 100,000 unlabeled images. The
     test split of a `folder` is its test/, or its val/ where there is no test/; one of class folders without such
-    folders is split by `data.test_fraction` and `data.split_seed`; images without class folders are unlabeled and all
-    in train.
-
-    Args:
-        data: The settings.
-        split: `train` or `test`; `all` takes all images of a folder that has neither.
+    folders is split by `data.test_fraction` and `data.split_seed`, or taken whole as `all`; images without class
+    folders are unlabeled and all in train.
 
     Returns:
         At least two images. Those of a `folder` stay on disk. With `broken="skip"` each of its files is decoded once

@@ -55,16 +55,9 @@ class BatchIndices:
 
 
 class Batches:
-    """Batches of images, decoded once or by loader processes when they are needed, and views of them.
+    """Batches of images, decoded once or by loader processes when they are needed, and views of them on a device.
 
-    Args:
-        images: To train on.
-        make_views: Makes the views.
-        indices: Which images make a batch.
-        n_views: Of each image.
-        decode: As in `settings.Training`.
-        workers: Loader processes, where images are decoded when they are needed.
-        device: Where the views are made.
+    `decode` and `workers` are as in `settings.Training`.
 
     Raises:
         ValueError: Decoded at once, the images take more memory than the machine has; or a file cannot be read.

@@ -48,10 +48,7 @@ class State:
 def save(folder: Path, state: State, run: str) -> None:
     """Writes a checkpoint beside the previous one, which goes only when the new one is complete and on the disk.
 
-    Args:
-        folder: Of the checkpoints.
-        state: To be kept.
-        run: Identity of the run, without which the checkpoint is not read again.
+    Only a run of that identity reads it again.
 
     Raises:
         OSError: The disk is full, or cannot be written to; what had been written of the new checkpoint is removed.
@@ -87,11 +84,7 @@ def save(folder: Path, state: State, run: str) -> None:
 def load(folder: Path, run: str, method: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> State | None:
     """Reads the newest checkpoint that is whole and of this run; others are named and passed over.
 
-    Args:
-        folder: Of the checkpoints.
-        run: Identity of the run that saved it.
-        method: Tensors, whose names and shapes a checkpoint must have.
-        optimizer: Whose parameter groups and shapes it must have.
+    It must have the names and shapes of the method's tensors, and the optimizer's parameter groups and shapes.
 
     Returns:
         None where there is no checkpoint at all.

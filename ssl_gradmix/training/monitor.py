@@ -20,12 +20,9 @@ logger = logging.getLogger("ssl_gradmix")
 class Monitor:
     """Reads the effective rank of features, and how well neighbors classify them where images have labels that differ.
 
-    Held-out training images are classified by their neighbors among other training images; the rank is that of all of
-    their features together. Features of the backbone are what is used after the training, and there are more of them
-    than dimensions, where a batch's embeddings would cap the rank at the batch.
-
-    All come from the training split, so that whoever watches it, or chooses settings by it, has not looked at test
-    images.
+    Held-out training images are classified by their neighbors among other training images, so that whoever watches, or
+    chooses settings by it, has not looked at test images. The rank is that of all of their features together: of the
+    backbone, as used after the training, and of more images than a batch, whose embeddings would cap it.
 
     Args:
         images: Training images, all labeled or else none used as such.
@@ -50,8 +47,7 @@ class Monitor:
         order = np.random.default_rng(seed).permutation(len(images))[: bank + queries]
         labels = images.labels[order]
         queries = min(queries, len(order) // 5)
-        # Classes of a single image cannot be divided; where there are such, or more classes than queries, the draw is a
-        # plain one.
+        # The draw is a plain one where a class of a single image cannot be divided, or classes outnumber queries.
         divisible = np.unique(labels, return_counts=True)[1].min() > 1 and queries >= len(np.unique(labels))
         voting, asked = train_test_split(
             order, test_size=queries, random_state=seed, stratify=labels if divisible else None
