@@ -105,14 +105,9 @@ class Observed(dict[str, list[Tensor]]):
         return None
 
     def check_images(self, images: Tensor, values: bool) -> None:
-        """Compares images (N, C, H, W) with the first that went through the encoder, as far as these are known.
+        """Raises ValueError for images (N, C, H, W) that are not the first through the encoder, as far as is known.
 
-        Args:
-            images: At most as many as were observed.
-            values: Compare values too, where the memory is not the same; on an accelerator the host waits.
-
-        Raises:
-            ValueError: Other images.
+        Values are compared, if asked for, where the memory is not the same; on an accelerator the host waits.
         """
         for given in self.inputs:
             if given is None or not len(images):
@@ -202,15 +197,9 @@ def _same_values(first: Tensor, second: Tensor) -> bool:
 def layercam(activation: Tensor, gradient: Tensor) -> Tensor:
     """`sum_c A_c * relu(smooth(G)_c)` at every place: LayerCAM, Jiang et al. 2021, IEEE TIP 30, of smoothed gradients.
 
-    Smoothing keeps a stride's grid out of the map, see `smooth`; ahead of global pooling it changes nothing. LayerCAM's
-    outer relu is left out: after a ReLU layer it changes nothing, and tokens of a transformer may be negative.
-
-    Args:
-        activation: (N, C, h, w).
-        gradient: (N, C, h, w), of the target with respect to the activation.
-
-    Returns:
-        Map (N, h, w), not normalized.
+    From activation (N, C, h, w) and gradient (N, C, h, w) to maps (N, h, w), not normalized. Smoothing keeps a stride's
+    grid out of the map, see `smooth`; ahead of global pooling it changes nothing. LayerCAM's outer relu is left out:
+    after a ReLU layer it changes nothing, and tokens of a transformer may be negative, where the ranks still count.
     """
     return (activation * smooth(gradient).relu()).sum(1)
 
@@ -334,7 +323,7 @@ def gradients(
             f"loss does not depend on the observed layers {_last(outputs)}; compute it from what this encoder gave "
             "inside `observe`, and do not compile the whole step, which hides them"
         )
-    found = {id(output): gradient for output, gradient in zip(reached, taken, strict=True)}
+    found = dict(zip(map(id, reached), taken, strict=True))
     return {name: [found.get(id(output)) for output in passes] for name, passes in outputs.items()}
 
 
@@ -373,8 +362,8 @@ def first_images(name: str, passes: Sequence[Tensor], count: int | None) -> list
         if images >= count:
             return list(passes[:end])
     raise ValueError(
-        f"images: {count} given, but layer {name!r} was observed for {images} only; "
-        "pass those that went through the encoder"
+        f"images: {count} given, but layer {name!r} was observed for {images} only; pass those that went through the "
+        "encoder"
     )
 
 

@@ -137,11 +137,7 @@ def create(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
 
 def check_name(name: str) -> None:
-    """Refuses what is no model of timm's, with or without the tag of published weights.
-
-    Raises:
-        ValueError: It is none; near names, or the model's tags, are given.
-    """
+    """Raises ValueError for what is no model of timm's, with or without a tag of published weights, with near names."""
     if ":" in name:
         raise ValueError(f"backbone.name must be one of timm's own models, got {name!r}")
     model, _, _ = name.partition(".")
@@ -156,11 +152,7 @@ def check_name(name: str) -> None:
 
 
 def read_description(folder: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    """What config.json says of a saved model, in timm's layout.
-
-    Returns:
-        Its architecture, how its images are prepared (timm's pretrained_cfg), and the arguments that it was created
-        with.
+    """What config.json says of a saved model: architecture, timm's pretrained_cfg, and arguments it was created with.
 
     Raises:
         FileNotFoundError: There is no config.json.
@@ -220,10 +212,7 @@ def save(backbone: nn.Module, folder: Path, image_size: int) -> None:
 
     Each file is written whole or not at all, so that a reader never sees half of one.
 
-    Args:
-        backbone: A timm model, from `create` where it was made with arguments of its own.
-        folder: Created where it is not there.
-        image_size: Side of the images it was trained on, in pixels.
+    A model with arguments of its own must be from `create`; it was trained on images of `image_size` pixels a side.
     """
     known = backbone.pretrained_cfg
     config = {

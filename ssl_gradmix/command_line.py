@@ -78,13 +78,7 @@ def _without_downloads(content: Any) -> Any:
 
 
 def recipe_parser(method_settings: type, description: str, recipe: str) -> ArgumentParser:
-    """The settings of a pretraining recipe, read off their dataclasses.
-
-    Args:
-        method_settings: Dataclass of the method's own settings.
-        description: Shown by `--help`.
-        recipe: Names the run folder where the user does not.
-    """
+    """The settings of a pretraining recipe, read off their dataclasses; `recipe` names the run folder by default."""
     from ssl_gradmix.gradmix import GradMix  # with torch, which no other command line needs for its help
 
     parser = Parser(description=description, usage="%(prog)s [options]")
@@ -152,10 +146,6 @@ def read(parser: ArgumentParser, argv: Sequence[str] | None) -> tuple[Namespace,
 
 def run(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> int:
     """Calls a script's main function; what the user can mend is said in one line.
-
-    Args:
-        main: Takes the arguments, None for those of the process.
-        argv: The arguments.
 
     Returns:
         The exit status: 0, 2 for input that will not do (ValueError, KeyError, OSError), 1 for a training that broke

@@ -251,9 +251,8 @@ class GradMix:
 def _deepest(loss: Tensor, observed: Observed, size: tuple[int, int]) -> str:
     """The deepest whole stage or block with room whose gradient is not all zero.
 
-    The gradient counts because a transformer that is read at its class token alone passes none to its last patch
-    tokens. What is part of a module with a coarser map, as inside a strided block, comes after what is not, and a layer
-    without parts after all stages.
+    A transformer that is read at its class token alone passes none to its last patch tokens. Parts of a module with a
+    coarser map, as of a strided block, come after what is not, and layers without parts after all stages.
     """
     first = {name: passes[:1] for name, passes in observed.items() if passes}
     if not first:

@@ -50,10 +50,7 @@ FREE = (
 
 
 class RunFolder:
-    """Paths of one run.
-
-    Args:
-        path: The folder; need not be there. `~` is the user's home.
+    """Paths of one run, in a folder that need not be there; `~` is the user's home.
 
     Attributes:
         settings: Of the training that `start` was called for.
@@ -107,13 +104,8 @@ class RunFolder:
     def start(self, settings: dict[str, Any], images: ImageSet, overwrite: bool = False) -> None:
         """Takes the folder for a training, until `release`: writes its settings, and clears away an old run if asked.
 
-        The same command is used to start and to resume, `--overwrite` or not: a run that was itself started with it,
-        and is not finished, is resumed.
-
-        Args:
-            settings: Of the run.
-            images: To train on.
-            overwrite: Start anew in a folder that holds another run, or a finished one.
+        The same command starts and resumes, with overwriting or without: a run that was itself started with it, and is
+        not finished, is resumed.
 
         Raises:
             ValueError: As `check`; also where another training holds the folder, or the run was started on other
@@ -211,7 +203,7 @@ class RunFolder:
     def _clear(self) -> None:
         """Removes what an old run wrote, and folders that are empty then.
 
-        But for config.yaml, which stays until a new one replaces it: a folder without one would not be taken for a run.
+        config.yaml stays until a new one replaces it: a folder without one would not be taken for a run.
         """
         written = self._written()
         for path in written:
@@ -222,11 +214,7 @@ class RunFolder:
                 folder.rmdir()
 
     def _written(self) -> list[Path]:
-        """What there is of `WRITTEN`.
-
-        Raises:
-            ValueError: It lies behind a link, which may lead anywhere.
-        """
+        """What there is of `WRITTEN`; ValueError where it lies behind a link, which may lead anywhere."""
         found = [path for pattern in WRITTEN for path in self.path.glob(pattern)]
         outer = {self.path / PurePath(pattern).parts[0] for pattern in WRITTEN if "/" in pattern}
         for link in filter(Path.is_symlink, sorted(outer | self._around(found))):

@@ -21,19 +21,14 @@ ABOVE_ZERO = math.ulp(0.0)
 """As a lower bound, the least number above 0."""
 
 
-def _require(name: str, value: object, holds: bool, wanted: str) -> None:
-    if not holds:
-        raise ValueError(f"{name} must be {wanted}, got {value!r}")
-
-
 def _require_between(section: str, settings: object, **bounds: tuple[float, float]) -> None:
     """Refuses numbers out of bounds, and NaN and infinity; null is another matter."""
     for name, (low, high) in bounds.items():
         value = getattr(settings, name)
         wanted = "above 0" if low == ABOVE_ZERO else f"at least {low:g}"
         wanted += f" and at most {high:g}" if high < math.inf else ""
-        holds = value is None or (low <= value <= high and math.isfinite(value))
-        _require(f"{section}.{name}", value, holds, wanted)
+        if value is not None and not (low <= value <= high and math.isfinite(value)):
+            raise ValueError(f"{section}.{name} must be {wanted}, got {value!r}")
 
 
 @dataclass
@@ -70,34 +65,24 @@ class Data:
 
     def __post_init__(self) -> None:
         _require_between("data", self, size=(8, 4096), test_fraction=(ABOVE_ZERO, 0.9))
-        _require(
-            "data.root",
-            self.root,
-            self.root is None or bool(self.root.strip()),
-            "a folder (a variable of the shell that is not set gives none)",
-        )
-        _require(
-            "data.root",
-            self.root,
-            self.root is None or self.name != "digits",
-            "left out where data.name is digits, which has no files: remove it, or add --data.name folder to read a "
-            "folder of images",
-        )
-        _require(
-            "data.root", self.root, self.root is not None or self.name != "folder", "given where data.name is folder"
-        )
-        _require(
-            "data.download",
-            self.download,
-            not self.download or self.name not in ("digits", "folder"),
-            f"left out where data.name is {self.name}, as there is nothing to download",
-        )
-        _require(
-            "data.open_set",
-            self.open_set,
-            self.classes is None or self.open_set is None,
-            "left out where data.classes is given",
-        )
+        if self.root is not None and not self.root.strip():
+            raise ValueError(
+                f"data.root must be a folder (a variable of the shell that is not set gives none), got {self.root!r}"
+            )
+        if self.name == "digits" and self.root is not None:
+            raise ValueError(
+                "data.root must be left out where data.name is digits, which has no files: remove it, or add "
+                f"--data.name folder to read a folder of images, got {self.root!r}"
+            )
+        if self.name == "folder" and self.root is None:
+            raise ValueError("data.root must be given where data.name is folder, got None")
+        if self.download and self.name in ("digits", "folder"):
+            raise ValueError(
+                f"data.download must be left out where data.name is {self.name}, as there is nothing to download, "
+                f"got {self.download!r}"
+            )
+        if self.classes is not None and self.open_set is not None:
+            raise ValueError(f"data.open_set must be left out where data.classes is given, got {self.open_set!r}")
 
 
 @dataclass
@@ -155,12 +140,11 @@ class Backbone:
     pretrained: bool = False
 
     def __post_init__(self) -> None:
-        _require(
-            "backbone.kwargs",
-            self.kwargs,
-            all(isinstance(key, str) and key not in ("name", "pretrained") for key in self.kwargs or {}),
-            "without pretrained and name, which are settings, and name arguments",
-        )
+        if any(not isinstance(key, str) or key in ("name", "pretrained") for key in self.kwargs or {}):
+            raise ValueError(
+                "backbone.kwargs must be without pretrained and name, which are settings, and name arguments, "
+                f"got {self.kwargs!r}"
+            )
 
 
 @dataclass
@@ -281,9 +265,8 @@ class Training:
         every = dict.fromkeys(("knn_every", "samples_every"), (0, MOST_EPOCHS))
         _require_between("training", self, **counts, batch_size=(2, math.inf), threads=(1, crowd), workers=(0, crowd))
         _require_between("training", self, seed=(0, 2**63 - 1), **every)
-        _require(
-            "training.batch_size",
-            self.batch_size,
-            self.batch_size % self.accumulate == 0,
-            f"a multiple of training.accumulate={self.accumulate}",
-        )
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"training.batch_size must be a multiple of training.accumulate={self.accumulate}, "
+                f"got {self.batch_size!r}"
+            )
