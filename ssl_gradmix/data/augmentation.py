@@ -34,27 +34,16 @@ saves a third, and elsewhere they stay within a few GiB, whatever the size of th
 
 
 class Draws(NamedTuple):
-    """The random numbers of one view of N images.
+    """The random numbers of one view of N images."""
 
-    Args:
-        boxes: (N, 4), top, left, height and width of the crop in whole pixels.
-        flip: (N, 1), 1 where the image is flipped, else 0.
-        jitter: (N, 4), brightness, contrast and saturation factors less 1, and the hue shift; 0 changes nothing.
-        gray: (N, 1), 1 where the image turns gray, else 0.
-        blur: (N, 1), likewise.
-        solarize: (N, 1), likewise.
-        sigma: (N, 1), of the blur, in pixels.
-        order: In which order the columns of `jitter` are applied.
-    """
-
-    boxes: Tensor
-    flip: Tensor
-    jitter: Tensor
-    gray: Tensor
-    blur: Tensor
-    solarize: Tensor
-    sigma: Tensor
-    order: list[int]
+    boxes: Tensor  # (N, 4), top, left, height and width of the crop in whole pixels
+    flip: Tensor  # (N, 1), 1 where the image is flipped from left to right, else 0
+    jitter: Tensor  # (N, 4), brightness, contrast and saturation factors less 1, and the hue shift; 0 changes nothing
+    gray: Tensor  # (N, 1), 1 where the image turns gray, else 0
+    blur: Tensor  # likewise
+    solarize: Tensor  # likewise
+    sigma: Tensor  # (N, 1), of the blur, in pixels
+    order: list[int]  # in which the columns of jitter are applied
 
 
 class Views(nn.Module):

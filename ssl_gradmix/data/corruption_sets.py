@@ -172,7 +172,12 @@ class Published:
             images, labels = read_cifar_c(self.root, name, severity)
         else:
             images, labels, folders = read_imagenet_c(self.root, name, severity)
-            labels = self._labels_of(folders)[labels]
+            if strange := [folder for folder in folders if folder not in self.test.classes]:
+                raise ValueError(
+                    f"{self.root} has a class {strange[0]!r}, which {self.test.name} has not: --data must be what it "
+                    "was made from"
+                )
+            labels = np.array([self.test.classes.index(folder) for folder in folders])[labels]
         theirs, ours = Counter(labels.tolist()), Counter(self.test.labels[self.test.labels >= 0].tolist())
         if theirs != ours:
             label = min(label for label in theirs | ours if theirs[label] != ours[label])
@@ -206,29 +211,14 @@ class Published:
             digest.update(os.fsencode(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}\n"))
         return digest.hexdigest()[:32]
 
-    def _labels_of(self, folders: Sequence[str]) -> np.ndarray:
-        labels = {name: label for label, name in enumerate(self.test.classes)}
-        strange = [name for name in folders if name not in labels]
-        if strange:
-            raise ValueError(
-                f"{self.root} has a class {strange[0]!r}, which {self.test.name} has not: --data must be what it was "
-                "made from"
-            )
-        return np.array([labels[name] for name in folders])
-
 
 def read_cifar_c(root: str | Path, name: str, severity: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Reads one corruption of CIFAR-10-C, CIFAR-100-C or a folder that `make_c` wrote.
 
     Nothing is unpickled: an array of Python objects is refused.
 
-    Args:
-        root: Folder with `<name>.npy` and `labels.npy`.
-        name: The corruption, by its file's name without ending.
-        severity: 1 to 5 for one block of N images; None for all five, mildest first.
-
     Returns:
-        Images uint8 (N, H, W, 3) or (5 * N, H, W, 3), labels int64 of the same length.
+        Images uint8 (N, H, W, 3), labels int64 (N,); for no severity (5 * N, H, W, 3) of all five, mildest first.
 
     Raises:
         FileNotFoundError: A file is missing; the message lists the corruptions that are there.

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -88,7 +89,7 @@ class Batches:
         if self.resident is None:
             self._epoch, self._first = 0, 0
             self.loader = DataLoader(
-                _Decoded(images),
+                images,
                 batch_sampler=self,
                 collate_fn=_packed,
                 num_workers=workers,
@@ -140,13 +141,6 @@ Packed = tuple[Tensor, list[tuple[int, ...]]]
 each would take a file of shared memory on its way from a loader process."""
 
 
-class _Decoded(torch.utils.data.Dataset):
-    def __init__(self, images: ImageSet) -> None:
-        self.images = images
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self.images.decoded(index)
-
-
-def _packed(images: list[Tensor]) -> Packed:
-    return torch.cat([image.flatten() for image in images]), [tuple(image.shape) for image in images]
+def _packed(samples: list[tuple[Image.Image, int]]) -> Packed:
+    pixels = [np.asarray(image).transpose(2, 0, 1) for image, _ in samples]
+    return torch.from_numpy(np.concatenate([each.ravel() for each in pixels])), [each.shape for each in pixels]

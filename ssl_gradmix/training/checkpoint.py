@@ -26,23 +26,14 @@ KEPT = 2
 
 @dataclass
 class State:
-    """Where a training stands.
+    """Where a training stands."""
 
-    Attributes:
-        epoch: Epochs completed.
-        batch: (Micro-)batches done of the next one.
-        totals: Sums of this epoch's losses so far.
-        method: The method's tensors.
-        optimizer: Its `state_dict()`.
-        scaler: State of the fp16 gradient scaler, or None.
-    """
-
-    epoch: int
-    batch: int
-    totals: dict[str, float]
+    epoch: int  # epochs completed
+    batch: int  # (micro-)batches done of the next one
+    totals: dict[str, float]  # sums of this epoch's losses so far
     method: dict[str, Tensor]
     optimizer: dict[str, Any]
-    scaler: dict[str, Any] | None
+    scaler: dict[str, Any] | None  # of the fp16 gradients
 
 
 def save(folder: Path, state: State, run: str) -> None:
