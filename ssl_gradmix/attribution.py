@@ -371,10 +371,7 @@ def spatial(name: str, tensor: Tensor, size: tuple[int, int]) -> Tensor:
     """A layer's output as (N, C, h, w): of convolutional maps, channels-last maps (Swin) or tokens.
 
     Class and register tokens, which come first, are dropped. The others are taken to lie row by row, as in timm's
-    ViTs; the early blocks of its Hiera order them otherwise.
-
-    Raises:
-        ValueError: No spatial extent: a vector or a single place an image.
+    ViTs; the early blocks of its Hiera order them otherwise. A vector, or a single place an image, raises ValueError.
     """
     if tensor.ndim == 3:
         height, width = _token_grid(tensor.shape[1], size)

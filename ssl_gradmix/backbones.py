@@ -229,11 +229,15 @@ def save(backbone: nn.Module, folder: Path, image_size: int) -> None:
         },
         "model_args": getattr(backbone, "model_args", {}),
     }
-    weights = {name: tensor.detach().contiguous().cpu().clone() for name, tensor in backbone.state_dict().items()}
     described = json.dumps(config, indent=2) + "\n"
-    # The weights last: a folder that has them is whole. safetensors' own save_file writes beside it, under a random
-    # name that a kill would leave behind for ever.
     write_whole(folder / "config.json", lambda temporary: temporary.write_text(described))
-    write_whole(
-        folder / "model.safetensors", lambda temporary: temporary.write_bytes(to_bytes(weights, {"format": "pt"}))
-    )
+    write_weights(backbone, folder / "model.safetensors")  # last: a folder that has them is whole
+
+
+def write_weights(module: nn.Module, path: Path) -> None:
+    """Writes a module's weights as safetensors, whole or not at all.
+
+    safetensors' own save_file writes under a random name beside it, which a kill would leave behind for ever.
+    """
+    weights = {name: tensor.detach().contiguous().cpu().clone() for name, tensor in module.state_dict().items()}
+    write_whole(path, lambda temporary: temporary.write_bytes(to_bytes(weights, {"format": "pt"})))

@@ -106,14 +106,8 @@ def recipe_parser(method_settings: type, description: str, recipe: str) -> Argum
     parser.add_argument(
         "--environment", type=dict | None, default=None, help="In config.yaml: what the run ran on. Not read."
     )
-    for name, settings in (
-        ("data", Data),
-        ("augmentation", Augmentation),
-        ("backbone", Backbone),
-        ("method", method_settings),
-        ("optimizer", Optimizer),
-        ("training", Training),
-    ):
+    sections = {"data": Data, "augmentation": Augmentation, "backbone": Backbone, "method": method_settings}
+    for name, settings in (sections | {"optimizer": Optimizer, "training": Training}).items():
         parser.add_class_arguments(settings, name)
     parser.set_defaults({"augmentation.flip": None, "augmentation.blur": None})  # settled by `read`
     parser.add_class_arguments(GradMix, "gradmix", skip={"generator", "attribution"})
@@ -128,11 +122,7 @@ def recipe_parser(method_settings: type, description: str, recipe: str) -> Argum
 
 
 def read(parser: ArgumentParser, argv: Sequence[str] | None) -> tuple[Namespace, dict[str, Any]]:
-    """Reads the command line.
-
-    Returns:
-        The settings as dataclasses, and the same as plain values, for YAML.
-    """
+    """Reads the command line to settings as dataclasses, and the same as plain values, for YAML."""
     parsed = parser.parse_args(argv)
     if parsed.augmentation.flip is None:
         parsed.augmentation.flip = 0.0 if parsed.data.name in ("digits", "mnist", "svhn") else 0.5

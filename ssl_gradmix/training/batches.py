@@ -27,15 +27,8 @@ def seed_step(*place: int) -> None:
 class BatchIndices:
     """Image indices of this process's share of each batch, the same batches however many processes share them.
 
-    The last images of an epoch that do not fill a global batch are left out.
-
-    Args:
-        count: Images in the data set.
-        batch: Images in a batch over all processes.
-        seed: Of the shuffling.
-        parts: Micro-batches that a batch is cut into.
-        process: This process's number.
-        processes: How many there are.
+    The last images of an epoch that do not fill a global batch, of `batch` images over all processes, are left out.
+    Each batch is cut into as many micro-batches as it has parts.
     """
 
     def __init__(self, count: int, batch: int, seed: int, parts: int = 1, process: int = 0, processes: int = 1) -> None:

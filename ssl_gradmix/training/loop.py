@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from safetensors.torch import save as to_bytes
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -23,7 +22,6 @@ from tqdm.auto import tqdm
 from ssl_gradmix import backbones
 from ssl_gradmix.data.augmentation import Views
 from ssl_gradmix.data.datasets import ImageSet
-from ssl_gradmix.files import write_whole
 from ssl_gradmix.methods.losses import Losses
 from ssl_gradmix.run_folder import RunFolder
 from ssl_gradmix.settings import Augmentation, Optimizer, Training
@@ -334,13 +332,10 @@ class Trainer:
             scaler = self.accelerator.scaler and self.accelerator.scaler.state_dict()
             method, optimizer = self.bare.state_dict(), self.optimizer.state_dict()
             state = checkpoint.State(self.epoch, self.batch, self.totals, method, optimizer, scaler)
-            projector = {
-                name: each.detach().cpu().contiguous() for name, each in self.bare.projector.state_dict().items()
-            }
             # The checkpoint comes last: a run whose last one is there is finished, and all else has to be there too.
             with self._writing():
                 backbones.save(self.bare.backbone, self.folder.backbone, self.size)
-                write_whole(self.folder.projector, lambda temporary: temporary.write_bytes(to_bytes(projector)))
+                backbones.write_weights(self.bare.projector, self.folder.projector)
                 for written in (*self.folder.backbone.iterdir(), self.folder.projector, self.folder.path):
                     checkpoint.flush(written)
                 checkpoint.save(self.folder.checkpoint, state, self.folder.identity)
