@@ -157,7 +157,7 @@ class Trainer:
                     pace = (time.perf_counter() - began) / (self.epoch - first)
                     entry["seconds_left"] = round(pace * (self.training.epochs - self.epoch), 1)
                     self._report(entry)
-                    if self.epoch % self.training.checkpoint_every == 0 or self.epoch == self.training.epochs:
+                    if self._due(self.training.checkpoint_every):
                         self._save()
                     if self.epoch < self.training.epochs:
                         self._stop_if_asked(received)
@@ -294,18 +294,20 @@ class Trainer:
 
     def _report(self, entry: dict[str, Any]) -> None:
         """Adds what is read now and then to an epoch's entry, logs it, and draws a picture where it is due."""
-        last, every = self.epoch == self.training.epochs, self.training.samples_every
-        if self.monitor and (last or self.epoch % self.training.knn_every == 0):
+        if self.monitor and self._due(self.training.knn_every):
             readings = self.monitor(self.bare.backbone, self.accelerator.device)
             entry.update({name: round(value, 4) for name, value in readings.items()})
         self.accelerator.log({name: value for name, value in entry.items() if name != "epoch"}, step=self.epoch)
-        if self.bare.gradmix is not None and every and (last or self.epoch % every == 0):
+        if self.bare.gradmix is not None and self._due(self.training.samples_every):
             self._draw_samples()
         if self.accelerator.is_main_process:
             with self._writing():
                 self.folder.append_log(entry)
         for line in (log.line(entry, self.training.epochs), *log.warnings(entry)):
             self._say(line)
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and (self.epoch % every == 0 or self.epoch == self.training.epochs)
 
     def _say(self, line: str) -> None:
         if self.accelerator.is_main_process:
