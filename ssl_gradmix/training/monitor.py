@@ -31,7 +31,6 @@ class Monitor:
         std: Of the normalization.
         bank: At most so many images vote.
         queries: At most so many are classified, and at most a fifth of all.
-        seed: Draws both, stratified by class.
     """
 
     def __init__(
@@ -42,16 +41,14 @@ class Monitor:
         std: tuple[float, ...],
         bank: int = 5000,
         queries: int = 1000,
-        seed: int = 0,
     ) -> None:
-        order = np.random.default_rng(seed).permutation(len(images))[: bank + queries]
+        order = np.random.default_rng(0).permutation(len(images))[: bank + queries]
         labels = images.labels[order]
         queries = min(queries, len(order) // 5)
         # The draw is a plain one where a class of a single image cannot be divided, or classes outnumber queries.
         divisible = np.unique(labels, return_counts=True)[1].min() > 1 and queries >= len(np.unique(labels))
-        voting, asked = train_test_split(
-            order, test_size=queries, random_state=seed, stratify=labels if divisible else None
-        )
+        strata = labels if divisible else None
+        voting, asked = train_test_split(order, test_size=queries, random_state=0, stratify=strata)
         self.labeled = images.labeled and len(np.unique(labels)) > 1
         if images.labeled and not self.labeled:
             logger.info("%s: all images are of one class, which kNN cannot be wrong about: it is left out", images.name)
