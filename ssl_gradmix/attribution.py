@@ -63,8 +63,7 @@ class Observed(dict[str, list[Tensor]]):
             if isinstance(output, Tensor) and output.ndim:
                 self.setdefault(name, []).append(output)
                 if not torch.compiler.is_compiling():  # a compiled stage has its hooks compiled too
-                    version = 0 if output.is_inference() else output._version
-                    self.notes.setdefault(name, []).append((len(self.inputs), version))
+                    self.notes.setdefault(name, []).append((len(self.inputs), _version(output)))
 
         return record
 
@@ -89,13 +88,13 @@ class Observed(dict[str, list[Tensor]]):
             way = f"a checkpointed encoder calls its blocks: try {name}.{blocks[-1]}" if blocks else "name another"
             return f"layers: {name!r} did not run inside `observe`, or gave no tensor; {way}"
         noted = list(zip(passes, notes, strict=True)) if len(passes) == len(notes) else []
-        if any(not output.is_inference() and output._version != version for output, (_, version) in noted):
+        if any(_version(output) != version for output, (_, version) in noted):
             modules = self.modules()
-            later = [
-                each for each in list(modules)[[*modules, name].index(name) :] if each.rpartition(".")[0] == parent
-            ]
-            behind = [each for each in later if getattr(modules[each], "inplace", False)] + [parent or "another layer"]
-            return f"layers: an in-place operation behind {name!r} has changed what it gave; name {behind[0]!r} instead"
+            later = list(modules)[[*modules, name].index(name) :]
+            beside = (each for each in later if each.rpartition(".")[0] == parent)
+            changing = (each for each in beside if getattr(modules[each], "inplace", False))
+            way = next(changing, parent or "another layer")
+            return f"layers: an in-place operation behind {name!r} has changed what it gave; name {way!r} instead"
         for number, images in enumerate(self.inputs, 1):
             outputs = sum(len(output) for output, (pass_, _) in noted if pass_ == number)
             if images is not None and outputs > len(images):
@@ -106,20 +105,14 @@ class Observed(dict[str, list[Tensor]]):
         return None
 
     def check_images(self, images: Tensor, values: bool) -> None:
-        """Compares images (N, C, H, W) with the first that went through the encoder, as far as these are known.
+        """Raises ValueError for images (N, C, H, W) that are not the first through the encoder, as far as is known.
 
-        Args:
-            images: At most as many as were observed.
-            values: Compare values too, where the memory is not the same; on an accelerator the host waits.
-
-        Raises:
-            ValueError: Other images.
+        Values are compared, if asked for, where the memory is not the same; on an accelerator the host waits.
         """
-        start = 0
         for given in self.inputs:
-            if given is None or start >= len(images):
+            if given is None or not len(images):
                 return
-            part = images[start : start + len(given)]
+            part, images = images[: len(given)], images[len(given) :]
             first = given[: len(part)].detach()
             alike = first.shape == part.shape and first.device == part.device
             if not alike or (values and not _same_values(first, part)):
@@ -128,7 +121,6 @@ class Observed(dict[str, list[Tensor]]):
                     f"{first.device} that went through the encoder first inside `observe`; pass those, as the "
                     "attribution is theirs, or observe the module that gets these"
                 )
-            start += len(given)
 
 
 @contextmanager
@@ -187,9 +179,12 @@ def unwrap(module: nn.Module) -> nn.Module:
 
 def is_compiled(module: nn.Module) -> bool:
     """Whether the module is compiled as a whole, by `torch.compile(module)` or `module.compile()`."""
-    if isinstance(module, DistributedDataParallel | DataParallel):
-        module = module.module
+    module = module.module if isinstance(module, DistributedDataParallel | DataParallel) else module
     return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+
+
+def _version(output: Tensor) -> int:
+    return 0 if output.is_inference() else output._version
 
 
 def _same_values(first: Tensor, second: Tensor) -> bool:
@@ -202,17 +197,9 @@ def _same_values(first: Tensor, second: Tensor) -> bool:
 def layercam(activation: Tensor, gradient: Tensor) -> Tensor:
     """`sum_c A_c * relu(smooth(G)_c)` at every place: LayerCAM, Jiang et al. 2021, IEEE TIP 30, of smoothed gradients.
 
-    Without smoothing, the maximum of a map ahead of a strided stage tells the stride's grid rather than the image, see
-    `smooth`; where gradients are the same at every place, as ahead of global pooling, it changes nothing. And without
-    LayerCAM's outer relu: after a ReLU layer it changes nothing, and tokens of a transformer may be negative, where
-    normalization still ranks the places.
-
-    Args:
-        activation: (N, C, h, w).
-        gradient: (N, C, h, w), of the target with respect to the activation.
-
-    Returns:
-        Map (N, h, w), not normalized.
+    From activation (N, C, h, w) and gradient (N, C, h, w) to maps (N, h, w), not normalized. Smoothing keeps a stride's
+    grid out of the map, see `smooth`; ahead of global pooling it changes nothing. LayerCAM's outer relu is left out:
+    after a ReLU layer it changes nothing, and tokens of a transformer may be negative, where the ranks still count.
     """
     return (activation * smooth(gradient).relu()).sum(1)
 
@@ -272,7 +259,9 @@ def attribute(
     """
     if target not in ("agreement", "loss"):
         raise ValueError(f"target must be 'agreement' or 'loss', got {target!r}")
-    function = _resolve(attribution)
+    if not callable(attribution) and attribution not in METHODS:
+        raise ValueError(f"attribution must be one of {', '.join(METHODS)} or a function, got {attribution!r}")
+    function = attribution if callable(attribution) else METHODS[attribution]
     for name in activations if isinstance(activations, Observed) else ():
         if problem := activations.problem(name):
             raise ValueError(problem)
@@ -290,7 +279,12 @@ def attribute(
         activation, gradient = (
             spatial(name, torch.cat(tensors)[:count].detach(), size).float() for tensors in (passes, parts)
         )
-        total = total + upscale(_checked(function(activation, gradient), activation, attribution), size)
+        maps = function(activation, gradient)
+        if maps.shape != (expected := (activation.shape[0], *activation.shape[2:])):
+            raise ValueError(
+                f"attribution: {attribution!r} must return maps of shape {expected}, got {tuple(maps.shape)}"
+            )
+        total = total + upscale(maps, size)
     return normalize(total)
 
 
@@ -329,7 +323,7 @@ def gradients(
             f"loss does not depend on the observed layers {_last(outputs)}; compute it from what this encoder gave "
             "inside `observe`, and do not compile the whole step, which hides them"
         )
-    found = {id(output): gradient for output, gradient in zip(reached, taken, strict=True)}
+    found = dict(zip(map(id, reached), taken, strict=True))
     return {name: [found.get(id(output)) for output in passes] for name, passes in outputs.items()}
 
 
@@ -362,15 +356,14 @@ def first_images(name: str, passes: Sequence[Tensor], count: int | None) -> list
     """The forward passes that hold the first `count` images."""
     if count is None:
         return list(passes)
-    kept, images = [], 0
-    for output in passes:
-        kept.append(output)
+    images = 0
+    for end, output in enumerate(passes, 1):
         images += len(output)
         if images >= count:
-            return kept
+            return list(passes[:end])
     raise ValueError(
-        f"images: {count} given, but layer {name!r} was observed for {images} only; "
-        "pass those that went through the encoder"
+        f"images: {count} given, but layer {name!r} was observed for {images} only; pass those that went through the "
+        "encoder"
     )
 
 
@@ -378,10 +371,7 @@ def spatial(name: str, tensor: Tensor, size: tuple[int, int]) -> Tensor:
     """A layer's output as (N, C, h, w): of convolutional maps, channels-last maps (Swin) or tokens.
 
     Class and register tokens, which come first, are dropped. The others are taken to lie row by row, as in timm's
-    ViTs; the early blocks of its Hiera order them otherwise.
-
-    Raises:
-        ValueError: No spatial extent: a vector or a single place an image.
+    ViTs; the early blocks of its Hiera order them otherwise. A vector, or a single place an image, raises ValueError.
     """
     if tensor.ndim == 3:
         height, width = _token_grid(tensor.shape[1], size)
@@ -408,18 +398,3 @@ def _token_grid(tokens: int, size: tuple[int, int]) -> tuple[int, int]:
         if height * width <= tokens:
             return height, width
     return 1, 1
-
-
-def _resolve(attribution: str | AttributionFunction) -> AttributionFunction:
-    if callable(attribution):
-        return attribution
-    if attribution not in METHODS:
-        raise ValueError(f"attribution must be one of {', '.join(METHODS)} or a function, got {attribution!r}")
-    return METHODS[attribution]
-
-
-def _checked(maps: Tensor, activation: Tensor, attribution: str | AttributionFunction) -> Tensor:
-    expected = (activation.shape[0], *activation.shape[2:])
-    if maps.shape != expected:
-        raise ValueError(f"attribution: {attribution!r} must return maps of shape {expected}, got {tuple(maps.shape)}")
-    return maps

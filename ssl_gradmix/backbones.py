@@ -137,11 +137,7 @@ def create(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
 
 def check_name(name: str) -> None:
-    """Refuses what is no model of timm's, with or without the tag of published weights.
-
-    Raises:
-        ValueError: It is none; near names, or the model's tags, are given.
-    """
+    """Raises ValueError for what is no model of timm's, with or without a tag of published weights, with near names."""
     if ":" in name:
         raise ValueError(f"backbone.name must be one of timm's own models, got {name!r}")
     model, _, _ = name.partition(".")
@@ -156,11 +152,7 @@ def check_name(name: str) -> None:
 
 
 def read_description(folder: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    """What config.json says of a saved model, in timm's layout.
-
-    Returns:
-        Its architecture, how its images are prepared (timm's pretrained_cfg), and the arguments that it was created
-        with.
+    """What config.json says of a saved model: architecture, timm's pretrained_cfg, and arguments it was created with.
 
     Raises:
         FileNotFoundError: There is no config.json.
@@ -220,10 +212,7 @@ def save(backbone: nn.Module, folder: Path, image_size: int) -> None:
 
     Each file is written whole or not at all, so that a reader never sees half of one.
 
-    Args:
-        backbone: A timm model, from `create` where it was made with arguments of its own.
-        folder: Created where it is not there.
-        image_size: Side of the images it was trained on, in pixels.
+    A model with arguments of its own must be from `create`; it was trained on images of `image_size` pixels a side.
     """
     known = backbone.pretrained_cfg
     config = {
@@ -240,11 +229,15 @@ def save(backbone: nn.Module, folder: Path, image_size: int) -> None:
         },
         "model_args": getattr(backbone, "model_args", {}),
     }
-    weights = {name: tensor.detach().contiguous().cpu().clone() for name, tensor in backbone.state_dict().items()}
     described = json.dumps(config, indent=2) + "\n"
-    # The weights last: a folder that has them is whole. safetensors' own save_file writes beside it, under a random
-    # name that a kill would leave behind for ever.
     write_whole(folder / "config.json", lambda temporary: temporary.write_text(described))
-    write_whole(
-        folder / "model.safetensors", lambda temporary: temporary.write_bytes(to_bytes(weights, {"format": "pt"}))
-    )
+    write_weights(backbone, folder / "model.safetensors")  # last: a folder that has them is whole
+
+
+def write_weights(module: nn.Module, path: Path) -> None:
+    """Writes a module's weights as safetensors, whole or not at all.
+
+    safetensors' own save_file writes under a random name beside it, which a kill would leave behind for ever.
+    """
+    weights = {name: tensor.detach().contiguous().cpu().clone() for name, tensor in module.state_dict().items()}
+    write_whole(path, lambda temporary: temporary.write_bytes(to_bytes(weights, {"format": "pt"})))

@@ -78,13 +78,7 @@ def _without_downloads(content: Any) -> Any:
 
 
 def recipe_parser(method_settings: type, description: str, recipe: str) -> ArgumentParser:
-    """The settings of a pretraining recipe, read off their dataclasses.
-
-    Args:
-        method_settings: Dataclass of the method's own settings.
-        description: Shown by `--help`.
-        recipe: Names the run folder where the user does not.
-    """
+    """The settings of a pretraining recipe, read off their dataclasses; `recipe` names the run folder by default."""
     from ssl_gradmix.gradmix import GradMix  # with torch, which no other command line needs for its help
 
     parser = Parser(description=description, usage="%(prog)s [options]")
@@ -112,14 +106,8 @@ def recipe_parser(method_settings: type, description: str, recipe: str) -> Argum
     parser.add_argument(
         "--environment", type=dict | None, default=None, help="In config.yaml: what the run ran on. Not read."
     )
-    for name, settings in (
-        ("data", Data),
-        ("augmentation", Augmentation),
-        ("backbone", Backbone),
-        ("method", method_settings),
-        ("optimizer", Optimizer),
-        ("training", Training),
-    ):
+    sections = {"data": Data, "augmentation": Augmentation, "backbone": Backbone, "method": method_settings}
+    for name, settings in (sections | {"optimizer": Optimizer, "training": Training}).items():
         parser.add_class_arguments(settings, name)
     parser.set_defaults({"augmentation.flip": None, "augmentation.blur": None})  # settled by `read`
     parser.add_class_arguments(GradMix, "gradmix", skip={"generator", "attribution"})
@@ -134,11 +122,7 @@ def recipe_parser(method_settings: type, description: str, recipe: str) -> Argum
 
 
 def read(parser: ArgumentParser, argv: Sequence[str] | None) -> tuple[Namespace, dict[str, Any]]:
-    """Reads the command line.
-
-    Returns:
-        The settings as dataclasses, and the same as plain values, for YAML.
-    """
+    """Reads the command line to settings as dataclasses, and the same as plain values, for YAML."""
     parsed = parser.parse_args(argv)
     for name, value in usual_augmentation(parsed.data.name, parsed.data.size).items():
         if parsed.augmentation[name] is None:
@@ -156,10 +140,6 @@ def usual_augmentation(data: str, size: int) -> dict[str, float]:
 
 def run(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> int:
     """Calls a script's main function; what the user can mend is said in one line.
-
-    Args:
-        main: Takes the arguments, None for those of the process.
-        argv: The arguments.
 
     Returns:
         The exit status: 0, 2 for input that will not do (ValueError, KeyError, OSError), 1 for a training that broke

@@ -114,11 +114,12 @@ class GradMix:
             raise ValueError(
                 f"gradmix.layers must be a list of layer names such as ['layer3'], or None; got {self.layers!r}"
             )
+        options = {"target": get_args(Target), "fill": get_args(mixing.Fill), "region": get_args(Region)}
         if not callable(self.attribution):
-            _require_one_of("attribution", self.attribution, tuple(METHODS))
-        _require_one_of("target", self.target, ("agreement", "loss"))
-        _require_one_of("fill", self.fill, ("donor", "crop", "noise", "mean"))
-        _require_one_of("region", self.region, get_args(Region))
+            options["attribution"] = tuple(METHODS)
+        for name, allowed in options.items():
+            if (value := getattr(self, name)) not in allowed:
+                raise ValueError(f"gradmix.{name} must be one of {', '.join(allowed)}, got {value!r}")
         if not 0 < self.alpha < math.inf:
             raise ValueError(f"gradmix.alpha must be above 0 and finite, got {self.alpha!r}")
         if len(self.lam_range) != 2 or not 0 < self.lam_range[0] <= self.lam_range[1] < 1:
@@ -250,9 +251,8 @@ class GradMix:
 def _deepest(loss: Tensor, observed: Observed, size: tuple[int, int]) -> str:
     """The deepest whole stage or block with room whose gradient is not all zero.
 
-    The gradient counts because a transformer that is read at its class token alone passes none to its last patch
-    tokens. What is part of a module with a coarser map, as inside a strided block, comes after what is not, and a layer
-    without parts after all stages.
+    A transformer that is read at its class token alone passes none to its last patch tokens. Parts of a module with a
+    coarser map, as of a strided block, come after what is not, and layers without parts after all stages.
     """
     first = {name: passes[:1] for name, passes in observed.items() if passes}
     if not first:
@@ -268,17 +268,14 @@ def _deepest(loss: Tensor, observed: Observed, size: tuple[int, int]) -> str:
             f"(the last are {', '.join(shapes[-4:])}); name layers, or use larger images or a smaller stride"
         )
     modules = observed.modules()
+    blocks = [name for name in maps if extents[name] and type(modules.get(name)) not in CONTAINERS]
 
     def rank(name: str) -> tuple[int, bool]:
-        parts = name.split(".")
-        around = (".".join(parts[:end]) for end in range(1, len(parts)))
-        blocks = [each for each in around if extents.get(each) and type(modules.get(each)) not in CONTAINERS]
-        coarser = sum(extents[each] < extents[name] for each in blocks)
+        coarser = sum(name.startswith(f"{each}.") and extents[each] < extents[name] for each in blocks)
         return coarser, next(modules.get(name, nn.Module()).children(), None) is None
 
-    candidates = sorted((name for name in reversed(roomy) if _fits(observed, name, size)), key=rank)
     found = gradients(loss, roomy or maps)
-    for name in candidates:
+    for name in sorted((name for name in reversed(roomy) if not observed.problem(name)), key=rank):
         (gradient,) = found[name]
         if gradient is not None and spatial(name, gradient, size).any():
             return name
@@ -307,8 +304,8 @@ def _extent(name: str, output: Tensor, size: tuple[int, int]) -> int:
 def _refuse_dead(loss: Tensor, observed: Observed, names: tuple[str, ...], count: int, size: tuple[int, int]) -> None:
     """Looks, on the host, whether the gradient at a layer is zero for all images."""
     outputs = {name: first_images(name, observed[name], count) for name in names}
-    for name, parts in gradients(loss, outputs).items():
-        parts = [part for part in parts if part is not None]
+    for name, found in gradients(loss, outputs).items():
+        parts = [part for part in found if part is not None]
         if not parts or any(spatial(name, part, size).any() for part in parts):
             continue
         if not any(part.any() for part in parts):
@@ -325,14 +322,8 @@ def _refuse_dead(loss: Tensor, observed: Observed, names: tuple[str, ...], count
 
 def _before(name: str, modules: dict[str, nn.Module]) -> str | None:
     """The last but one of the blocks, members of containers, up to a layer."""
-    order = list(modules)
-    end = max((i for i, each in enumerate(order) if f"{each}.".startswith(f"{name}.")), default=-1)
-    blocks = [each for each in order[: end + 1] if type(modules[each.rpartition(".")[0]]) in CONTAINERS]
+    end = max((i for i, each in enumerate(modules) if f"{each}.".startswith(f"{name}.")), default=-1)
+    blocks = [each for each in list(modules)[: end + 1] if type(modules[each.rpartition(".")[0]]) in CONTAINERS]
     depth = min((each.count(".") for each in blocks), default=0)
     outer = [each for each in blocks if each.count(".") == depth]
     return outer[-2] if len(outer) > 1 else None
-
-
-def _require_one_of(name: str, value: Any, options: tuple[str, ...]) -> None:
-    if value not in options:
-        raise ValueError(f"gradmix.{name} must be one of {', '.join(options)}, got {value!r}")

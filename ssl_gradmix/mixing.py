@@ -7,6 +7,7 @@ it is replaced stays on the device.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -44,12 +45,12 @@ def box_extent(lam: float, size: tuple[int, int], lam_range: tuple[float, float]
     rounded = max(1, round(height)), max(1, round(width))
     if rounded[0] * rounded[1] in allowed:
         return rounded
-    widths = (
+    inside = [
         (h, w)
         for h in range(1, size[0] + 1)
         for w in (math.ceil(allowed.start / h), (allowed.stop - 1) // h, round(width))
-    )
-    inside = [(h, w) for h, w in widths if w <= size[1] and h * w in allowed]
+        if w <= size[1] and h * w in allowed
+    ]
     if inside:
         return min(inside, key=lambda extent: abs(math.log(extent[0] / height)) + abs(math.log(extent[1] / width)))
     if rounded == size:
@@ -144,29 +145,26 @@ def derangement(count: int, device: torch.device, generator: Generator | None = 
 
 def paste(images: Tensor, patches: Tensor, boxes: Tensor) -> Tensor:
     """A copy of the images with patches (N, C, h, w) pasted into their boxes (N, 4), which have the patches' extent."""
-    n, c, y, x = (torch.arange(extent, device=images.device) for extent in patches.shape)
-    rows = boxes[:, 1, None, None, None] + y[:, None]
-    columns = boxes[:, 0, None, None, None] + x
-    return images.clone().index_put_((n[:, None, None, None], c[:, None, None], rows, columns), patches)
+    return images.clone().index_put_(_places(patches.shape, boxes), patches)
 
 
 def crop(images: Tensor, boxes: Tensor, extent: tuple[int, int]) -> Tensor:
     """The images' contents (N, C, h, w) at their boxes (N, 4), all of one extent."""
-    n, c, y, x = (torch.arange(length, device=images.device) for length in (*images.shape[:2], *extent))
-    return images[
-        n[:, None, None, None],
-        c[:, None, None],
-        boxes[:, 1, None, None, None] + y[:, None],
-        boxes[:, 0, None, None, None] + x,
-    ]
+    return images[_places((*images.shape[:2], *extent), boxes)]
+
+
+def _places(shape: Sequence[int], boxes: Tensor) -> tuple[Tensor, ...]:
+    """Indices of image, channel, row and column for patches (N, C, h, w) of such a shape in their boxes."""
+    n, c, y, x = (torch.arange(extent, device=boxes.device) for extent in shape)
+    rows, columns = boxes[:, 1, None, None, None] + y[:, None], boxes[:, 0, None, None, None] + x
+    return n[:, None, None, None], c[:, None, None], rows, columns
 
 
 def shrink(images: Tensor, extent: tuple[int, int]) -> Tensor:
     """The whole images resized to (h, w), bilinear with antialiasing, as torchvision does it."""
     # Half precision has no antialiased resize on every device.
-    return F.interpolate(images.float(), size=extent, mode="bilinear", align_corners=False, antialias=True).to(
-        images.dtype
-    )
+    resized = F.interpolate(images.float(), size=extent, mode="bilinear", align_corners=False, antialias=True)
+    return resized.to(images.dtype)
 
 
 def noise_like(images: Tensor, shape: tuple[int, ...], generator: Generator | None = None) -> Tensor:
@@ -183,13 +181,11 @@ def mean_like(images: Tensor) -> Tensor:
 
 def rand(shape: tuple[int, ...], device: torch.device, generator: Generator | None = None) -> Tensor:
     """Uniform in [0, 1) on the device, which is not waited for even where the generator is one of the CPU."""
-    return torch.rand(shape, generator=generator, device=generator.device if generator else device).to(
-        device, non_blocking=True
-    )
+    drawn = torch.rand(shape, generator=generator, device=generator.device if generator else device)
+    return drawn.to(device, non_blocking=True)
 
 
 def randperm(count: int, device: torch.device, generator: Generator | None = None) -> Tensor:
     """A random permutation on the device, as `rand`."""
-    return torch.randperm(count, generator=generator, device=generator.device if generator else device).to(
-        device, non_blocking=True
-    )
+    drawn = torch.randperm(count, generator=generator, device=generator.device if generator else device)
+    return drawn.to(device, non_blocking=True)

@@ -30,18 +30,13 @@ TRAINED = (
 )
 """What a training writes, each file whole or not at all, beside its checkpoints and what trackers write."""
 
+CHECKPOINT = ("method.safetensors", "progress.pt", "manifest.json")
+"""Files of a checkpoint."""
+
 WRITTEN = (
     *TRAINED,
-    *(
-        f"checkpoint/{place}/{name}"
-        for place in ("epoch-*", ".unfinished")
-        for name in ("method.safetensors", "progress.pt", "manifest.json")
-    ),
-    *(
-        f"eval/{folder}*.{ending}"
-        for folder in ("", "projector/", "features/")
-        for ending in ("json", "png", "safetensors")
-    ),
+    *(f"checkpoint/{place}/{name}" for place in ("epoch-*", ".unfinished") for name in CHECKPOINT),
+    *(f"eval/{inner}*.{end}" for inner in ("", "projector/", "features/") for end in ("json", "png", "safetensors")),
     "trackers/**/*",
 )
 """All that a run and its evaluations write: `--overwrite` removes nothing else."""
@@ -55,10 +50,7 @@ FREE = (
 
 
 class RunFolder:
-    """Paths of one run.
-
-    Args:
-        path: The folder; need not be there. `~` is the user's home.
+    """Paths of one run, in a folder that need not be there; `~` is the user's home.
 
     Attributes:
         settings: Of the training that `start` was called for.
@@ -112,13 +104,8 @@ class RunFolder:
     def start(self, settings: dict[str, Any], images: ImageSet, overwrite: bool = False) -> None:
         """Takes the folder for a training, until `release`: writes its settings, and clears away an old run if asked.
 
-        The same command is used to start and to resume, `--overwrite` or not: a run that was itself started with it,
-        and is not finished, is resumed.
-
-        Args:
-            settings: Of the run.
-            images: To train on.
-            overwrite: Start anew in a folder that holds another run, or a finished one.
+        The same command starts and resumes, with overwriting or without: a run that was itself started with it, and is
+        not finished, is resumed.
 
         Raises:
             ValueError: As `check`; also where another training holds the folder, or the run was started on other
@@ -176,7 +163,7 @@ class RunFolder:
         before = _environment_of(recorded)
         same = before.get("images_fingerprint") == self.fingerprint
         if recorded and overwrite:
-            finished = [*self.checkpoint.glob(f"epoch-{self.settings['training'].get('epochs', 0):05d}-*")]
+            finished = any(self.checkpoint.glob(f"epoch-{self.settings['training'].get('epochs', 0):05d}-*"))
             if before.get("overwrote") and same and not finished and not _differences(recorded, self.settings):
                 logger.info("%s was itself begun with --overwrite, and goes on; remove it to start anew", self.path)
                 return
@@ -190,13 +177,9 @@ class RunFolder:
                 f"run: {self.path} was started on other images ({changed}, in {images.name}); "
                 "use them, choose another folder with --run, or start anew with --overwrite"
             )
-        described = {
-            **environment(),
-            "images": len(images),
-            "images_fingerprint": self.fingerprint,
-            "overwrote": overwrite,
-        }
-        _write_text(self.config, yaml.safe_dump({**self.settings, "environment": described}, sort_keys=False))
+        described = {"images": len(images), "images_fingerprint": self.fingerprint, "overwrote": overwrite}
+        content = self.settings | {"environment": environment() | described}
+        _write_text(self.config, yaml.safe_dump(content, sort_keys=False))
 
     def _take(self) -> None:
         # By POSIX, not flock: a loader process, forked, would hold on to that when the training is killed.
@@ -220,29 +203,27 @@ class RunFolder:
     def _clear(self) -> None:
         """Removes what an old run wrote, and folders that are empty then.
 
-        But for config.yaml, which stays until a new one replaces it: a folder without one would not be taken for a run.
+        config.yaml stays until a new one replaces it: a folder without one would not be taken for a run.
         """
         written = self._written()
         for path in written:
             if path != self.config and (path.is_symlink() or not path.is_dir()):
                 path.unlink()
-        inner = {self.path / part for path in written for part in path.relative_to(self.path).parents}
-        for folder in sorted({*inner, *filter(Path.is_dir, written)} - {self.path}, reverse=True):
+        for folder in sorted(self._around(written) | set(filter(Path.is_dir, written)), reverse=True):
             if not any(folder.iterdir()):
                 folder.rmdir()
 
     def _written(self) -> list[Path]:
-        """What there is of `WRITTEN`.
-
-        Raises:
-            ValueError: It lies behind a link, which may lead anywhere.
-        """
+        """What there is of `WRITTEN`; ValueError where it lies behind a link, which may lead anywhere."""
         found = [path for pattern in WRITTEN for path in self.path.glob(pattern)]
-        folders = {self.path / PurePath(pattern).parts[0] for pattern in WRITTEN if "/" in pattern}
-        folders |= {self.path / part for path in found for part in path.relative_to(self.path).parents} - {self.path}
-        for link in filter(Path.is_symlink, sorted(folders)):
+        outer = {self.path / PurePath(pattern).parts[0] for pattern in WRITTEN if "/" in pattern}
+        for link in filter(Path.is_symlink, sorted(outer | self._around(found))):
             raise ValueError(f"run: {link} is a link, behind which --overwrite removes nothing; remove it yourself")
         return found
+
+    def _around(self, paths: list[Path]) -> set[Path]:
+        """The folders between this one and those paths."""
+        return {self.path / part for path in paths for part in path.relative_to(self.path).parents} - {self.path}
 
     def _left_by_kills(self) -> list[Path]:
         """Files that a training began to write, and did not live to rename."""

@@ -17,21 +17,18 @@ WIDEST = 65536
 MOST_EPOCHS = 10**6
 
 
-def _require(holds: bool, name: str, value: object, wanted: str) -> None:
-    if not holds:
-        raise ValueError(f"{name} must be {wanted}, got {value!r}")
+ABOVE_ZERO = math.ulp(0.0)
+"""As a lower bound, the least number above 0."""
 
 
-def _require_between(name: str, value: float, low: float, high: float = math.inf, open_low: bool = False) -> None:
-    """Refuses NaN as well: every comparison with it is false."""
-    above = value > low if open_low else value >= low
-    bound = f"{'above' if open_low else 'at least'} {low:g}"
-    _require(
-        above and value <= high and math.isfinite(value),
-        name,
-        value,
-        bound + (f" and at most {high:g}" if high < math.inf else ""),
-    )
+def _require_between(section: str, settings: object, **bounds: tuple[float, float]) -> None:
+    """Refuses numbers out of bounds, and NaN and infinity; null is another matter."""
+    for name, (low, high) in bounds.items():
+        value = getattr(settings, name)
+        wanted = "above 0" if low == ABOVE_ZERO else f"at least {low:g}"
+        wanted += f" and at most {high:g}" if high < math.inf else ""
+        if value is not None and not (low <= value <= high and math.isfinite(value)):
+            raise ValueError(f"{section}.{name} must be {wanted}, got {value!r}")
 
 
 @dataclass
@@ -76,38 +73,27 @@ class Data:
     stamp_strength: float = 1.0
 
     def __post_init__(self) -> None:
-        _require(self.stamp_bits in (0, 4, 9, 16), "data.stamp_bits", self.stamp_bits, "0, 4, 9 or 16")
-        _require_between("data.stamp_strength", self.stamp_strength, 0, 1, open_low=True)
-        _require_between("data.size", self.size, 8, 4096)
-        _require(
-            self.root is None or bool(self.root.strip()),
-            "data.root",
-            self.root,
-            "a folder (a variable of the shell that is not set gives none)",
-        )
-        if self.name == "digits":
-            _require(
-                self.root is None,
-                "data.root",
-                self.root,
-                "left out where data.name is digits, which has no files: remove it, or add --data.name folder to read "
-                "a folder of images",
+        if self.stamp_bits not in (0, 4, 9, 16):
+            raise ValueError(f"data.stamp_bits must be 0, 4, 9 or 16, got {self.stamp_bits!r}")
+        _require_between("data", self, size=(8, 4096), test_fraction=(ABOVE_ZERO, 0.9), stamp_strength=(ABOVE_ZERO, 1))
+        if self.root is not None and not self.root.strip():
+            raise ValueError(
+                f"data.root must be a folder (a variable of the shell that is not set gives none), got {self.root!r}"
             )
-        elif self.name == "folder":
-            _require(self.root is not None, "data.root", self.root, "given where data.name is folder")
-        _require(
-            not self.download or self.name not in ("digits", "folder"),
-            "data.download",
-            self.download,
-            f"left out where data.name is {self.name}, as there is nothing to download",
-        )
-        _require_between("data.test_fraction", self.test_fraction, 0, 0.9, open_low=True)
-        _require(
-            self.classes is None or self.open_set is None,
-            "data.open_set",
-            self.open_set,
-            "left out where data.classes is given",
-        )
+        if self.name == "digits" and self.root is not None:
+            raise ValueError(
+                "data.root must be left out where data.name is digits, which has no files: remove it, or add "
+                f"--data.name folder to read a folder of images, got {self.root!r}"
+            )
+        if self.name == "folder" and self.root is None:
+            raise ValueError("data.root must be given where data.name is folder, got None")
+        if self.download and self.name in ("digits", "folder"):
+            raise ValueError(
+                f"data.download must be left out where data.name is {self.name}, as there is nothing to download, "
+                f"got {self.download!r}"
+            )
+        if self.classes is not None and self.open_set is not None:
+            raise ValueError(f"data.open_set must be left out where data.classes is given, got {self.open_set!r}")
 
 
 @dataclass
@@ -142,12 +128,11 @@ class Augmentation:
     solarize: float = 0.0
 
     def __post_init__(self) -> None:
-        _require_between("augmentation.min_scale", self.min_scale, 0, 1, open_low=True)
-        _require_between("augmentation.hue", self.hue, 0, 0.5)
         self.flip = 0.5 if self.flip is None else self.flip
         self.blur = 0.0 if self.blur is None else self.blur
-        for name in ("flip", "jitter", "brightness", "contrast", "saturation", "gray", "blur", "solarize"):
-            _require_between(f"augmentation.{name}", getattr(self, name), 0, 1)
+        chances = dict.fromkeys(("flip", "jitter", "gray", "blur", "solarize"), (0, 1))
+        strengths = dict.fromkeys(("brightness", "contrast", "saturation"), (0, 1))
+        _require_between("augmentation", self, min_scale=(ABOVE_ZERO, 1), hue=(0, 0.5), **chances, **strengths)
 
 
 @dataclass
@@ -166,12 +151,11 @@ class Backbone:
     pretrained: bool = False
 
     def __post_init__(self) -> None:
-        _require(
-            all(isinstance(key, str) and key not in ("name", "pretrained") for key in self.kwargs or {}),
-            "backbone.kwargs",
-            self.kwargs,
-            "without pretrained and name, which are settings, and name arguments",
-        )
+        if any(not isinstance(key, str) or key in ("name", "pretrained") for key in self.kwargs or {}):
+            raise ValueError(
+                "backbone.kwargs must be without pretrained and name, which are settings, and name arguments, "
+                f"got {self.kwargs!r}"
+            )
 
 
 @dataclass
@@ -195,11 +179,8 @@ class SimCLRSettings:
     allow_fewer_negatives: bool = False
 
     def __post_init__(self) -> None:
-        _require_between("method.temperature", self.temperature, 0, open_low=True)
-        if self.hidden_dim is not None:
-            _require_between("method.hidden_dim", self.hidden_dim, 1, WIDEST)
-        _require_between("method.output_dim", self.output_dim, 1, WIDEST)
-        _require_between("method.weight", self.weight, 0)
+        widths = dict.fromkeys(("hidden_dim", "output_dim"), (1, WIDEST))
+        _require_between("method", self, temperature=(ABOVE_ZERO, math.inf), **widths, weight=(0, math.inf))
 
 
 @dataclass
@@ -221,10 +202,8 @@ class BYOLSettings:
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        _require_between("method.hidden_dim", self.hidden_dim, 1, WIDEST)
-        _require_between("method.output_dim", self.output_dim, 1, WIDEST)
-        _require_between("method.momentum", self.momentum, 0, 1)
-        _require_between("method.weight", self.weight, 0)
+        widths = dict.fromkeys(("hidden_dim", "output_dim"), (1, WIDEST))
+        _require_between("method", self, **widths, momentum=(0, 1), weight=(0, math.inf))
 
 
 METHODS = {"simclr": SimCLRSettings, "byol": BYOLSettings}
@@ -250,11 +229,8 @@ class Optimizer:
     clip: float | None = None
 
     def __post_init__(self) -> None:
-        _require_between("optimizer.lr", self.lr, 0, open_low=True)
-        _require_between("optimizer.weight_decay", self.weight_decay, 0)
-        _require_between("optimizer.warmup_epochs", self.warmup_epochs, 0)
-        if self.clip is not None:
-            _require_between("optimizer.clip", self.clip, 0, open_low=True)
+        above_zero = dict.fromkeys(("lr", "clip"), (ABOVE_ZERO, math.inf))
+        _require_between("optimizer", self, **above_zero, weight_decay=(0, math.inf), warmup_epochs=(0, math.inf))
 
 
 @dataclass
@@ -296,18 +272,13 @@ class Training:
     trackers: list[str] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "accumulate", "checkpoint_every"):
-            _require_between(f"training.{name}", getattr(self, name), 1, MOST_EPOCHS)
-        _require_between("training.batch_size", self.batch_size, 2)
         crowd = 16 * (os.cpu_count() or 1)  # more only wait for each other, and thousands bring a machine down
-        _require_between("training.threads", 1 if self.threads is None else self.threads, 1, crowd)
-        _require_between("training.workers", self.workers, 0, crowd)
-        _require_between("training.seed", self.seed, 0, 2**63 - 1)
-        for name in ("knn_every", "samples_every"):
-            _require_between(f"training.{name}", getattr(self, name), 0, MOST_EPOCHS)
-        _require(
-            self.batch_size % self.accumulate == 0,
-            "training.batch_size",
-            self.batch_size,
-            f"a multiple of training.accumulate={self.accumulate}",
-        )
+        counts = dict.fromkeys(("epochs", "accumulate", "checkpoint_every"), (1, MOST_EPOCHS))
+        every = dict.fromkeys(("knn_every", "samples_every"), (0, MOST_EPOCHS))
+        _require_between("training", self, **counts, batch_size=(2, math.inf), threads=(1, crowd), workers=(0, crowd))
+        _require_between("training", self, seed=(0, 2**63 - 1), **every)
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"training.batch_size must be a multiple of training.accumulate={self.accumulate}, "
+                f"got {self.batch_size!r}"
+            )

@@ -36,27 +36,16 @@ saves a third, and elsewhere they stay within a few GiB, whatever the size of th
 
 
 class Draws(NamedTuple):
-    """The random numbers of one view of N images.
+    """The random numbers of one view of N images."""
 
-    Args:
-        boxes: (N, 4), top, left, height and width of the crop in whole pixels.
-        flip: (N, 1), 1 where the image is flipped, else 0.
-        jitter: (N, 4), brightness, contrast and saturation factors less 1, and the hue shift; 0 changes nothing.
-        gray: (N, 1), 1 where the image turns gray, else 0.
-        blur: (N, 1), likewise.
-        solarize: (N, 1), likewise.
-        sigma: (N, 1), of the blur, in pixels.
-        order: In which order the columns of `jitter` are applied.
-    """
-
-    boxes: Tensor
-    flip: Tensor
-    jitter: Tensor
-    gray: Tensor
-    blur: Tensor
-    solarize: Tensor
-    sigma: Tensor
-    order: list[int]
+    boxes: Tensor  # (N, 4), top, left, height and width of the crop in whole pixels
+    flip: Tensor  # (N, 1), 1 where the image is flipped from left to right, else 0
+    jitter: Tensor  # (N, 4), brightness, contrast and saturation factors less 1, and the hue shift; 0 changes nothing
+    gray: Tensor  # (N, 1), 1 where the image turns gray, else 0
+    blur: Tensor  # likewise
+    solarize: Tensor  # likewise
+    sigma: Tensor  # (N, 1), of the blur, in pixels
+    order: list[int]  # in which the columns of jitter are applied
 
 
 class Views(nn.Module):
@@ -93,9 +82,7 @@ class Views(nn.Module):
         stamps: Stamps | None = None,
     ) -> None:
         super().__init__()
-        self.stamps = stamps
-        self.augmentation = augmentation
-        self.size = size
+        self.augmentation, self.size, self.stamps = augmentation, size, stamps
         self.process, self.processes = process, processes
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
@@ -141,8 +128,9 @@ class Views(nn.Module):
         chances = [settings.flip, settings.jitter, settings.gray, settings.blur, settings.solarize if second else 0.0]
         happens = (torch.rand(everyone, 5)[own] < torch.tensor(chances)).float()
         flip, jittered, gray, blur, solarize = happens.split(1, dim=1)
+        extents = [images.shape[-2:]] * n if isinstance(images, Tensor) else [image.shape[-2:] for image in images]
         return Draws(
-            boxes=crop_boxes(_extents(images), settings.min_scale, torch.rand(everyone, CROP_NUMBERS)[own]),
+            boxes=crop_boxes(torch.tensor(extents), settings.min_scale, torch.rand(everyone, CROP_NUMBERS)[own]),
             flip=flip,
             jitter=torch.empty(everyone, 4).uniform_(-1, 1)[own] * strengths * jittered,
             gray=gray,
@@ -183,27 +171,12 @@ class Views(nn.Module):
         return views.sub_(self.mean).div_(self.std)
 
 
-def _extents(images: Tensor | Sequence[Tensor]) -> Tensor:
-    """Height and width of each image, (N, 2), on the CPU."""
-    if isinstance(images, Tensor):
-        return torch.tensor(images.shape[-2:]).expand(len(images), 2)
-    return torch.tensor([image.shape[-2:] for image in images])
-
-
 def crop_boxes(extents: Tensor, min_scale: float, drawn: Tensor) -> Tensor:
-    """Makes crops of random numbers as torchvision's `RandomResizedCrop` does.
+    """Makes boxes as in `Draws` of numbers drawn, (N, CROP_NUMBERS) in [0, 1), as torchvision's `RandomResizedCrop`.
 
-    The area is uniform in [min_scale, 1] of the image's, the logarithm of the aspect ratio in [log 3/4, log 4/3]. The
-    first of ten draws that fits in the image is taken, placed anywhere; where none does, the largest centered crop with
-    such a ratio.
-
-    Args:
-        extents: (N, 2), height and width of each image in pixels.
-        min_scale: In (0, 1].
-        drawn: (N, CROP_NUMBERS), uniform in [0, 1).
-
-    Returns:
-        (N, 4), top, left, height and width in whole pixels.
+    The area is uniform in [min_scale, 1] of the image's, whose height and width `extents` (N, 2) holds; the logarithm
+    of the aspect ratio is uniform in [log 3/4, log 4/3]. The first of ten draws that fits in the image is taken, placed
+    anywhere; where none does, the largest centered crop with such a ratio.
     """
     height, width = extents.float().split(1, dim=1)
     scale, aspect, down, across = drawn.split([_CROP_TRIES, _CROP_TRIES, 1, 1], dim=1)
@@ -227,9 +200,8 @@ def resized_crop(images: Tensor | Sequence[Tensor], boxes: Tensor, flip: Tensor,
 
     Args:
         images: (N, 3, H, W), or N of (3, H, W) each of its own size.
-        boxes: (N, 4), top, left, height and width in whole pixels; on the CPU for images of different sizes, else where
-            the images are.
-        flip: (N, 1), 1 where the crop is flipped from left to right, else 0; there too.
+        boxes: As in `Draws`; on the CPU for images of different sizes, else where the images are.
+        flip: Likewise.
         size: Side of the result in pixels.
 
     Returns:
@@ -268,16 +240,12 @@ def _resampling_matrix(start: Tensor, length: Tensor, extent: int, target: Tenso
 
 
 def color_jitter(images: Tensor, jitter: Tensor, order: Sequence[int]) -> Tensor:
-    """Changes brightness, contrast, saturation and hue of each image by its own factors, as torchvision's `adjust_*`.
+    """Changes brightness, contrast, saturation and hue of images (N, 3, H, W) in [0, 1], as torchvision's `adjust_*`.
 
     Args:
-        images: (N, 3, H, W) in [0, 1].
-        jitter: (N, 4), brightness, contrast and saturation factors less 1, and the hue shift as a share of the color
-            circle; 0 leaves an image exactly as it is.
-        order: The columns of `jitter` in the order to apply them.
-
-    Returns:
-        (N, 3, H, W) in [0, 1].
+        images: They stay in [0, 1].
+        jitter: As in `Draws`; the hue shift is a share of the color circle.
+        order: As in `Draws`.
     """
     brightness, contrast, saturation, hue = jitter.view(-1, 4, 1, 1, 1).unbind(1)
     for column in order:
@@ -299,19 +267,12 @@ def luma(images: Tensor) -> Tensor:
 
 
 def shift_hue(images: Tensor, shift: Tensor) -> Tensor:
-    """Turns the hue in HSV, saturation and value kept.
+    """Turns the hue of images (N, 3, H, W) in [0, 1] by a share (N, 1, 1, 1) of the color circle in [-0.5, 0.5].
 
     The same function as torchvision's and kornia's `adjust_hue`. Written without masks, in differences, minima and
     maxima, it takes a fraction of their time on the CPU. The hue comes from sorting the channels [0].
 
     - [0]: Fast branchless RGB to HSV conversion, 2013, http://lolengine.net/blog/2013/01/13/fast-rgb-to-hsv
-
-    Args:
-        images: (N, 3, H, W) in [0, 1].
-        shift: Share of the color circle in [-0.5, 0.5], (N, 1, 1, 1).
-
-    Returns:
-        (N, 3, H, W) in [0, 1].
     """
     red, green, blue = images.split(1, dim=1)
     higher, lower = torch.maximum(green, blue), torch.minimum(green, blue)
@@ -329,14 +290,9 @@ def shift_hue(images: Tensor, shift: Tensor) -> Tensor:
 
 
 def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:
-    """Blurs each image with its own sigma, the kernel a tenth of the image and odd, edges reflected.
+    """Blurs images (N, 3, H, W) by a kernel of a tenth of their width, odd, with edges reflected.
 
-    Args:
-        images: (N, 3, H, W).
-        sigma: (N, 1) in pixels. On the CPU: kornia reads it there without waiting for the device.
-
-    Returns:
-        (N, 3, H, W).
+    Sigma, (N, 1) in pixels, is on the CPU: kornia reads it there without waiting for the device.
     """
     from kornia.filters import gaussian_blur2d
 
@@ -344,16 +300,10 @@ def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:
 
 
 def eval_transform(size: int, mean: Sequence[float], std: Sequence[float]) -> Callable[[Tensor], Tensor]:
-    """Builds the function that normalizes images without changing them.
+    """Builds a function from images, uint8 (N, 3, size, size), to the same normalized, float32 on their device.
 
-    Args:
-        size: Side of the images in pixels.
-        mean: Of the red, green and blue channel, of images in [0, 1].
-        std: Likewise.
-
-    Returns:
-        A function from uint8 (N, 3, size, size) to float32 of that shape, normalized, on the same device. It raises
-        ValueError for any other dtype or size.
+    The mean and standard deviation of each channel are those of images in [0, 1]. The function raises ValueError for
+    any other dtype or size.
     """
     mean_of_channel, std_of_channel = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
 

@@ -9,11 +9,13 @@ order at severity 2, and so on. `labels.npy` has 5 * N labels. ImageNet-C (https
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -37,20 +39,15 @@ from ssl_gradmix.data.corruptions import (
     frost_source,
 )
 from ssl_gradmix.data.datasets import ImageSet
-from ssl_gradmix.files import printable, read_json
+from ssl_gradmix.files import printable, read_json, write_whole
 from ssl_gradmix.version import __version__
 
-_PARTIAL = ".partial"
 _CHUNK = 1000  # images corrupted at once: what bounds the memory beside the images themselves
 _DECODED_AT_MOST = 4 * 2**30  # bytes
 
 
 def choose(names: Sequence[str] | None = None, extra: bool = False) -> list[str]:
-    """The corruptions to evaluate or to write, in the benchmark's order.
-
-    Args:
-        names: Those wanted; None is the 15 common ones.
-        extra: Add the 4 extra ones.
+    """The corruptions to evaluate or to write, in the benchmark's order: None is the 15 common ones, `extra` adds 4.
 
     Raises:
         ValueError: If there is none, or one is unknown.
@@ -83,10 +80,7 @@ class CorruptedImages:
     Args:
         clean: The images.
         numbers: (N,), their numbers in the whole set.
-        corruption: As `name` in `corruptions.corrupt`.
-        severity: As there.
-        preset: As there.
-        seed: As there.
+        corruption: As `name` in `corruptions.corrupt`; severity, preset and seed are as there too.
         workers: Processes that share the work.
     """
 
@@ -118,32 +112,18 @@ class CorruptedImages:
     def pixels(self, size: int, progress: bool = True) -> Tensor:
         """Corrupted pixels, uint8 (N, 3, size, size)."""
         clean = self.clean.pixels(size, progress).permute(0, 2, 3, 1).contiguous().numpy()
-        corrupted = corrupt_batch(
-            clean, self.corruption, self.severity, self.seed, self.numbers, self.preset, self.workers
-        )
-        return torch.from_numpy(corrupted).permute(0, 3, 1, 2).contiguous()
+        how = self.corruption, self.severity, self.seed, self.numbers, self.preset, self.workers
+        return torch.from_numpy(corrupt_batch(clean, *how)).permute(0, 3, 1, 2).contiguous()
 
 
 class Generated:
-    """A corrupted set made on the fly.
+    """A corrupted set made on the fly: of all clean test images those of `numbers` (N,), at the encoder's image size.
 
-    Args:
-        test: All clean test images.
-        numbers: (N,), which of them.
-        size: Side of the encoder's images in pixels, at which they are corrupted.
-        preset: As in `corruptions.corrupt`; None takes `corruptions.default_preset(size)`.
-        seed: As in `corruptions.corrupt`.
-        workers: Processes that share the work.
+    The preset, seed and workers are as in `CorruptedImages`; no preset is `corruptions.default_preset(size)`.
     """
 
     def __init__(
-        self,
-        test: ImageSet,
-        numbers: np.ndarray,
-        size: int,
-        preset: str | None = None,
-        seed: int = 0,
-        workers: int = 1,
+        self, test: ImageSet, numbers: np.ndarray, size: int, preset: str | None = None, seed: int = 0, workers: int = 1
     ) -> None:
         self.numbers, self.clean = numbers, test.subset(numbers)
         if len(numbers) * size * size * 3 <= _DECODED_AT_MOST:  # in memory, as each is corrupted many times
@@ -192,7 +172,12 @@ class Published:
             images, labels = read_cifar_c(self.root, name, severity)
         else:
             images, labels, folders = read_imagenet_c(self.root, name, severity)
-            labels = self._labels_of(folders)[labels]
+            if strange := [folder for folder in folders if folder not in self.test.classes]:
+                raise ValueError(
+                    f"{self.root} has a class {strange[0]!r}, which {self.test.name} has not: --data must be what it "
+                    "was made from"
+                )
+            labels = np.array([self.test.classes.index(folder) for folder in folders])[labels]
         theirs, ours = Counter(labels.tolist()), Counter(self.test.labels[self.test.labels >= 0].tolist())
         if theirs != ours:
             label = min(label for label in theirs | ours if theirs[label] != ours[label])
@@ -226,29 +211,14 @@ class Published:
             digest.update(os.fsencode(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}\n"))
         return digest.hexdigest()[:32]
 
-    def _labels_of(self, folders: Sequence[str]) -> np.ndarray:
-        labels = {name: label for label, name in enumerate(self.test.classes)}
-        strange = [name for name in folders if name not in labels]
-        if strange:
-            raise ValueError(
-                f"{self.root} has a class {strange[0]!r}, which {self.test.name} has not: --data must be what it was "
-                "made from"
-            )
-        return np.array([labels[name] for name in folders])
-
 
 def read_cifar_c(root: str | Path, name: str, severity: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Reads one corruption of CIFAR-10-C, CIFAR-100-C or a folder that `make_c` wrote.
 
     Nothing is unpickled: an array of Python objects is refused.
 
-    Args:
-        root: Folder with `<name>.npy` and `labels.npy`.
-        name: The corruption, by its file's name without ending.
-        severity: 1 to 5 for one block of N images; None for all five, mildest first.
-
     Returns:
-        Images uint8 (N, H, W, 3) or (5 * N, H, W, 3), labels int64 of the same length.
+        Images uint8 (N, H, W, 3), labels int64 (N,); for no severity (5 * N, H, W, 3) of all five, mildest first.
 
     Raises:
         FileNotFoundError: A file is missing; the message lists the corruptions that are there.
@@ -268,10 +238,10 @@ def read_cifar_c(root: str | Path, name: str, severity: int | None = None) -> tu
             f"{labels_path} must hold whole numbers, one for each of the 5 * N images of {path.name} {images.shape}, "
             f"got {labels.dtype} {labels.shape}"
         )
+    if severity not in (None, *SEVERITIES):
+        raise ValueError(f"severity must be a whole number from 1 to 5 or None, got {severity!r}")
     block = slice(None)
     if severity is not None:
-        if severity not in SEVERITIES:
-            raise ValueError(f"severity must be a whole number from 1 to 5 or None, got {severity!r}")
         size = len(images) // len(SEVERITIES)
         block = slice((severity - 1) * size, severity * size)
     return np.array(images[block]), np.array(labels[block], np.int64)
@@ -281,11 +251,6 @@ def read_imagenet_c(root: str | Path, name: str, severity: int) -> tuple[list[Pa
     """Lists one corruption and severity of ImageNet-C, or of any folder laid out as `<name>/<severity>/<class>/*`.
 
     The published images are JPEG files of quality 85, already cropped to 224 pixels.
-
-    Args:
-        root: Folder of the set.
-        name: The corruption's folder.
-        severity: The severity's folder.
 
     Returns:
         Paths of the images, ordered by class and name; labels int64 (N,); and the class folders in order, label k being
@@ -323,8 +288,8 @@ def make_c(
 ) -> None:
     """Writes a corrupted set in CIFAR-10-C's layout, with a `meta.json` that says how it was made.
 
-    A file is written under another name and renamed when it is whole. Called again with the same arguments, it leaves
-    out the corruptions that are there, so an interrupted run goes on where it stopped and more names can be added.
+    A file is there when it is whole. Called again with the same arguments, it leaves out the corruptions that are
+    there, so an interrupted run goes on where it stopped and more names can be added.
 
     Args:
         images: uint8 (N, H, W, 3), the clean images; image i has index i.
@@ -350,26 +315,27 @@ def make_c(
     if labels.dtype.kind not in "iu" or labels.shape != (len(images),) or len(images) == 0:
         raise ValueError(f"labels must be {len(images)} whole numbers, one an image, got {labels.dtype} {labels.shape}")
     _claim(out, _describe(images, labels, preset, seed, source))
+    for left in out.glob(".*.npy.*.tmp"):  # by a call that was killed
+        left.unlink()
 
     if not (out / "labels.npy").exists():
-        with open(out / f"labels.npy{_PARTIAL}", "wb") as file:
-            np.save(file, np.tile(labels.astype(np.int64), len(SEVERITIES)))
-        os.replace(file.name, out / "labels.npy")
+        content = io.BytesIO()
+        np.save(content, np.tile(labels.astype(np.int64), len(SEVERITIES)))
+        write_whole(out / "labels.npy", lambda temporary: temporary.write_bytes(content.getvalue()))
     missing = [name for name in names if not (out / f"{name}.npy").exists()]
-    with tqdm(
-        total=len(missing) * len(SEVERITIES) * len(images), unit="image", disable=None if progress else True
-    ) as bar:
+    total = len(missing) * len(SEVERITIES) * len(images)
+    with tqdm(total=total, unit="image", disable=None if progress else True) as bar:
         for name in missing:
             bar.set_description(name)
-            _write_corruption(images, out / f"{name}.npy", name, seed, preset, workers, bar)
+            corrupt_all = partial(_write_corruption, images, name, seed, preset, workers, bar)
+            write_whole(out / f"{name}.npy", corrupt_all)
 
 
 def _write_corruption(
-    images: np.ndarray, path: Path, name: str, seed: int, preset: str, workers: int, bar: tqdm
+    images: np.ndarray, name: str, seed: int, preset: str, workers: int, bar: tqdm, path: Path
 ) -> None:
-    partial = path.with_name(path.name + _PARTIAL)
     shape = (len(SEVERITIES) * len(images), *images.shape[1:])
-    corrupted = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=shape)
+    corrupted = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
     for block, severity in enumerate(SEVERITIES):
         for start in range(0, len(images), _CHUNK):
             chunk = images[start : start + _CHUNK]
@@ -377,8 +343,6 @@ def _write_corruption(
             first = block * len(images) + start
             corrupted[first : first + len(chunk)] = corrupt_batch(chunk, name, severity, seed, indices, preset, workers)
             bar.update(len(chunk))
-    del corrupted  # writes it out; Windows would not rename it before
-    os.replace(partial, path)
 
 
 def _describe(images: np.ndarray, labels: np.ndarray, preset: str, seed: int, source: str) -> dict:
@@ -411,12 +375,10 @@ def _claim(out: Path, meta: dict) -> None:
         if differing:
             raise ValueError(f"{path} is of a set made otherwise, in {', '.join(differing)}: write to another folder")
         return
-    if out.exists() and (not out.is_dir() or any(entry.suffix != _PARTIAL for entry in out.iterdir())):
+    # A call that was killed may have left a beginning of meta.json, under a name with something before or behind.
+    if out.exists() and (not out.is_dir() or any(path.name not in entry.name for entry in out.iterdir())):
         raise ValueError(f"out {str(out)!r} must be a new or empty folder, or one that make_c wrote with its meta.json")
-    out.mkdir(parents=True, exist_ok=True)
-    partial = out / f"meta.json{_PARTIAL}"
-    partial.write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(path, lambda temporary: temporary.write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8"))
 
 
 def _open_array(path: Path) -> np.ndarray:

@@ -8,7 +8,7 @@ import os
 import unicodedata
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -68,11 +68,7 @@ class ImageSet(torch.utils.data.Dataset):
         return decoded, int(self.labels[index])
 
     def decoded(self, index: int) -> torch.Tensor:
-        """Image `index` at its own size, uint8 (3, H, W).
-
-        Raises:
-            ValueError: As `__getitem__`.
-        """
+        """Image `index` at its own size, uint8 (3, H, W); raises as `__getitem__`."""
         return torch.from_numpy(np.array(self[index][0]).transpose(2, 0, 1).copy())
 
     @property
@@ -87,11 +83,7 @@ class ImageSet(torch.utils.data.Dataset):
         return replace(self, images=taken, labels=self.labels[kept])
 
     def only(self, classes: Sequence[int]) -> ImageSet:
-        """Takes the images of these classes, in their present order; labels keep their numbers.
-
-        Raises:
-            ValueError: No image is of these classes.
-        """
+        """Takes the images of these classes, in their present order; ValueError where there are none."""
         kept = np.isin(self.labels, classes)
         if not kept.any():
             raise ValueError(
@@ -105,11 +97,9 @@ class ImageSet(torch.utils.data.Dataset):
         unlabeled = int((self.labels < 0).sum())
         if not present:
             return f"{self.name}: {len(self):,} images without labels"
-        few = ", ".join([*present[:3], *(["..."] if len(present) > 3 else [])])
-        return (
-            f"{self.name}: {len(self):,} images of {len(present)} class{'es' * (len(present) > 1)} ({few})"
-            + f", {unlabeled:,} of them without labels" * (unlabeled > 0)
-        )
+        few = ", ".join([*present[:3], *["..."] * (len(present) > 3)])
+        rest = f", {unlabeled:,} of them without labels" if unlabeled else ""
+        return f"{self.name}: {len(self):,} images of {len(present)} class{'es' * (len(present) > 1)} ({few}){rest}"
 
     def fingerprint(self) -> str:
         """What the images are, as 16 hex digits: the same for a copy elsewhere, another for any image more or less.
@@ -131,16 +121,11 @@ class ImageSet(torch.utils.data.Dataset):
         return digest.hexdigest()[:16]
 
     def originals(self, limit: int) -> torch.Tensor | list[torch.Tensor] | None:
-        """Decodes all images at their own sizes.
-
-        Args:
-            limit: How many bytes they may take. Of files the headers are read first, so no more than that is decoded.
+        """Decodes all images at their own sizes; raises as `__getitem__`.
 
         Returns:
-            uint8 (N, 3, H, W) where all are of one size, else N tensors (3, H, W). None where they take more.
-
-        Raises:
-            ValueError: A file cannot be read; the message names its path.
+            uint8 (N, 3, H, W) where all are of one size, else N tensors (3, H, W). None where they take more than
+            `limit` bytes, which the headers of files tell before any is decoded.
         """
         if isinstance(self.images, np.ndarray):
             if self.images.nbytes > limit:
@@ -166,18 +151,12 @@ class ImageSet(torch.utils.data.Dataset):
         return together
 
     def pixels(self, size: int, progress: bool = True) -> torch.Tensor:
-        """Decodes the center square of all images to one size: what an encoder is evaluated on.
+        """Decodes all images to uint8 (N, 3, size, size): what an encoder is evaluated on.
 
-        Args:
-            size: The shorter side is resized to it (bilinear, antialiased), and the center square kept.
-            progress: Show a bar where it takes some seconds.
-
-        Returns:
-            uint8 (N, 3, size, size).
+        The shorter side is resized (bilinear, antialiased), and the center square kept.
 
         Raises:
-            ValueError: A file cannot be read, the message names its path; or the images take more memory than the
-                machine has.
+            ValueError: As `__getitem__`, or the images take more memory than the machine has.
         """
         if isinstance(self.images, np.ndarray) and self.images.shape[1:3] == (size, size):
             return torch.from_numpy(self.images).permute(0, 3, 1, 2).contiguous()
@@ -205,12 +184,8 @@ def load(data: Data, split: Literal["train", "test", "all"]) -> ImageSet:
     The splits are the data set's own, with these exceptions. `digits` has none: a fifth of each class, drawn with a
     fixed seed, is its test split. The train split of `stl10` is its 5,000 labeled and 100,000 unlabeled images. The
     test split of a `folder` is its test/, or its val/ where there is no test/; one of class folders without such
-    folders is split by `data.test_fraction` and `data.split_seed`; images without class folders are unlabeled and all
-    in train.
-
-    Args:
-        data: The settings.
-        split: `train` or `test`; `all` takes all images of a folder that has neither.
+    folders is split by `data.test_fraction` and `data.split_seed`, or taken whole as `all`; images without class
+    folders are unlabeled and all in train.
 
     Returns:
         At least two images. Those of a `folder` stay on disk. With `broken="skip"` each of its files is decoded once
@@ -225,10 +200,8 @@ def load(data: Data, split: Literal["train", "test", "all"]) -> ImageSet:
     """
     if data.name == "digits":
         images = _digits(split)
-    elif data.name == "folder":
-        images = _folder(data, split)
     else:
-        images = _torchvision(data, split)
+        images = _folder(data, split) if data.name == "folder" else _torchvision(data, split)
     if len(images) < 2:
         raise ValueError(f"{images.name} has {len(images)} image{'' if len(images) else 's'}, at least 2 are needed")
     return replace(images, stamps=stamps_of(data))
@@ -258,21 +231,11 @@ def _digits(split: str) -> ImageSet:
 def _torchvision(data: Data, split: str) -> ImageSet:
     from torchvision import datasets
 
-    root, train = Path(data.root or "data").expanduser(), split == "train"
+    root = Path(data.root or "data").expanduser()
+    names = {"svhn": split, "stl10": "train+unlabeled" if split == "train" else "test"}
+    which = {"split": names[data.name]} if data.name in names else {"train": split == "train"}
     try:
-        match data.name:
-            case "cifar10" | "cifar100":
-                loaded = getattr(datasets, data.name.upper())(root, train=train, download=data.download)
-                images, labels, classes = loaded.data, loaded.targets, loaded.classes
-            case "mnist":
-                loaded = datasets.MNIST(root, train=train, download=data.download)
-                images, labels, classes = loaded.data.numpy()[..., None].repeat(3, axis=-1), loaded.targets, DIGITS
-            case "svhn":
-                loaded = datasets.SVHN(root, split=split, download=data.download)
-                images, labels, classes = loaded.data.transpose(0, 2, 3, 1), loaded.labels, DIGITS
-            case "stl10":
-                loaded = datasets.STL10(root, split="train+unlabeled" if train else "test", download=data.download)
-                images, labels, classes = loaded.data.transpose(0, 2, 3, 1), loaded.labels, loaded.classes
+        loaded = getattr(datasets, data.name.upper())(root, download=data.download, **which)
     except (RuntimeError, OSError) as error:
         if data.download:
             raise ConnectionError(
@@ -283,7 +246,11 @@ def _torchvision(data: Data, split: str) -> ImageSet:
             f"{data.name} is not in data.root {str(root)!r}: --data.download true fetches it, or set data.root to the "
             f"folder where torchvision keeps it ({error})"
         ) from error
-    return ImageSet(images, np.asarray(labels, np.int64), tuple(classes), f"{data.name}/{split}")
+    images, labels = np.asarray(loaded.data), loaded.labels if data.name in names else loaded.targets
+    images = images[..., None].repeat(3, axis=-1) if data.name == "mnist" else images
+    images = images.transpose(0, 2, 3, 1) if data.name in names else images
+    classes = DIGITS if data.name in ("mnist", "svhn") else tuple(loaded.classes)
+    return ImageSet(images, np.asarray(labels, np.int64), classes, f"{data.name}/{split}")
 
 
 def _folder(data: Data, split: str) -> ImageSet:
@@ -301,7 +268,8 @@ def _folder(data: Data, split: str) -> ImageSet:
             )
         if split != "all" and images.classes:
             held_out = _held_out(images.labels, data.test_fraction, data.split_seed)
-            _refuse_links(images.images, [*zip(images.labels.tolist(), held_out.tolist(), strict=True)])
+            groups = zip(images.labels.tolist(), held_out.tolist(), strict=True)
+            _refuse_links(zip(images.images, groups, strict=True))
             images = images.subset(held_out == (split == "test"))
     return _without_broken(images) if data.broken == "skip" else images
 
@@ -351,18 +319,18 @@ def _list_split(root: Path, split: str, name: str) -> ImageSet:
             f"{str(folder)!r}"
         )
     images = _list_folder(folder, name)
-    paths, groups = list(images.images), [(split, label) for label in images.labels.tolist()]
+    groups = [*zip(images.images, images.labels.tolist(), strict=True)]
     if split == "test" and other:
-        paths += [path for place in other_classes or [""] for path in image_files.find(other / place)]
-        groups += [(other_split, None)] * (len(paths) - len(groups))
-    _refuse_links(paths, groups)
+        paths = [path for place in other_classes or [""] for path in image_files.find(other / place)]
+        groups += [(path, other_split) for path in paths]
+    _refuse_links(groups)
     return images
 
 
-def _refuse_links(paths: Sequence[Path], groups: Sequence[object]) -> None:
+def _refuse_links(grouped: Iterable[tuple[Path, object]]) -> None:
     """Refuses where images of two groups, such as classes, are the same file: by a link to it, or to its folder."""
     first: dict[tuple[int, int], tuple[Path, object]] = {}
-    for path, group in zip(paths, groups, strict=True):
+    for path, group in grouped:
         try:
             status = os.stat(path)
         except OSError:  # decoding it says so

@@ -41,12 +41,8 @@ def is_image(name: str) -> bool:
 def find(folder: Path, others: Counter[str] | None = None) -> list[Path]:
     """Lists the image files in a folder, at any depth, in the order of their names, those of sub-folders last.
 
-    Hidden files and folders and other endings are passed over. Links are followed; a folder that is reached twice, as
-    through a link to its own parent, is read once.
-
-    Args:
-        folder: Where to look.
-        others: The endings of files that are no images are counted here, hidden files apart.
+    Hidden files and folders are passed over, and other endings, which are counted in `others`. Links are followed; a
+    folder that is reached twice, as through a link to its own parent, is read once.
 
     Returns:
         Paths that begin with `folder`, ending as one of `ENDINGS` or `UNREAD`; empty where there is none.
@@ -80,17 +76,13 @@ def decode(path: Path) -> Image.Image:
     The first frame of an animation is taken, the EXIF orientation applied, transparency laid on white, and 16-bit gray
     divided by 257 so that its whole range is kept (Pillow's own conversion clips at 255).
 
-    Args:
-        path: A file of one of the formats that `ENDINGS` stand for; what it holds counts, not its name.
-
-    Returns:
-        An image in mode `RGB`.
+    What the file holds counts, not its name. Damage within a JPEG that keeps its length may go unnoticed: Pillow does
+    not pass libjpeg's warnings on.
 
     Raises:
-        ValueError: The file cannot be read, is truncated, is none of these formats, has more pixels than
-            `PIL.Image.MAX_IMAGE_PIXELS`, has more than 100 progressive scans, or is no regular file (opening a pipe
-            would wait for ever); the message names the path. Damage within a JPEG that keeps its length may go
-            unnoticed: Pillow does not pass libjpeg's warnings on.
+        ValueError: The file cannot be read, is truncated, is none of the formats that `ENDINGS` stand for, has more
+            pixels than `PIL.Image.MAX_IMAGE_PIXELS`, has more than 100 progressive scans, or is no regular file
+            (opening a pipe would wait for ever); the message names the path.
     """
     with _opened(path) as image:
         if image.info.get("progressive") and (scans := path.read_bytes().count(b"\xff\xda")) > _SCANS:
@@ -132,11 +124,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Converts a file's image of any mode to 8-bit RGB, transparency laid on white.
-
-    Raises:
-        ValueError: The values have no fixed range (floating point, 32-bit or signed integers) or no conversion.
-    """
+    """Converts a file's image of any mode to 8-bit RGB, transparency laid on white."""
     tags = image.tag_v2 if image.format == "TIFF" else {}
     signed = 2 in tags.get(TiffImagePlugin.SAMPLEFORMAT, ())
     if image.mode == "F" or signed or (image.mode == "I" and image.format == "TIFF"):
@@ -162,11 +150,8 @@ def fit(image: Image.Image, size: int) -> Image.Image:
 def for_each(count: int, work: Callable[[int], None], description: str, progress: bool = True) -> None:
     """Calls `work(i)` for every i below `count` in a few threads: Pillow decodes outside the interpreter lock.
 
-    Args:
-        count: Number of calls.
-        work: What to do; an exception in it ends the rest and is raised here, the lowest i first.
-        description: Said beside the progress bar.
-        progress: Show a bar on a terminal, once it has taken some seconds.
+    An exception ends the rest and is raised here, the lowest i first. The progress bar is shown on a terminal, once it
+    has taken some seconds.
     """
 
     def chunk(start: int) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -23,23 +24,11 @@ def seed_step(*place: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0] >> np.uint64(1)))
 
 
-def shuffled(count: int, seed: int, epoch: int) -> Tensor:
-    """The order of `count` images in an epoch, int64 (count,), the same on every process."""
-    return torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(count))
-
-
 class BatchIndices:
     """Image indices of this process's share of each batch, the same batches however many processes share them.
 
-    The last images of an epoch that do not fill a global batch are left out.
-
-    Args:
-        count: Images in the data set.
-        batch: Images in a batch over all processes.
-        seed: Of the shuffling.
-        parts: Micro-batches that a batch is cut into.
-        process: This process's number.
-        processes: How many there are.
+    The last images of an epoch that do not fill a global batch, of `batch` images over all processes, are left out.
+    Each batch is cut into as many micro-batches as it has parts.
     """
 
     def __init__(self, count: int, batch: int, seed: int, parts: int = 1, process: int = 0, processes: int = 1) -> None:
@@ -54,25 +43,18 @@ class BatchIndices:
 
     def epoch(self, epoch: int) -> Tensor:
         """int64 (micro-batches, share): row b holds this process's part of micro-batch b."""
-        order = shuffled(self.count, self.seed, epoch)[: self.length * self.micro]
-        return order.view(self.length, self.processes, self.micro // self.processes)[:, self.process]
+        order = np.random.default_rng([self.seed, epoch]).permutation(self.count)[: self.length * self.micro]
+        shares = torch.from_numpy(order).view(self.length, self.processes, self.micro // self.processes)
+        return shares[:, self.process]
 
 
 class Batches:
-    """Batches of images, decoded once or by loader processes when they are needed, and views of them.
+    """Batches of images, decoded once or by loader processes when they are needed, and views of them on a device.
 
-    Args:
-        images: To train on.
-        make_views: Makes the views.
-        indices: Which images make a batch.
-        n_views: Of each image.
-        decode: As in `settings.Training`.
-        workers: Loader processes, where images are decoded when they are needed.
-        device: Where the views are made.
+    `decode` and `workers` are as in `settings.Training`.
 
     Raises:
-        ValueError: The images are to be decoded at once, and take more memory than the machine has; or a file cannot be
-            read.
+        ValueError: Decoded at once, the images take more memory than the machine has; or a file cannot be read.
     """
 
     def __init__(
@@ -100,7 +82,7 @@ class Batches:
         if self.resident is None:
             self._epoch, self._first = 0, 0
             self.loader = DataLoader(
-                _Decoded(images),
+                images,
                 batch_sampler=self,
                 collate_fn=_packed,
                 num_workers=workers,
@@ -152,13 +134,6 @@ Packed = tuple[Tensor, list[tuple[int, ...]]]
 each would take a file of shared memory on its way from a loader process."""
 
 
-class _Decoded(torch.utils.data.Dataset):
-    def __init__(self, images: ImageSet) -> None:
-        self.images = images
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self.images.decoded(index)
-
-
-def _packed(images: list[Tensor]) -> Packed:
-    return torch.cat([image.flatten() for image in images]), [tuple(image.shape) for image in images]
+def _packed(samples: list[tuple[Image.Image, int]]) -> Packed:
+    pixels = [np.asarray(image).transpose(2, 0, 1) for image, _ in samples]
+    return torch.from_numpy(np.concatenate([each.ravel() for each in pixels])), [each.shape for each in pixels]

@@ -26,32 +26,20 @@ KEPT = 2
 
 @dataclass
 class State:
-    """Where a training stands.
+    """Where a training stands."""
 
-    Attributes:
-        epoch: Epochs completed.
-        batch: (Micro-)batches done of the next one.
-        totals: Sums of this epoch's losses so far.
-        method: The method's tensors.
-        optimizer: Its `state_dict()`.
-        scaler: State of the fp16 gradient scaler, or None.
-    """
-
-    epoch: int
-    batch: int
-    totals: dict[str, float]
+    epoch: int  # epochs completed
+    batch: int  # (micro-)batches done of the next one
+    totals: dict[str, float]  # sums of this epoch's losses so far
     method: dict[str, Tensor]
     optimizer: dict[str, Any]
-    scaler: dict[str, Any] | None
+    scaler: dict[str, Any] | None  # of the fp16 gradients
 
 
 def save(folder: Path, state: State, run: str) -> None:
     """Writes a checkpoint beside the previous one, which goes only when the new one is complete and on the disk.
 
-    Args:
-        folder: Of the checkpoints.
-        state: To be kept.
-        run: Identity of the run, without which the checkpoint is not read again.
+    Only a run of that identity reads it again.
 
     Raises:
         OSError: The disk is full, or cannot be written to; what had been written of the new checkpoint is removed.
@@ -61,16 +49,14 @@ def save(folder: Path, state: State, run: str) -> None:
     _remove(unfinished)
     try:
         unfinished.mkdir(parents=True)
-        # Through Python's own files, whose errors say what the disk said.
-        stream = io.BytesIO()
-        progress = {name: value for name, value in vars(state).items() if name != "method"}
-        torch.save(progress, stream)
+        stream = io.BytesIO()  # Python's own files have errors that say what the disk said
+        torch.save({name: value for name, value in vars(state).items() if name != "method"}, stream)
         # safetensors refuses tensors that share memory, hence the copies.
         tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.method.items()}
         contents = {"method.safetensors": safetensors.torch.save(tensors), "progress.pt": stream.getvalue()}
         for name, content in contents.items():
             (unfinished / name).write_bytes(content)
-        manifest = {"place": path.name, "run": run, "sha256": {name: _sha256(c) for name, c in contents.items()}}
+        manifest = {"run": run, "sha256": {name: _sha256(content) for name, content in contents.items()}}
         (unfinished / "manifest.json").write_bytes(json.dumps(manifest, indent=2).encode())
         for written in [*unfinished.iterdir(), unfinished]:
             flush(written)
@@ -89,11 +75,7 @@ def save(folder: Path, state: State, run: str) -> None:
 def load(folder: Path, run: str, method: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> State | None:
     """Reads the newest checkpoint that is whole and of this run; others are named and passed over.
 
-    Args:
-        folder: Of the checkpoints.
-        run: Identity of the run that saved it.
-        method: Tensors, whose names and shapes a checkpoint must have.
-        optimizer: Whose parameter groups and shapes it must have.
+    It must have the names and shapes of the method's tensors, and the optimizer's parameter groups and shapes.
 
     Returns:
         None where there is no checkpoint at all.
@@ -106,9 +88,8 @@ def load(folder: Path, run: str, method: Mapping[str, Tensor], optimizer: torch.
         try:
             return _read(path, run, method, optimizer)
         except Exception as error:  # foreign files make torch, zipfile and pickle raise errors of their own
-            logger.warning(
-                "checkpoint %s cannot be read (%s: %s)", path, type(error).__name__, str(error).split("\n")[0]
-            )
+            said = str(error).split("\n")[0]
+            logger.warning("checkpoint %s cannot be read (%s: %s)", path, type(error).__name__, said)
     if paths:
         raise ValueError(
             f"no readable checkpoint in {folder}: {', '.join(path.name for path in paths)} are damaged or of another "
@@ -135,8 +116,6 @@ def _read(path: Path, run: str, method: Mapping[str, Tensor], optimizer: torch.o
     manifest = read_json(path / "manifest.json")
     if manifest["run"] != run:
         raise ValueError("it is of a run with other settings or images")
-    if manifest["place"] != path.name:
-        raise ValueError(f"it was written as {manifest['place']}")
     weights, progress = ((path / name).read_bytes() for name in ("method.safetensors", "progress.pt"))
     for name, content in (("method.safetensors", weights), ("progress.pt", progress)):
         if manifest["sha256"][name] != _sha256(content):
@@ -145,8 +124,8 @@ def _read(path: Path, run: str, method: Mapping[str, Tensor], optimizer: torch.o
     state = State(method=safetensors.torch.load(weights), **loaded)
     if {name: t.shape for name, t in state.method.items()} != {name: t.shape for name, t in method.items()}:
         raise ValueError("its tensors are not this method's")
-    if path_of(path.parent, state.epoch, state.batch) != path:
-        raise ValueError(f"it stands at epoch {state.epoch}, batch {state.batch}")
+    if (place := path_of(path.parent, state.epoch, state.batch)) != path:
+        raise ValueError(f"it was written as {place.name}")
     if not all(isinstance(total, int | float) for total in state.totals.values()):
         raise ValueError("its totals are no numbers")
     if _groups(state.optimizer) != _groups(optimizer.state_dict()):

@@ -63,13 +63,12 @@ def clock(seconds: float) -> str:
 def warnings(entry: dict[str, Any]) -> list[str]:
     """Lines on an epoch in which the encoder collapsed or came to live off a small part, or most maps were flat."""
     found = []
-    rank = entry.get("rankme")
-    if entry["embedding_std"] < COLLAPSED_STD or (rank is not None and rank < COLLAPSED_RANK):
+    spread, rank = entry["embedding_std"], entry.get("rankme")
+    if spread < COLLAPSED_STD or (rank is not None and rank < COLLAPSED_RANK):
+        ranked = "" if rank is None else f", effective rank {rank:.2f}"
         found.append(
-            "warning: the encoder collapses, it hardly tells images apart "
-            f"(embedding_std {entry['embedding_std']:.3f}"
-            + ("" if rank is None else f", effective rank {rank:.2f}")
-            + "); a lower --optimizer.lr or --optimizer.weight_decay may help, for BYOL another --method.momentum"
+            f"warning: the encoder collapses, it hardly tells images apart (embedding_std {spread:.3f}{ranked}); a "
+            "lower --optimizer.lr or --optimizer.weight_decay may help, for BYOL another --method.momentum"
         )
     if entry.get("reliance", 0) >= RELIES:
         found.append(

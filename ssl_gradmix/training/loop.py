@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from safetensors.torch import save as to_bytes
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -23,7 +22,6 @@ from tqdm.auto import tqdm
 from ssl_gradmix import backbones
 from ssl_gradmix.data.augmentation import Views
 from ssl_gradmix.data.datasets import ImageSet
-from ssl_gradmix.files import write_whole
 from ssl_gradmix.methods.losses import Losses
 from ssl_gradmix.run_folder import RunFolder
 from ssl_gradmix.settings import Augmentation, Optimizer, Training
@@ -130,7 +128,7 @@ class Trainer:
         self.method, self.optimizer = accelerator.prepare(method, optimizers.create(method, optimizer))
         self.bare = accelerator.unwrap_model(self.method)
         self.epoch, self.batch, self.totals = 0, 0, {}
-        self.read_every = 1
+        self.read_every, self.last_read = 1, 0.0
         self.saved: Path | None = None
 
     def run(self) -> None:
@@ -159,7 +157,7 @@ class Trainer:
                     pace = (time.perf_counter() - began) / (self.epoch - first)
                     entry["seconds_left"] = round(pace * (self.training.epochs - self.epoch), 1)
                     self._report(entry)
-                    if self.epoch % self.training.checkpoint_every == 0 or self.epoch == self.training.epochs:
+                    if self._due(self.training.checkpoint_every):
                         self._save()
                     if self.epoch < self.training.epochs:
                         self._stop_if_asked(received)
@@ -196,8 +194,8 @@ class Trainer:
     def _one_epoch(self, received: list[int]) -> dict[str, Any]:
         """Trains an epoch, or what is left of it; returns its entry in the log."""
         self.method.train()
-        began, seen, unread = time.perf_counter(), 0, []
-        last_read = began
+        began = self.last_read = time.perf_counter()
+        seen, unread = 0, []
         bar = tqdm(
             total=len(self.source.indices),
             initial=self.batch,
@@ -214,24 +212,19 @@ class Trainer:
                 received.append(SIGTERM)
             alone_and_asked = bool(received) and self.accelerator.num_processes == 1
             if self.accelerator.sync_gradients and (len(unread) >= self.read_every or alone_and_asked):
-                self._read(unread, time.perf_counter() - last_read)
+                self._read(unread)
                 self._stop_if_asked(received)
-                last_read = time.perf_counter()
         if unread:
-            self._read(unread, time.perf_counter() - last_read)
+            self._read(unread)
         bar.close()
         read = self.totals.pop("read")
         means = {name: round(total / read, 5) for name, total in self.totals.items()}
         self.epoch, self.batch, self.totals = self.epoch + 1, 0, {}
         step = self.epoch * self.steps_per_epoch
-        return {
-            "epoch": self.epoch,
-            "step": step,
-            **means,
-            "lr": self._rate(step - 1),
-            # Not of an epoch that was resumed after its last batch.
-            **({"images_per_second": round(seen / (time.perf_counter() - began), 1)} if seen else {}),
-        }
+        entry = {"epoch": self.epoch, "step": step, **means, "lr": self._rate(step - 1)}
+        if seen:  # none where an epoch was resumed after its last batch
+            entry["images_per_second"] = round(seen / (time.perf_counter() - began), 1)
+        return entry
 
     def _step(self, batch: Any) -> Losses:
         """Trains on a (micro-)batch."""
@@ -256,14 +249,10 @@ class Trainer:
     def _rate(self, step: int) -> float:
         return optimizers.rate(step, self.steps, self.settings.warmup_epochs * self.steps_per_epoch, self.peak)
 
-    def _read(self, unread: list[Tensor], seconds: float) -> None:
-        """Adds the losses of some steps, mean over processes, to the epoch's totals.
+    def _read(self, unread: list[Tensor]) -> None:
+        """Adds the losses of the last (micro-)batches, mean over processes, to the epoch's totals.
 
         Every checkpoint comes right after it, so that what is not finite is never saved.
-
-        Args:
-            unread: The losses of each (micro-)batch.
-            seconds: Since the last reading.
         """
         values = self.accelerator.reduce(torch.stack(unread), "mean").cpu()
         finite = values.isfinite().all(1)
@@ -273,17 +262,18 @@ class Trainer:
         # A gradient that overflows leaves its traces in both, for which the device need not be asked at every step.
         state = [value for each in self.optimizer.state.values() for value in each.values() if torch.is_tensor(value)]
         sound = all_finite([*self.bare.state_dict().values(), *state]).float()
+        waited = sound.new_tensor(time.perf_counter() - self.last_read)
         # Mean over processes in float32: the same on all of them, who have to agree on when they read.
-        sound, waited = self.accelerator.reduce(torch.stack([sound, sound.new_tensor(seconds)]), "mean").tolist()
+        sound, waited = self.accelerator.reduce(torch.stack([sound, waited]), "mean").tolist()
         if sound < 1:
             self._diverged(
                 f"weights, or the optimizer's state, are not finite after epoch {self.epoch + 1}, batch {self.batch}"
             )
         self.read_every = max(1, min(READ_EVERY, int(READ_SECONDS * len(unread) / max(waited, 1e-6))))
-        sums = dict(zip(("loss", *Losses._fields[1:]), values.double().sum(0).tolist(), strict=True))
-        sums["read"] = len(unread)
-        self.totals = {name: self.totals.get(name, 0) + total for name, total in sums.items()}
+        names, sums = ("loss", *Losses._fields[1:], "read"), [*values.double().sum(0).tolist(), len(unread)]
+        self.totals = {name: self.totals.get(name, 0) + total for name, total in zip(names, sums, strict=True)}
         unread.clear()
+        self.last_read = time.perf_counter()
 
     def _diverged(self, what: str) -> None:
         raise FloatingPointError(
@@ -304,18 +294,20 @@ class Trainer:
 
     def _report(self, entry: dict[str, Any]) -> None:
         """Adds what is read now and then to an epoch's entry, logs it, and draws a picture where it is due."""
-        last, every = self.epoch == self.training.epochs, self.training.samples_every
-        if self.monitor and (last or self.epoch % self.training.knn_every == 0):
+        if self.monitor and self._due(self.training.knn_every):
             readings = self.monitor(self.bare.backbone, self.accelerator.device)
             entry.update({name: round(value, 4) for name, value in readings.items()})
         self.accelerator.log({name: value for name, value in entry.items() if name != "epoch"}, step=self.epoch)
-        if self.bare.gradmix is not None and every and (last or self.epoch % every == 0):
+        if self.bare.gradmix is not None and self._due(self.training.samples_every):
             self._draw_samples()
         if self.accelerator.is_main_process:
             with self._writing():
                 self.folder.append_log(entry)
         for line in (log.line(entry, self.training.epochs), *log.warnings(entry)):
             self._say(line)
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and (self.epoch % every == 0 or self.epoch == self.training.epochs)
 
     def _say(self, line: str) -> None:
         if self.accelerator.is_main_process:
@@ -339,19 +331,13 @@ class Trainer:
             return
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            scaler = self.accelerator.scaler
-            state = checkpoint.State(
-                self.epoch,
-                self.batch,
-                self.totals,
-                self.bare.state_dict(),
-                self.optimizer.state_dict(),
-                scaler.state_dict() if scaler is not None else None,
-            )
+            scaler = self.accelerator.scaler and self.accelerator.scaler.state_dict()
+            method, optimizer = self.bare.state_dict(), self.optimizer.state_dict()
+            state = checkpoint.State(self.epoch, self.batch, self.totals, method, optimizer, scaler)
             # The checkpoint comes last: a run whose last one is there is finished, and all else has to be there too.
             with self._writing():
                 backbones.save(self.bare.backbone, self.folder.backbone, self.size)
-                _save_projector(self.bare.projector, self.folder)
+                backbones.write_weights(self.bare.projector, self.folder.projector)
                 for written in (*self.folder.backbone.iterdir(), self.folder.projector, self.folder.path):
                     checkpoint.flush(written)
                 checkpoint.save(self.folder.checkpoint, state, self.folder.identity)
@@ -368,8 +354,7 @@ class Trainer:
             ) from error
 
     def _resume(self) -> None:
-        # One process reads for all: on several machines they need not share the folder, and never start from different
-        # checkpoints.
+        # One process reads for all: several machines need not share the folder, nor start from different checkpoints.
         state = None
         if self.accelerator.is_main_process:
             run, method = self.folder.identity, self.bare.state_dict()
@@ -378,15 +363,10 @@ class Trainer:
         if state is not None:
             self.bare.load_state_dict(state.method)
             self.optimizer.load_state_dict(state.optimizer)
-            if state.scaler is not None and self.accelerator.scaler is not None:
+            if state.scaler and self.accelerator.scaler:
                 self.accelerator.scaler.load_state_dict(state.scaler)
             self.epoch, self.batch, self.totals = state.epoch, state.batch, state.totals
             self.saved = checkpoint.path_of(self.folder.checkpoint, self.epoch, self.batch)
         if self.accelerator.is_main_process:
             with self._writing():
                 self.folder.rewind_log(self.epoch)
-
-
-def _save_projector(projector: nn.Module, run: RunFolder) -> None:
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in projector.state_dict().items()}
-    write_whole(run.projector, lambda temporary: temporary.write_bytes(to_bytes(weights)))

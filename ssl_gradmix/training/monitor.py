@@ -27,12 +27,9 @@ WIDEST = 0.5
 class Monitor:
     """Reads the effective rank of features, and how well neighbors classify them where images have labels that differ.
 
-    Held-out training images are classified by their neighbors among other training images; the rank is that of all of
-    their features together. Features of the backbone are what is used after the training, and there are more of them
-    than dimensions, where a batch's embeddings would cap the rank at the batch.
-
-    All come from the training split, so that whoever watches it, or chooses settings by it, has not looked at test
-    images.
+    Held-out training images are classified by their neighbors among other training images, so that whoever watches, or
+    chooses settings by it, has not looked at test images. The rank is that of all of their features together: of the
+    backbone, as used after the training, and of more images than a batch, whose embeddings would cap it.
 
     Args:
         images: Training images, all labeled or else none used as such.
@@ -41,7 +38,6 @@ class Monitor:
         std: Of the normalization.
         bank: At most so many images vote.
         queries: At most so many are classified, and at most a fifth of all.
-        seed: Draws both, stratified by class.
         views: Makes the two views in which reliance is read; None reads none.
     """
 
@@ -53,20 +49,17 @@ class Monitor:
         std: tuple[float, ...],
         bank: int = 5000,
         queries: int = 1000,
-        seed: int = 0,
         views: Views | None = None,
     ) -> None:
-        self.views, self.watched = views, images.subset(np.random.default_rng(seed).permutation(len(images))[:WATCHED])
+        self.views, self.watched = views, images.subset(np.random.default_rng(0).permutation(len(images))[:WATCHED])
         self.layers: list[str] | None = None
-        order = np.random.default_rng(seed).permutation(len(images))[: bank + queries]
+        order = np.random.default_rng(0).permutation(len(images))[: bank + queries]
         labels = images.labels[order]
         queries = min(queries, len(order) // 5)
-        # Classes of a single image cannot be divided; where there are such, or more classes than queries, the draw is a
-        # plain one.
+        # The draw is a plain one where a class of a single image cannot be divided, or classes outnumber queries.
         divisible = np.unique(labels, return_counts=True)[1].min() > 1 and queries >= len(np.unique(labels))
-        voting, asked = train_test_split(
-            order, test_size=queries, random_state=seed, stratify=labels if divisible else None
-        )
+        strata = labels if divisible else None
+        voting, asked = train_test_split(order, test_size=queries, random_state=0, stratify=strata)
         self.labeled = images.labeled and len(np.unique(labels)) > 1
         if images.labeled and not self.labeled:
             logger.info("%s: all images are of one class, which kNN cannot be wrong about: it is left out", images.name)

@@ -20,22 +20,15 @@ logger = logging.getLogger("ssl_gradmix")
 def create_accelerator(
     training: Training, expect_processes: int | None = None, trackers: str | Path | None = None
 ) -> Accelerator:
-    """Sets up devices, processes, threads and trackers, and says what there is.
-
-    Args:
-        training: Precision, accumulation, batch, threads and trackers.
-        expect_processes: How many there should be.
-        trackers: Folder for what trackers write.
+    """Sets up devices, processes, threads, and trackers that write to the folder given, and says what there is.
 
     Raises:
         ValueError: Another number of processes than expected or than the launcher started, a batch that they cannot
             share evenly, a tracker that is not installed, or settings that the launcher contradicts.
     """
-    missing = [name for name in training.trackers or [] if name not in map(str, get_available_trackers())]
+    missing = ", ".join(sorted(set(training.trackers or []) - set(map(str, get_available_trackers()))))
     if missing:
-        raise ValueError(
-            f"training.trackers: {', '.join(missing)} not known to Accelerate or not installed; pip install it"
-        )
+        raise ValueError(f"training.trackers: {missing} not known to Accelerate or not installed; pip install it")
     _check_launcher(training)
     accelerator = Accelerator(
         mixed_precision=precision(training),

@@ -21,7 +21,7 @@ def draw(images: Tensor, mixed: MixedViews, mean: Sequence[float], std: Sequence
         mixed: What GradMix made of them.
         mean: Of the normalization, to be undone.
         std: Of the normalization.
-        path: Of the PNG; written under a temporary name and renamed.
+        path: Of the PNG, written whole or not at all.
     """
     from matplotlib.figure import Figure  # not pyplot, which keeps figures and wants a display
 
