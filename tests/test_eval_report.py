@@ -1,29 +1,12 @@
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
 import pytest
 from support import load_script
 
-SCRIPT = Path(__file__).parents[1] / "eval" / "report.py"
-ROW = {
-    "task": "linear_probe",
-    "dataset": "digits",
-    "split": "test",
-    "trial": None,
-    "encoder": "x",
-    "feature": "backbone",
-    "score": "linear",
-    "metric": "top1",
-    "value": 0.8771,
-    "ci_low": 0.85,
-    "ci_high": 0.9,
-    "n": 359,
-    "params": {},
-}
-
+from ssl_gradmix.evaluation import rows
 
 script = load_script("eval/report.py")
 
@@ -35,9 +18,10 @@ def run_script(*arguments: object) -> int:
 @pytest.fixture
 def run(tmp_path) -> Path:
     folder = tmp_path / "runs" / "mine"
-    (folder / "eval").mkdir(parents=True)
+    folder.mkdir(parents=True)
     (folder / "config.yaml").write_text("extra_view: gradmix\n")
-    (folder / "eval" / "linear_probe.json").write_text(json.dumps({"rows": [ROW]}))
+    found = rows.frame([rows.number("linear", "top1", (0.8771, 0.85, 0.9), 359)], "linear_probe", "digits/test", "x")
+    rows.write(folder / "eval" / "linear_probe.json", found, {})
     return folder
 
 
