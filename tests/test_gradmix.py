@@ -147,7 +147,6 @@ def test_a_map_that_is_nan_is_told_and_its_box_lies_anywhere(attribution: object
         ("efficientnet_b0", 64, "blocks.4"),  # not blocks.5.0.bn1, inside a strided block
         ("densenet121", 64, "features.denseblock3"),  # not the norm of the transition behind it
         ("mobilevit_xxs", 64, "stages.3"),
-        ("vgg11", 64, "features.19"),  # flat: its one stage is too coarse
         ("vit_tiny_patch16_224", 64, "blocks.10"),  # the last block's patch tokens do not reach the class token
         ("mixer_s32_224", 224, "blocks"),
     ],
@@ -204,6 +203,8 @@ def test_layers_none_chooses_anew_when_the_layer_is_frozen() -> None:
     [
         ((nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(inplace=True)), "2"),  # not what is changed in place
         ((nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU()), nn.AvgPool2d(2)), "0"),  # not a layer without parts
+        # and not a stage that is too coarse, as VGG's one is
+        ([nn.Sequential(*[part for _ in range(4) for part in (nn.Conv2d(3, 3, 3, 2, 1), nn.ReLU())])], "0.5"),
     ],
 )
 def test_layers_none_passes_over(net: tuple[nn.Module, ...], expected: str) -> None:
