@@ -1,6 +1,6 @@
 """Files of strangers: nothing in them runs, nothing beside them is read, and what is refused is named.
 
-Attacks are planted and shown to work where they are let in. What a report reads is in test_hostile_report.py.
+Attacks are planted and shown to work where they are let in. What a report reads is in eval/test_report.py.
 """
 
 from __future__ import annotations

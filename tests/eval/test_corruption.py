@@ -193,8 +193,9 @@ def test_other_settings_are_measured_beside_the_first(run, monkeypatch, changed)
 
 def test_rows_of_another_encoder_or_in_a_damaged_file_are_written_anew(run, tmp_path, monkeypatch):
     expected = evaluate(run, "--corruptions [contrast] --images 60", tmp_path / "out")
+    other = make_run(tmp_path / "other" / "mine", seed=1)
     for damage in (
-        lambda file: evaluate(make_run(tmp_path / "other" / "mine", seed=1), "--corruptions [fog]", file.parent),
+        lambda file: evaluate(other, "--corruptions [fog] --images 60", file.parent),
         lambda file: file.write_text('{"rows": ['),
     ):
         damage(tmp_path / "out" / "corruption.json")
