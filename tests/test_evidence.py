@@ -91,10 +91,8 @@ class TestCells:
     @pytest.mark.parametrize(
         ("cell", "expected"),
         [
-            ("simclr/plain/all", (40, 0, 0)),
             ("simclr/plain-more-epochs/all", (60, 0, 0)),
             ("simclr/third-view/all", (60, 0, 0)),
-            ("simclr/random-box/all", (60, 0, 0)),
             ("simclr/gradmix-layer2/known", (60, 20, 0)),
             ("byol/plain/all", (40, 0, 40)),
             ("byol/gradmix/two-cue", (60, 20, 40)),
@@ -265,9 +263,7 @@ def test_differences_equal_scipy_and_the_formula():
     [
         ("linear", (0.2, 0.21, 0.22), "better"),
         ("corruption_error", (0.2, 0.21, 0.22), "worse"),
-        ("corruption_error", (-0.2, -0.21, -0.22), "better"),
         ("linear", (-0.2, 0.21, 0.22), "open"),
-        ("linear", (0.0, 0.0, 0.0), "open"),
     ],
 )
 def test_verdicts(measure, changes, verdict):

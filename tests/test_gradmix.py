@@ -13,11 +13,10 @@ import pytest
 import timm
 import torch
 import torchvision
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from lightly.loss import BarlowTwinsLoss, DINOLoss, NTXentLoss, VICRegLoss
 from lightly.models.modules import SimCLRProjectionHead
 from scipy.stats import chisquare
+from support import Stage
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as tv
 
@@ -45,49 +44,6 @@ def mix(gradmix: GradMix, images: Tensor, donors: Tensor | None = None, net: nn.
     with gradmix.observe(net) as observed:
         loss = agreement_loss(net(images), net(other))
     return gradmix(images, loss, observed, donors)
-
-
-@given(
-    count=st.integers(1, 5),
-    height=st.integers(8, 40),
-    width=st.integers(8, 40),
-    fill=st.sampled_from(["donor", "crop", "noise", "mean"]),
-    region=st.sampled_from(["peak", "max_mean", "mask", "random", "center"]),
-    attribution=st.sampled_from(["layercam", "gradcam"]),
-    layers=st.sampled_from([["0"], ["1"], ["0", "1"]]),
-    seed=st.integers(0, 1000),
-)
-@settings(max_examples=80, deadline=None)
-def test_every_pixel_is_the_images_own_or_replaced_and_lam_counts_them(
-    count: int, height: int, width: int, fill: str, region: str, attribution: str, layers: list[str], seed: int
-) -> None:
-    draws = torch.Generator().manual_seed(seed)
-    images, donors = torch.rand(2, count, 3, height, width, generator=draws)
-    donors = donors + 2  # no donor pixel equals an image pixel
-    generator = torch.Generator().manual_seed(seed)
-    gradmix = GradMix(layers=layers, attribution=attribution, fill=fill, region=region, generator=generator)
-    mixed = mix(gradmix, images, donors)
-    changed = (mixed.images != images).any(1)
-    assert mixed.images.shape == images.shape
-    assert (1 - changed.float().mean((1, 2))).tolist() == pytest.approx([mixed.lam.item()] * count, abs=1e-6)
-    assert mixed.attribution.shape == (count, height, width)
-    assert mixed.attribution.min() >= 0
-    assert mixed.attribution.max() <= 1
-    if fill in ("donor", "crop"):
-        assert torch.equal(mixed.images > 1.5, changed[:, None].expand_as(images))
-        if count > 1:
-            assert (mixed.donor_index != torch.arange(count)).all()
-    if fill == "crop":
-        assert torch.equal(torch.where(changed[:, None], donors[mixed.donor_index], images), mixed.images)
-    if region != "mask":
-        for each, (x0, y0, x1, y1) in zip(changed, mixed.boxes.tolist(), strict=True):
-            assert each[y0:y1, x0:x1].all()
-            assert each.sum() == (x1 - x0) * (y1 - y0)
-    else:
-        kept_highest = torch.where(changed, -1, mixed.attribution).amax((1, 2))
-        taken_lowest = torch.where(changed, mixed.attribution, 2).amin((1, 2))
-        assert (taken_lowest >= kept_highest).all()
-        assert mixed.boxes is None
 
 
 def test_donors_are_resized_whole_into_the_box() -> None:
@@ -160,21 +116,15 @@ def test_controls_need_neither_loss_nor_gradient(region: str) -> None:
     assert torch.equal(*places)
 
 
-def test_the_random_region_takes_all_places_alike() -> None:
+def test_the_random_region_takes_all_places_alike_and_the_central_one_the_middle() -> None:
     generator = torch.Generator().manual_seed(0)
     gradmix = GradMix(region="random", lam_range=(0.75, 0.75), generator=generator)
     boxes = mix(gradmix, torch.rand(5000, 3, 16, 16)).boxes
     assert (boxes[:, 2:] - boxes[:, :2] == 8).all()
     places = boxes[:, 1] * 9 + boxes[:, 0]  # 9 x 9 of them
     assert chisquare(places.bincount(minlength=81).numpy()).pvalue > 0.001
-
-
-def test_the_central_box_is_replaced() -> None:
-    gradmix = GradMix(region="center", fill="mean", lam_range=(0.75, 0.75))
-    images = torch.rand(4, 3, 16, 24)
-    changed = (mix(gradmix, images).images != images).any(1)
-    assert changed[:, 4:12, 6:18].all()
-    assert changed.sum() == 4 * 8 * 12
+    central = mix(GradMix(region="center", lam_range=(0.75, 0.75)), torch.rand(1, 3, 16, 24)).boxes
+    assert central.tolist() == [[6, 4, 18, 12]]
 
 
 @pytest.mark.parametrize("attribution", ["layercam", "gradcam", lambda a, g: (a * g).sum(1)])
@@ -191,26 +141,12 @@ def test_a_map_that_is_nan_is_told_and_its_box_lies_anywhere(attribution: object
     assert len(views.boxes[1:].unique(dim=0)) > 20
 
 
-def test_a_generator_decides_everything() -> None:
-    images = torch.rand(6, 3, 24, 24)
-    first, second, third = (
-        mix(GradMix(layers=["1"], fill="noise", generator=torch.Generator().manual_seed(seed)), images)
-        for seed in (3, 3, 4)
-    )
-    assert torch.equal(first.images, second.images)
-    assert first.lam != third.lam
-
-
 @pytest.mark.parametrize(
     ("name", "size", "expected"),
     [
-        ("resnet18", 64, "layer3"),
-        ("resnet18", 128, "layer4"),
         ("efficientnet_b0", 64, "blocks.4"),  # not blocks.5.0.bn1, inside a strided block
         ("densenet121", 64, "features.denseblock3"),  # not the norm of the transition behind it
-        ("inception_v3", 96, "Mixed_6e"),  # not one branch of four
         ("mobilevit_xxs", 64, "stages.3"),
-        ("vgg11", 64, "features.19"),  # flat: its one stage is too coarse
         ("vit_tiny_patch16_224", 64, "blocks.10"),  # the last block's patch tokens do not reach the class token
         ("mixer_s32_224", 224, "blocks"),
     ],
@@ -262,15 +198,17 @@ def test_layers_none_chooses_anew_when_the_layer_is_frozen() -> None:
     assert mix(gradmix, torch.rand(2, 3, 16, 16), net=net).layers == ("shallow",)
 
 
-def test_layers_none_passes_over_what_is_changed_in_place() -> None:
-    net = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Flatten())
-    assert mix(GradMix(), torch.rand(2, 3, 16, 16), net=net).layers == ("2",)
-
-
-def test_layers_none_takes_a_stage_rather_than_a_layer_without_parts_behind_it() -> None:
-    stage = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU())
-    net = nn.Sequential(stage, nn.AvgPool2d(2), nn.Flatten())
-    assert mix(GradMix(), torch.rand(2, 3, 32, 32), net=net).layers == ("0",)
+@pytest.mark.parametrize(
+    ("net", "expected"),
+    [
+        ((nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(inplace=True)), "2"),  # not what is changed in place
+        ((nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU()), nn.AvgPool2d(2)), "0"),  # not a layer without parts
+        # and not a stage that is too coarse, as VGG's one is
+        ([nn.Sequential(*[part for _ in range(4) for part in (nn.Conv2d(3, 3, 3, 2, 1), nn.ReLU())])], "0.5"),
+    ],
+)
+def test_layers_none_passes_over(net: tuple[nn.Module, ...], expected: str) -> None:
+    assert mix(GradMix(), torch.rand(2, 3, 32, 32), net=nn.Sequential(*net, nn.Flatten())).layers == (expected,)
 
 
 def test_what_is_remembered_of_an_encoder_goes_with_it_and_is_not_pickled() -> None:
@@ -381,20 +319,11 @@ def test_only_the_first_call_for_an_encoder_reads_from_the_device(monkeypatch: p
             assert bool(reads) == first
 
 
-class Normalized(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.stage = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.stage(x).mean((2, 3))
-
-
 @pytest.mark.parametrize("inside", [True, False])
 def test_an_encoder_compiled_as_a_whole_wants_the_mixed_pass_inside_observe(inside: bool) -> None:
     """As docs/torch-compile.md says; where it is outside, there is a warning ahead of torch's error."""
     torch._dynamo.reset()
-    net = torch.compile(Normalized(), backend="aot_eager")
+    net = torch.compile(Stage(), backend="aot_eager")
     gradmix, (x0, x1) = GradMix(), torch.rand(2, 4, 3, 16, 16)
     with gradmix.observe(net) as observed:
         z1 = net(x1)
@@ -411,22 +340,6 @@ def test_an_encoder_compiled_as_a_whole_wants_the_mixed_pass_inside_observe(insi
     else:
         loss.backward()
     assert mixed.layers == ("stage",)
-
-
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_dtype_and_memory_format_are_kept(memory_format: torch.memory_format, dtype: torch.dtype) -> None:
-    images = torch.rand(4, 3, 32, 32).to(dtype).contiguous(memory_format=memory_format)
-    net = encoder()
-    for fill in ("donor", "crop", "noise", "mean"):
-        for region in ("peak", "max_mean", "mask"):
-            gradmix = GradMix(layers=["1"], fill=fill, region=region)
-            with gradmix.observe(net) as observed, torch.autocast("cpu", torch.bfloat16):
-                loss = agreement_loss(net(images.float()), net(images.float().flip(3)))
-            mixed = gradmix(images, loss, observed)
-            assert mixed.images.dtype == dtype
-            assert mixed.images.is_contiguous(memory_format=memory_format)
-            assert mixed.images.isfinite().all()
 
 
 def test_autocast_maps_are_close_to_float32_ones() -> None:
@@ -538,15 +451,10 @@ def test_the_documented_dino_moves_its_center_once_a_step() -> None:
             {"layers": "layer3"},
             r"gradmix.layers must be a list of layer names such as \['layer3'\], or None; got 'layer3'",
         ),
-        ({"layers": []}, r"gradmix.layers must be a list .* got \[\]"),
         ({"attribution": "cam"}, "gradmix.attribution must be one of layercam, gradcam, got 'cam'"),
-        ({"target": "up"}, "gradmix.target must be one of agreement, loss, got 'up'"),
-        ({"fill": "black"}, "gradmix.fill must be one of donor, crop, noise, mean, got 'black'"),
         ({"region": "disk"}, "gradmix.region must be one of peak, max_mean, mask, random, center, got"),
-        ({"alpha": 0.0}, "gradmix.alpha must be above 0 and finite, got 0.0"),
         ({"alpha": float("nan")}, "gradmix.alpha must be above 0 and finite, got nan"),
         ({"lam_range": (0.9, 0.5)}, r"gradmix.lam_range must be two rising numbers within \(0, 1\), got \(0.9, 0.5\)"),
-        ({"lam_range": (0.5, float("nan"))}, "gradmix.lam_range must be two rising numbers"),
     ],
 )
 def test_refuses_settings_that_mean_nothing(arguments: dict, message: str) -> None:

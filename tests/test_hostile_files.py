@@ -1,11 +1,10 @@
 """Files of strangers: nothing in them runs, nothing beside them is read, and what is refused is named.
 
-Attacks are planted and shown to work where they are let in. What a report reads is in test_hostile_report.py.
+Attacks are planted and shown to work where they are let in. What a report reads is in eval/test_report.py.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import json
 import os
@@ -13,7 +12,6 @@ import pickle
 import re
 import struct
 import sys
-import zipfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -23,11 +21,10 @@ import pytest
 import torch
 import torchvision
 import yaml
-from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
-from support import load_script, make_run, records
+from support import PICKLES, Planted, load_script, make_run, records, write_images
 
 from ssl_gradmix import backbones, command_line
 from ssl_gradmix.data.corruption_sets import Published, make_c, read_cifar_c
@@ -37,65 +34,10 @@ from ssl_gradmix.evaluation.encoders import load_encoder
 from ssl_gradmix.evaluation.features import extract
 from ssl_gradmix.files import read_json, read_yaml
 from ssl_gradmix.settings import Data
-from ssl_gradmix.training import checkpoint
 
 ROW = rows.frame([rows.number("linear", "top1", (0.5, 0.4, 0.6), 10)], "linear_probe", "digits/test", "x")
 Samples = load_script("eval/osr.py").Samples
 DEEP = 1_000_000
-
-
-class Planted:
-    """Unpickling it leaves a file."""
-
-    def __init__(self, trace: Path) -> None:
-        self.trace = trace
-
-    def __reduce__(self) -> tuple:
-        return Path.touch, (self.trace,)
-
-
-@pytest.fixture
-def planted(tmp_path: Path) -> Iterator[Planted]:
-    """An attack, of which the test must leave no trace; that it works is shown afterwards."""
-    attack = Planted(tmp_path / "ran")
-    yield attack
-    assert not attack.trace.exists()
-    pickle.loads(pickle.dumps(attack))
-    assert attack.trace.exists()
-
-
-PICKLES: dict[str, Callable[[object, Path], object]] = {
-    "pickle": lambda what, path: path.write_bytes(pickle.dumps(what)),
-    "old pickle": lambda what, path: path.write_bytes(pickle.dumps(what, protocol=2)),
-    "torch.save": torch.save,
-    "old torch.save": lambda what, path: torch.save(what, path, _use_new_zipfile_serialization=False),
-}
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    return make_run(tmp_path / "run")
-
-
-@pytest.fixture
-def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
-    """Trains SimCLR on sixteen images for an epoch, in `runs/simclr`."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "images").mkdir()
-    for i in range(16):
-        pixels = np.random.default_rng(i).integers(0, 256, (16, 16, 3), np.uint8)
-        Image.fromarray(pixels).save(tmp_path / "images" / f"{i}.png")
-    main = load_script("recipes/simclr_gradmix.py").main
-    common = "--data.name folder --data.root images --data.size 16 --training.epochs 1 --training.threads 1"
-    common += " --training.batch_size 8 --training.knn_every 0 --training.samples_every 0"
-
-    def train(*options: str) -> int:
-        AcceleratorState._reset_state(True)
-        return command_line.run(main, [*common.split(), *options])
-
-    yield train
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
 
 
 def evaluate(*arguments: object) -> int:
@@ -115,32 +57,7 @@ def of_backbone(run: Path) -> tuple[Callable[[], object], ...]:
     return partial(load_encoder, run), partial(load_encoder, folder), partial(backbones.create, folder, pretrained=True)
 
 
-def of_checkpoint(run: Path) -> tuple[Callable[[], object], ...]:
-    return (partial(load_checkpoint, run),)
-
-
-OPTIMIZER = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1)
-
-
-def save_checkpoint(folder: Path, epoch: int) -> Path:
-    state = checkpoint.State(epoch, 0, {}, {"x": torch.zeros(2)}, OPTIMIZER.state_dict(), None)
-    checkpoint.save(folder, state, "a run")
-    return folder / f"epoch-{epoch:05d}-batch-0000000"
-
-
-def load_checkpoint(folder: Path) -> checkpoint.State | None:
-    """Its manifest, which may be of strangers too, says that all is right."""
-    for path in folder.glob("epoch-*"):
-        manifest = json.loads((path / "manifest.json").read_text())
-        for name in manifest["sha256"]:
-            manifest["sha256"][name] = hashlib.sha256((path / name).read_bytes()).hexdigest()
-        (path / "manifest.json").write_text(json.dumps(manifest))
-    return checkpoint.load(folder, "a run", {"x": torch.zeros(2)}, OPTIMIZER)
-
-
 READERS: dict[str, Callable[[Path], tuple[Callable[[], object], ...]]] = {
-    "epoch-00001-batch-0000000/progress.pt": of_checkpoint,
-    "epoch-00001-batch-0000000/method.safetensors": of_checkpoint,
     "backbone/model.safetensors": of_backbone,
     "backbone/pytorch_model.bin": of_backbone,
     "w.safetensors": lambda run: (partial(load_encoder, "timm:resnet10_tiny", weights=run / "w.safetensors"),),
@@ -152,7 +69,6 @@ READERS: dict[str, Callable[[Path], tuple[Callable[[], object], ...]]] = {
 @pytest.mark.parametrize("write", PICKLES.values(), ids=PICKLES)
 @pytest.mark.parametrize("name", READERS)
 def test_pickles_in_place_of_weights_and_states(run: Path, planted: Planted, write: Callable, name: str) -> None:
-    save_checkpoint(run, 1)
     if name.startswith("backbone"):
         (run / "backbone" / "model.safetensors").unlink()
     write(planted, run / name)
@@ -165,6 +81,7 @@ def test_pickles_in_place_of_weights_and_states(run: Path, planted: Planted, wri
 def test_weights_that_the_settings_of_a_recipe_name(
     recipe: Callable[..., int], tmp_path: Path, planted: Planted, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    write_images(tmp_path, ["images"])
     torch.save(planted, tmp_path / "w.pt")
     assert recipe("--backbone.kwargs", f"{{{name}}}", "--backbone.pretrained", "true") == 2
     assert re.search("backbone.kwargs must (not have|be without pretrained)", refusal(capsys))
@@ -218,7 +135,7 @@ def tag(tmp_path: Path) -> Iterator[str]:
     assert trace.exists()
 
 
-@pytest.mark.parametrize("place", ["run: {}", "data: {{root: {}}}", "{}", "environment: {{x: [{}]}}"])
+@pytest.mark.parametrize("place", ["run: {}", "data: {{root: {}}}"])
 def test_tags_in_a_file_given_by_config(
     recipe: Callable[..., int], tmp_path: Path, tag: str, place: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -243,15 +160,16 @@ def test_tags_in_a_run_that_is_evaluated_or_resumed(
 
 SECTIONS = ("data", "augmentation", "backbone", "method", "optimizer", "training", "gradmix")
 OTHERS = ("byol_gradmix", "linear_probe", "osr", "corruption", "make_c")
-FILES = [
+IN_A_FILE = [
     *(("simclr_gradmix", f"{section}: {{class_path: this.C}}") for section in SECTIONS),
-    *((script, f"data: {text}") for script in OTHERS for text in ("this.C", "{class_path: this.C}")),
+    *((script, "data: {class_path: this.C}") for script in OTHERS),
     *(("simclr_gradmix", f"data: {text}") for text in ("other.yaml", "[this.C]", "null", "{classes: {class_path: C}}")),
-    *(("simclr_gradmix", f"gradmix: {{attribution: {text}}}") for text in ("this.C", "{class_path: this.C}")),
     *(("simclr_gradmix", text) for text in ("environment: this.C", "run: [this.C]", "config: other.yaml")),
-    ("simclr_gradmix", "backbone: {kwargs: this.C}"),
-    *(("osr", f"unknown: {text}") for text in ("this.C", "[this.C]", "[{class_path: this.C}]", "[other.yaml]")),
-    ("osr", "trials: {class_path: this.C}"),
+    *(("simclr_gradmix", text) for text in ("backbone: {kwargs: this.C}", "gradmix: {attribution: this.C}")),
+    *(
+        ("osr", text)
+        for text in ("unknown: [{class_path: this.C}]", "unknown: [other.yaml]", "trials: {class_path: C}")
+    ),
 ]
 OPTIONS = [
     *((script, "data", "this.C") for script in OTHERS),
@@ -259,8 +177,7 @@ OPTIONS = [
     *(("simclr_gradmix", option, "this.C") for option in ("data.class_path", "gradmix.attribution")),
     *(("simclr_gradmix", option, "other.yaml") for option in ("data", "environment", "backbone.kwargs")),
     ("simclr_gradmix", "config", "training: this.C"),
-    *(("osr", "unknown", value) for value in ("this.C", "[this.C]", "other.yaml")),
-    ("osr", "unknown.class_path", "this.C"),
+    *(("osr", "unknown", value) for value in ("[this.C]", "other.yaml")),
 ]
 
 
@@ -296,7 +213,7 @@ def refused(
     del sys.modules["this"]
 
 
-@pytest.mark.parametrize(("script", "text"), FILES)
+@pytest.mark.parametrize(("script", "text"), IN_A_FILE)
 def test_a_file_of_settings_has_no_module_imported_and_no_other_file_read(
     refused: Callable[..., str], script: str, text: str
 ) -> None:
@@ -309,29 +226,29 @@ def test_nor_does_an_option(refused: Callable[..., str], script: str, option: st
     refused(script, f"--{option}", value)
 
 
-def test_a_class_path_of_plain_values_is_one(recipe: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_class_path_of_plain_values_is_one(
+    recipe: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """jsonargparse tries to import it in any dictionary, and says nothing where it could not."""
+    write_images(tmp_path, ["images"])
     assert recipe("--backbone.kwargs", "{class_path: this.C}") == 2
     assert "resnet10_tiny does not take {'class_path': 'this.C'}" in refusal(capsys)
     assert "this" not in sys.modules
 
 
-@pytest.mark.parametrize("text", ["overwrite: true", "overwrite: false"])
-def test_no_file_of_settings_empties_a_folder(refused: Callable[..., str], text: str) -> None:
-    Path("c.yaml").write_text(text)
+def test_no_file_of_settings_empties_a_folder(refused: Callable[..., str]) -> None:
+    Path("c.yaml").write_text("overwrite: true")
     assert "overwrite is for the command line alone" in refused("byol_gradmix", "--config", "c.yaml")
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["data: {name: mnist, root: new, download: true}", "{data.name: mnist, data.root: new, data.download: true}"],
-)
+@pytest.mark.parametrize("text", ["data: {name: mnist, root: new, download: true}", "data.download: true"])
 def test_no_file_of_settings_starts_a_download(
-    recipe: Callable[..., int], run: Path, tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+    run: Path, tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "c.yaml").write_text(text)
-    main = load_script("recipes/simclr_gradmix.py").main
-    assert command_line.run(main, ["--config", "c.yaml"]) == 2
+    options = ["--config", "c.yaml", "--data.name", "mnist", "--data.root", "new"]
+    assert command_line.run(load_script("recipes/simclr_gradmix.py").main, options) == 2
     assert "mnist is not in data.root 'new': --data.download true fetches it" in refusal(capsys)
     (run / "config.yaml").write_text("data: {name: mnist, root: new, download: true}")
     assert evaluate(run) == 2
@@ -353,10 +270,7 @@ LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] *
         ("data: " + "[" * 2_000, "nest"),
         ("a: &a {b: *a}", r"it has an alias, \*a"),
         (LAUGHS, r"it has an alias, \*a0"),
-        ("a: 1\n--- \nb: 2", "expected a single document"),
-        ("? [a]\n: b", "unhashable key"),
         ("- a", "it holds no settings"),
-        ("a: \x00", "not allowed"),
         ("a: 1:30", "1:30 is a number to the base of 60"),
         ("a: !!set {b, c}", "type set is not JSON"),
         ('a: "\\ud800"', "surrogates not allowed"),
@@ -419,18 +333,13 @@ def test_arguments_that_would_read_from_elsewhere(run: Path, tmp_path: Path, pla
     "changes",
     [
         {"architecture": "hf-hub:someone/model"},
-        {"architecture": "local-dir:../elsewhere"},
         {"architecture": "../../elsewhere"},
         {"architecture": ["resnet10t"]},
-        {"architecture": 5},
         {"model_args": {"channels": "many"}},
         {"model_args": {"block": "os.system"}},
-        {"model_args": {"act_layer": "os.system"}},
-        {"model_args": {"output_stride": 3}},
         {"model_args": {"features_only": True}},
         {"model_args": {"device": "meta"}},
         {"model_args": [1]},
-        {"architecture": "resnet_mine"},
         {"architecture": None, "pretrained_cfg": None},
         {"pretrained_cfg": []},
         *(
@@ -438,13 +347,9 @@ def test_arguments_that_would_read_from_elsewhere(run: Path, tmp_path: Path, pla
             for change in (
                 {"input_size": "x"},
                 {"input_size": [3, 10**9, 10**9]},
-                {"input_size": [3, 32.5, 32.5]},
                 {"input_size": [3, 0, 0]},
                 {"input_size": [1, 32, 32]},
-                {"input_size": [3, 32, 16]},
-                {"mean": [1e999] * 3},
                 {"mean": [float("nan")] * 3},
-                {"mean": ["nan"] * 3},
                 {"mean": [0.5] * 2},
                 {"std": [0.0] * 3},
                 {"std": None},
@@ -496,11 +401,10 @@ def safetensors(header: dict | bytes, length: int | None = None, data: bytes = b
 
 TENSOR = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
 LIES = {
+    "empty": b"",
     "header longer than the file": safetensors(b"{}", 1 << 20),
-    "header longer than memory": safetensors(b"{}", 1 << 62),
     "deep header": safetensors(b"[" * DEEP),
     "more data than there is": safetensors({"x": TENSOR | {"shape": [10**12], "data_offsets": [0, 4 * 10**12]}}),
-    "shape larger than its data": safetensors({"x": TENSOR | {"shape": [10**12]}}),
     "shape that overflows": safetensors({"x": TENSOR | {"shape": [2**33, 2**33]}}),
     "overlapping": safetensors({"x": TENSOR, "y": TENSOR}),
     "backwards": safetensors({"x": TENSOR | {"data_offsets": [16, 0]}}),
@@ -520,22 +424,6 @@ def test_lying_safetensors_are_named_wherever_they_are_read(lie: bytes, run: Pat
         Samples.read(tmp_path / "w.safetensors")
 
 
-@pytest.mark.parametrize("claimed", [0, 1, 0x7FFFFFFF])
-def test_a_checkpoint_whose_archive_lies_is_passed_over(
-    tmp_path: Path, claimed: int, caplog: pytest.LogCaptureFixture
-) -> None:
-    for epoch in (1, 2):
-        path = save_checkpoint(tmp_path, epoch) / "progress.pt"
-    content = bytearray(path.read_bytes())
-    with zipfile.ZipFile(path) as archive:
-        directory = archive.start_dir
-    for offset in (20, 24):  # sizes in the first entry of the archive's directory, packed and unpacked
-        struct.pack_into("<I", content, directory + offset, claimed)
-    path.write_bytes(content)
-    assert load_checkpoint(tmp_path).epoch == 1
-    assert "epoch-00002-batch-0000000 cannot be read" in caplog.text
-
-
 def npy(header: str) -> bytes:
     text = header.encode().ljust(117) + b"\n"
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text + bytes(480)
@@ -548,8 +436,6 @@ def npy(header: str) -> bytes:
         "{'descr': '|u1', 'fortran_order': False, 'shape': (-1, 4, 4, 3)}",
         "{'descr': '|O', 'fortran_order': False, 'shape': (10, 4, 4, 3)}",
         "{'descr': '|u1', 'fortran_order': False, 'shape': __import__('os').abort()}",
-        "{'descr': '|u1', 'fortran_order': False, 'shape': (2**99, 4, 4, 3)}",
-        "(" * 100,
     ],
 )
 def test_arrays_with_lying_headers(tmp_path: Path, header: str) -> None:
@@ -564,9 +450,7 @@ def test_arrays_with_lying_headers(tmp_path: Path, header: str) -> None:
 
 STRANGE_JSON = {
     "NaN": '{"rows": [NaN]}',
-    "infinity": '{"rows": [-Infinity]}',
     "deep list": "[" * DEEP,
-    "deep dictionary": '{"rows":' * DEEP,
     "half a character": '{"rows": ["\\ud800"]}',
     "long number": '{"rows": ' + "1" * 10_000 + "}",
     "twice": "{}{}",
@@ -578,23 +462,18 @@ STRANGE_JSON = {
 def test_strange_json_is_named_wherever_it_is_read(text: str | bytes, run: Path, tmp_path: Path) -> None:
     content = text if isinstance(text, bytes) else text.encode()
     (tmp_path / "x.json").write_bytes(content)
-    with pytest.raises(ValueError, match=r"x\.json is damaged: [^\n]+$"):
-        read_json(tmp_path / "x.json")
-
-    with pytest.raises(ValueError, match=r"x\.json is no file of result rows"):
-        rows.read(tmp_path / "x.json")
-
     (run / "backbone" / "config.json").write_bytes(content)
-    with pytest.raises(ValueError, match=r"config\.json is damaged: [^\n]+$"):
-        load_encoder(run)
-    with pytest.raises(ValueError, match=r"config\.json is damaged: [^\n]+$"):
-        backbones.create(f"local-dir:{run / 'backbone'}", pretrained=True)
-
     (tmp_path / "meta.json").write_bytes(content)
-    with pytest.raises(ValueError, match=r"meta\.json is damaged"):
-        Published(tmp_path, None, None).origin()
-    with pytest.raises(ValueError, match=r"meta\.json is damaged"):
-        make_c(np.zeros((1, 32, 32, 3), np.uint8), np.zeros(1, np.int64), tmp_path, "cifar", progress=False)
+    image, label = np.zeros((1, 32, 32, 3), np.uint8), np.zeros(1, np.int64)
+    for read, message in (
+        (lambda: read_json(tmp_path / "x.json"), "x.json is damaged"),
+        (lambda: rows.read(tmp_path / "x.json"), "x.json is no file of result rows"),
+        *((read, "config.json is damaged") for read in of_backbone(run)),
+        (Published(tmp_path, None, None).origin, "meta.json is damaged"),
+        (lambda: make_c(image, label, tmp_path, "cifar", progress=False), "meta.json is damaged"),
+    ):
+        with pytest.raises(ValueError, match=rf"{re.escape(message)}[^\n]*$"):
+            read()
 
 
 def test_deep_json_inside_safetensors(tmp_path: Path) -> None:
@@ -610,16 +489,12 @@ def test_deep_json_inside_safetensors(tmp_path: Path) -> None:
     [
         {"value": "<b>"},
         {"value": 10**400},
-        {"value": 1e999},
         {"score": 5},
         {"dataset": ["a"]},
         {"n": "<script>"},
-        {"trial": {}},
         {"params": ["x"]},
         {"params": {"label_fraction": "<b>"}},
-        {"params": {"p_value": [1]}},
         {"params": {"corruption": ["fog"]}},
-        {"params": {"severity": {}}},
         {"unknown": 1},
     ],
     ids=str,

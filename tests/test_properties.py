@@ -205,6 +205,10 @@ def test_attribution_is_a_share_whose_largest_is_one_unless_flat(case: Case, gra
     for peak, flat in zip(attribution.amax((1, 2)).tolist(), mixed.flat.tolist(), strict=True):
         assert peak == (0 if control or flat else 1)
     assert not (control and mixed.flat.any())
+    if gradmix.region == "mask" and gradmix.fill in ("donor", "crop"):  # what is replaced is what is attributed most
+        replaced = region_of(mixed, images)
+        kept_highest = torch.where(replaced, -1, attribution).amax((1, 2))
+        assert (torch.where(replaced, attribution, 2).amin((1, 2)) >= kept_highest).all()
     assert mixed.layers == (() if control else tuple(case.activations()))
 
 

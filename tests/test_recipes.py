@@ -10,38 +10,23 @@ from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 
-import numpy as np
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 from safetensors.torch import load_file
-from support import load_script
+from support import load_script, write_images
 
 import ssl_gradmix
 from ssl_gradmix import command_line
 from ssl_gradmix.settings import Augmentation, SimCLRSettings
 
-ROOT = Path(__file__).parent.parent
-QUICK = [
-    "--training.epochs",
-    "1",
-    "--training.threads",
-    "1",
-    "--training.knn_every",
-    "0",
-    "--training.samples_every",
-    "0",
-]
+QUICK = "--training.epochs 1 --training.threads 1 --training.knn_every 0 --training.samples_every 0"
 
 
 @pytest.fixture(autouse=True)
-def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    yield
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
 
 
 def recipe(name: str) -> ModuleType:
@@ -53,27 +38,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A few real files: two classes, with train/ and test/."""
     root = tmp_path_factory.mktemp("images")
     for split, count in (("train", 12), ("test", 4)):
-        for label, name in enumerate(("dark", "bright")):
-            target = root / split / name
-            target.mkdir(parents=True)
-            for i in range(count):
-                pixels = np.random.default_rng(i).integers(0, 100, (20, 24, 3)) + 150 * label
-                Image.fromarray(pixels.astype(np.uint8)).save(target / f"{i}.png")
+        write_images(root / split, ["dark", "bright"], count, size=20)
     return root
 
 
 def small(folder: Path) -> list[str]:
-    return [
-        *QUICK,
-        "--data.name",
-        "folder",
-        "--data.root",
-        str(folder),
-        "--data.size",
-        "16",
-        "--training.batch_size",
-        "8",
-    ]
+    return f"{QUICK} --data.name folder --data.root {folder} --data.size 16 --training.batch_size 8".split()
 
 
 BAD = {
@@ -82,15 +52,9 @@ BAD = {
     "cut short": (["--training.epoch", "3"], r"unrecognized arguments: --training.epoch"),
     "no list": (["--gradmix.layers", "layer3"], r"gradmix.layers must be a list such as \[a, b\] or null, got layer3$"),
     "unknown backbone": (["--backbone.name", "resnet1812"], "timm knows no model 'resnet1812'; near names are resnet"),
-    "backbone's arguments": (
-        ["--backbone.kwargs", "{depth: 3}"],
-        "backbone.kwargs: resnet10_tiny does not take {'depth': 3}",
-    ),
     "backbone for another size": (["--backbone.name", "vit_tiny_patch16_224"], "does not run on images of 32x32"),
     "unknown layer": (["--gradmix.layers", "[layr3]"], "no layer 'layr3'; near names are .*layer3"),
-    "layer without extent": (["--gradmix.layers", "[global_pool]"], r"'global_pool' has no spatial extent"),
     "no such folder": (["--data.name", "folder", "--data.root", "nowhere"], "data.root 'nowhere' is not a folder"),
-    "nothing downloaded": (["--data.name", "cifar10"], "--data.download true fetches it, or set data.root"),
     "batch above the data": (
         ["--training.batch_size", "5000"],
         "batch_size 5000 exceeds the 1438 images of digits/train",
@@ -99,17 +63,13 @@ BAD = {
         ["--training.batch_size", "2", "--training.accumulate", "2", "--method.allow_fewer_negatives", "true"],
         "batch_size 2 leaves 1 processes x 2 micro-batches less than two images each",
     ),
-    "negative rate": (["--optimizer.lr=-0.1"], "optimizer.lr must be above 0, got -0.1"),
     "NaN": (["--method.temperature", ".nan"], "(method.temperature must be above 0|Got value: .nan|nan)"),
-    "lam_range": (["--gradmix.lam_range", "[0.9, 0.5]"], "gradmix.lam_range must be two rising numbers"),
     "unwritable": (["--run", "/proc/run"], "/proc/run cannot be written to"),
     "fewer negatives": (["--training.accumulate", "2"], "another loss than that of the whole batch"),
     "processes": (["--expect_processes", "4"], "4 expected, 1 running"),
     "epochs": (["--training.epochs", "9" * 20], r"training.epochs must be at least 1 and at most 1e\+06, got 9"),
     "threads": (["--training.threads", "100000"], "training.threads must be at least 1 and at most [0-9]+, got 100000"),
-    "workers": (["--training.workers", "100000"], "training.workers must be at least 0 and at most [0-9]+, got 100000"),
     "another method's": (["--method.name", "byol"], "method.name must be one of 'simclr', got byol"),
-    "unknown class": (["--data.classes", "[cat]"], "neither a class nor its number"),
 }
 
 
@@ -117,7 +77,7 @@ BAD = {
 def test_bad_input_is_one_line_status_2_and_nothing_written(
     arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert command_line.run(recipe("simclr").main, [*QUICK, *arguments]) == 2
+    assert command_line.run(recipe("simclr").main, [*QUICK.split(), *arguments]) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
     assert re.search(message, lines[0])
@@ -129,7 +89,7 @@ def test_a_folder_with_too_little_is_refused(content: str, tmp_path: Path, capsy
     (tmp_path / "images").mkdir()
     if content == "one image":
         Image.new("RGB", (20, 20)).save(tmp_path / "images" / "a.png")
-    assert command_line.run(recipe("byol").main, [*QUICK, "--data.name", "folder", "--data.root", "images"]) == 2
+    assert command_line.run(recipe("byol").main, f"{QUICK} --data.name folder --data.root images".split()) == 2
     assert re.search("error: (no image in the folder 'images'|.* has 1 image, at least 2)", capsys.readouterr().err)
     assert not (tmp_path / "runs").exists()
 
@@ -186,15 +146,8 @@ def test_a_runs_config_runs_it_again(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.distributed
 def test_two_processes_train_one_run(script, folder: Path, tmp_path: Path) -> None:
-    arguments = [
-        *small(folder),
-        "--expect_processes",
-        "2",
-        "--training.samples_every",
-        "1",
-        "--training.knn_every",
-        "1",
-    ]
+    options = "--expect_processes 2 --training.samples_every 1 --training.knn_every 1"
+    arguments = [*small(folder), *options.split()]
     done = script("recipes/simclr_gradmix.py", *arguments, processes=2)
     assert done.returncode == 0, done.stderr
     assert "2 processes on cpu:0, CPU threads: 1, precision no" in done.stderr
@@ -202,17 +155,13 @@ def test_two_processes_train_one_run(script, folder: Path, tmp_path: Path) -> No
     (entry,) = [json.loads(line) for line in (tmp_path / "runs/simclr/log.jsonl").read_text().splitlines()]
     assert entry["step"] == 3
     assert 0 <= entry["knn"] <= 1
-    again = script("recipes/simclr_gradmix.py", *arguments)
-    assert again.returncode == 2
-    assert "error: expect_processes: 2 expected, 1 running" in again.stderr
 
 
 @pytest.mark.parametrize(
     ("statement", "loaded"),
     [
         ("import ssl_gradmix", []),
-        ("from ssl_gradmix import *", ["torch"]),
-        ("import ssl_gradmix; ssl_gradmix.attribution.attribute, ssl_gradmix.mixing.paste", ["torch"]),
+        ("from ssl_gradmix import *; import ssl_gradmix as s; s.attribution.attribute, s.mixing.paste", ["torch"]),
     ],
 )
 def test_the_public_names_need_torch_alone(statement: str, loaded: list[str]) -> None:

@@ -16,12 +16,7 @@ from ssl_gradmix import run_folder
 from ssl_gradmix.data.datasets import ImageSet
 from ssl_gradmix.run_folder import RunFolder, flat
 
-SETTINGS = {
-    "run": "x",
-    "extra_view": "gradmix",
-    "optimizer": {"lr": 0.1},
-    "training": {"epochs": 3, "workers": 2},
-}
+SETTINGS = {"run": "x", "extra_view": "gradmix", "optimizer": {"lr": 0.1}, "training": {"epochs": 3, "workers": 2}}
 
 
 IMAGES = image_set()

@@ -98,11 +98,6 @@ def test_hue_is_torchvisions_on_every_tie_between_channels(shift: float) -> None
     )
 
 
-def test_jitter_of_zero_leaves_the_image_exactly() -> None:
-    images = photographs(3) / 255
-    assert torch.equal(augmentation.color_jitter(images.clone(), torch.zeros(3, 4), (3, 1, 0, 2)), images)
-
-
 @pytest.mark.parametrize(("size", "kernel"), [(32, 3), (96, 9), (224, 23)])
 def test_blur_is_torchvisions_with_a_kernel_of_a_tenth(size: int, kernel: int) -> None:
     images = photographs(3, size, size) / 255
@@ -211,12 +206,6 @@ def test_everything_off_is_exactly_the_normalized_image() -> None:
     images = photographs(70)
     (view,) = view_of(images, Augmentation(**OFF))
     assert torch.equal(view, eval_transform(32, MEAN, STD)(images))
-
-
-def test_flip_probability_of_one_flips_all() -> None:
-    images = photographs(5)
-    (view,) = view_of(images, Augmentation(**OFF | {"flip": 1.0}))
-    assert torch.equal(view, eval_transform(32, MEAN, STD)(images).flip(-1))
 
 
 def test_only_the_second_view_is_solarized() -> None:

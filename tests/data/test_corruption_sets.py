@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from ssl_gradmix.data import corruption_sets
 from ssl_gradmix.data.corruption_sets import (
     Generated,
     Published,
-    check_can_make,
     choose,
     make_c,
     read_cifar_c,
@@ -56,13 +54,6 @@ def test_corruptions_come_in_the_benchmarks_order() -> None:
     for names, message in ((["fog", "smog"], "unknown corruption 'smog'"), ([], "corruptions must name at least one")):
         with pytest.raises(ValueError, match=f"{message}; there are gaussian_noise, .*, saturate$"):
             choose(names)
-
-
-def test_a_corruption_whose_library_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "cv2", None)
-    check_can_make(COMMON)
-    with pytest.raises(ValueError, match="cannot make spatter: .* needs OpenCV: pip install"):
-        check_can_make(["fog", "spatter"])
 
 
 # Made here
@@ -143,12 +134,10 @@ def test_published_arrays(images: ImageSet, arrays: Path) -> None:
     np.save(arrays / "fog.npy", np.zeros((55, 16, 16, 3), np.uint8))
     assert published.fingerprint() != before
 
-
-def test_published_arrays_in_another_order(images: ImageSet, arrays: Path) -> None:
     (arrays / "meta.json").unlink()
-    published = Published(arrays, images.subset(np.random.default_rng(0).permutation(12)), labeled)
-    assert published.origin() == {"source": "published"}
-    assert published.read("fog", 1).labels.tolist() == images.labels[LABELED].tolist()
+    shuffled = Published(arrays, images.subset(np.random.default_rng(0).permutation(12)), labeled)
+    assert shuffled.origin() == {"source": "published"}
+    assert shuffled.read("fog", 1).labels.tolist() == images.labels[LABELED].tolist()
 
 
 def test_published_sets_that_do_not_fit(images: ImageSet, arrays: Path, tmp_path: Path) -> None:
@@ -248,10 +237,8 @@ def test_damaged_file_is_refused(published: Path) -> None:
     [
         ("fog", np.zeros((19, 32, 32, 3), np.uint8), r"one for each of the 5 \* N images"),
         ("fog", np.zeros((20, 3, 32, 32), np.uint8), r"fog\.npy must hold uint8 images \(5 \* N, H, W, 3\), got uint8"),
-        ("fog", np.zeros((20, 32, 32, 3), np.float32), "fog.npy must hold uint8 images .* got float32"),
         ("fog", np.zeros((21, 32, 32, 3), np.uint8), r"of fog\.npy \(21, 32, 32, 3\), got uint8 \(20,\)"),
         ("labels", np.zeros(4, np.uint8), r"labels\.npy must hold whole numbers, .* got uint8 \(4,\)"),
-        ("labels", np.zeros(20), r"labels\.npy must hold whole numbers, .* got float64 \(20,\)"),
     ],
 )
 def test_arrays_of_another_layout_are_refused(published: Path, file: str, array: np.ndarray, message: str) -> None:
@@ -273,10 +260,7 @@ def test_lists_imagenet_c_in_class_order(tmp_path: Path) -> None:
     assert labels.tolist() == [0, 1, 1]
     assert classes == ("n01", "n02")
 
-
-def test_imagenet_c_without_what_it_needs(tmp_path: Path) -> None:
-    message = r"no folder '.*fog.2'; ImageNet-C is <root>/<corruption>/<severity>/<class>/"
-    with pytest.raises(FileNotFoundError, match=message):
+    with pytest.raises(FileNotFoundError, match=r"no folder '.*fog.2'; ImageNet-C is <root>/<corruption>/<severity>/"):
         read_imagenet_c(tmp_path, "fog", 2)
     (tmp_path / "fog" / "2").mkdir(parents=True)
     with pytest.raises(ValueError, match="must have class folders, got none"):
@@ -355,7 +339,6 @@ def test_goes_on_where_it_was_interrupted(tmp_path: Path, six: np.ndarray, monke
     [
         ({"seed": 1}, "seed"),
         ({"preset": "imagenet64"}, "parameters, preset"),
-        ({"source": "mine"}, "source"),
         ({"labels": [*LABELS[:5], 2]}, "labels_sha256"),
         ({"images": np.zeros((6, 16, 16, 3), np.uint8)}, "images_sha256"),
     ],
@@ -386,10 +369,7 @@ def test_leaves_a_foreign_folder_alone(tmp_path: Path, six: np.ndarray) -> None:
     ("change", "message"),
     [
         ({"names": ["contrast", "rain"]}, "unknown corruption 'rain'"),
-        ({"preset": "mnist"}, "unknown preset 'mnist'"),
-        ({"images": np.zeros((6, 16, 16), np.uint8)}, "images must be RGB"),
         ({"labels": LABELS[1:]}, r"labels must be 6 whole numbers, one an image, got int64 \(5,\)"),
-        ({"labels": [0.5] * 6}, r"labels must be 6 whole numbers, one an image, got float64 \(6,\)"),
         ({"images": np.zeros((0, 16, 16, 3), np.uint8), "labels": np.zeros(0, int)}, "labels must be 0 whole numbers"),
     ],
 )

@@ -4,39 +4,19 @@ import math
 import sys
 from io import BytesIO
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
 from scipy import ndimage
+from skimage import color, filters
 from sklearn.datasets import load_sample_images
 
 from ssl_gradmix.data import corruptions
 from ssl_gradmix.data.corruptions import COMMON, EXTRA, GROUPS, PARAMETERS, PRESETS, corrupt, corrupt_batch
 
 ALL = COMMON + EXTRA
-RANDOM = tuple(
-    name
-    for name in ALL
-    if name
-    not in (
-        "defocus_blur",
-        "zoom_blur",
-        "brightness",
-        "contrast",
-        "pixelate",
-        "jpeg_compression",
-        "gaussian_blur",
-        "saturate",
-    )
-)
-NEEDS_OPENCV = "spatter"
-
-
-@pytest.fixture(autouse=True)
-def _opencv_for_spatter(request: pytest.FixtureRequest) -> None:
-    parameters = getattr(request.node, "callspec", None)
-    if parameters is not None and parameters.params.get("name") == NEEDS_OPENCV:
-        pytest.importorskip("cv2")
+FIXED = {"defocus_blur", "zoom_blur", "brightness", "contrast", "pixelate", "jpeg_compression", "gaussian_blur"}
 
 
 def photographs(size: int) -> np.ndarray:
@@ -72,69 +52,42 @@ def assert_equal_but_for_rounding(result: np.ndarray, expected: np.ndarray, shar
 # Names and arguments
 
 
-def test_names_in_benchmark_order() -> None:
-    assert COMMON == (
-        "gaussian_noise",
-        "shot_noise",
-        "impulse_noise",
-        "defocus_blur",
-        "glass_blur",
-        "motion_blur",
-        "zoom_blur",
-        "snow",
-        "frost",
-        "fog",
-        "brightness",
-        "contrast",
-        "elastic_transform",
-        "pixelate",
-        "jpeg_compression",
+def test_names_in_benchmark_order_and_five_severities_of_each() -> None:
+    assert " ".join(COMMON) == (
+        "gaussian_noise shot_noise impulse_noise defocus_blur glass_blur motion_blur zoom_blur snow frost fog "
+        "brightness contrast elastic_transform pixelate jpeg_compression"
     )
     assert EXTRA == ("speckle_noise", "gaussian_blur", "spatter", "saturate")
     assert [len(group) for group in GROUPS.values()] == [3, 4, 4, 4]
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-def test_every_preset_has_five_severities_of_everything(preset: str) -> None:
-    assert set(PARAMETERS[preset]) == set(ALL)
-    assert all(len(set(rows)) == 5 for rows in PARAMETERS[preset].values())
+    for preset in PRESETS:
+        assert set(PARAMETERS[preset]) == set(ALL)
+        assert all(len(set(rows)) == 5 for rows in PARAMETERS[preset].values())
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"name": "rain"}, "unknown corruption 'rain'; there are gaussian_noise, .*saturate"),
-        ({"severity": 0}, "severity must be a whole number from 1 to 5, got 0"),
-        ({"severity": 6}, "severity must be .* got 6"),
+        ({"severity": 6}, "severity must be a whole number from 1 to 5, got 6"),
         ({"severity": 2.0}, "severity must be .* got 2.0"),
         ({"seed": -1}, "seed must be 0 or larger, got -1"),
-        ({"index": -1}, "index must be 0 or larger, got -1"),
         ({"preset": "cifar10"}, "unknown preset 'cifar10'; there are cifar, imagenet64, imagenet"),
         ({"image": np.zeros((32, 32), np.uint8)}, r"RGB with shape \(H, W, 3\), got \(32, 32\); repeat gray"),
-        ({"image": np.zeros((32, 32, 4), np.uint8)}, r"got \(32, 32, 4\)"),
-        ({"image": np.zeros((2, 32, 32, 3), np.uint8)}, r"shape \(H, W, 3\), got \(2, 32, 32, 3\)"),
         ({"image": np.zeros((32, 32, 3))}, "uint8 from 0 to 255, got float64"),
         ({"image": Image.new("RGB", (32, 32))}, "NumPy array of uint8 from 0 to 255, got Image"),
         ({"image": np.zeros((32, 7, 3), np.uint8)}, r"at least 8 pixels a side, got shape \(32, 7, 3\)"),
+        ({"images": np.zeros((32, 32, 3), np.uint8)}, r"shape \(N, H, W, 3\), got \(32, 32, 3\)"),
+        ({"images": gray(0, count=3), "indices": [0, 1]}, r"indices must be 3 numbers, one an image, got shape \(2,\)"),
+        ({"images": gray(0, count=3), "indices": [0, -2, 1]}, "indices must be 0 or larger, got -2"),
+        ({"images": gray(0, count=3), "workers": 0}, "workers must be 1 or larger, got 0"),
     ],
 )
 def test_refuses(change: dict, message: str) -> None:
+    function, images = (
+        (corrupt_batch, {}) if "images" in change else (corrupt, {"image": np.zeros((32, 32, 3), np.uint8)})
+    )
     with pytest.raises(ValueError, match=message):
-        corrupt(**{"image": np.zeros((32, 32, 3), np.uint8), "name": "contrast", "severity": 1, **change})
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"images": np.zeros((32, 32, 3), np.uint8)}, r"shape \(N, H, W, 3\), got \(32, 32, 3\)"),
-        ({"indices": [0, 1]}, r"indices must be 3 numbers, one an image, got shape \(2,\)"),
-        ({"indices": [0, -2, 1]}, "indices must be 0 or larger, got -2"),
-        ({"workers": 0}, "workers must be 1 or larger, got 0"),
-    ],
-)
-def test_batch_refuses(change: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        corrupt_batch(**{"images": gray(0, count=3), "name": "contrast", "severity": 1, **change})
+        function(**images | {"name": "contrast", "severity": 1} | change)
 
 
 def test_default_preset_is_the_nearest_in_ratio() -> None:
@@ -159,7 +112,7 @@ def test_depends_on_seed_name_severity_and_index_alone(name: str, images: np.nda
     assert np.array_equal(images[0], before)
     assert first.dtype == np.uint8
     assert first.shape == images[0].shape
-    if name in RANDOM:
+    if name not in FIXED | {"saturate"}:
         assert not np.array_equal(first, corrupt(images[0], name, 3, seed=6, index=11))
         assert not np.array_equal(first, corrupt(images[0], name, 3, seed=5, index=12))
 
@@ -183,20 +136,13 @@ def test_batch_equals_single_in_any_order(name: str, images: np.ndarray) -> None
     together = corrupt_batch(images[order], name, 3, seed=2, indices=order)
     alone = [corrupt(images[i], name, 3, seed=2, index=int(i)) for i in order]
     assert np.array_equal(together, alone)
-
-
-def test_batch_numbers_images_from_0(images: np.ndarray) -> None:
-    together = corrupt_batch(images[:3], "shot_noise", 3)
-    assert np.array_equal(together, [corrupt(images[i], "shot_noise", 3, index=i) for i in range(3)])
+    assert np.array_equal(corrupt_batch(images[:2], name, 3)[1], corrupt(images[1], name, 3, index=1))
+    assert corrupt_batch(gray(0, count=0), name, 1).shape == (0, 32, 32, 3)
 
 
 def test_workers_change_nothing(images: np.ndarray) -> None:
     for name in ("glass_blur", "zoom_blur"):
         assert np.array_equal(corrupt_batch(images, name, 4), corrupt_batch(images, name, 4, workers=2))
-
-
-def test_empty_batch() -> None:
-    assert corrupt_batch(gray(0, count=0), "fog", 1).shape == (0, 32, 32, 3)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -253,20 +199,7 @@ def test_presets_grow_harsher_with_their_image_size(images: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("level", [0, 255])
-@pytest.mark.parametrize(
-    "name",
-    [
-        "defocus_blur",
-        "glass_blur",
-        "motion_blur",
-        "zoom_blur",
-        "contrast",
-        "elastic_transform",
-        "pixelate",
-        "jpeg_compression",
-        "gaussian_blur",
-    ],
-)
+@pytest.mark.parametrize("name", sorted({*FIXED, "glass_blur", "motion_blur", "elastic_transform"} - {"brightness"}))
 def test_black_and_white_stay(name: str, level: int) -> None:
     image = gray(level, count=1)[0]
     for severity in range(1, 6):
@@ -329,7 +262,6 @@ def test_contrast_by_hand(images: np.ndarray) -> None:
 
 @pytest.mark.parametrize(("severity", "added"), [(1, 0.05), (3, 0.15), (5, 0.3)])
 def test_brightness_is_scikit_images_hsv(severity: int, added: float, images: np.ndarray) -> None:
-    color = pytest.importorskip("skimage.color")
     hsv = color.rgb2hsv(images / 255)
     hsv[..., 2] = np.clip(hsv[..., 2] + added, 0, 1)
     expected = (np.clip(color.hsv2rgb(hsv), 0, 1) * 255).astype(np.uint8)
@@ -338,15 +270,11 @@ def test_brightness_is_scikit_images_hsv(severity: int, added: float, images: np
 
 @pytest.mark.parametrize(("severity", "factor", "added"), [(2, 0.1, 0), (3, 1.5, 0), (5, 2.5, 0.2)])
 def test_saturate_is_scikit_images_hsv(severity: int, factor: float, added: float, images: np.ndarray) -> None:
-    color = pytest.importorskip("skimage.color")
+    images = np.concatenate([images, gray(200, count=1)])  # gray gets red
     hsv = color.rgb2hsv(images / 255)
     hsv[..., 1] = np.clip(hsv[..., 1] * factor + added, 0, 1)
     expected = (np.clip(color.hsv2rgb(hsv), 0, 1) * 255).astype(np.uint8)
     assert np.array_equal(corrupt_batch(images, "saturate", severity), expected)
-
-
-def test_saturate_tints_gray_red() -> None:
-    assert corrupt(gray(200, count=1)[0], "saturate", 5)[0, 0].tolist() == [200, 160, 160]
 
 
 def test_jpeg_compression_is_pillows(images: np.ndarray) -> None:
@@ -374,7 +302,6 @@ def test_pixelate_is_pillows_box_filter(images: np.ndarray) -> None:
 
 
 def test_gaussian_blur_is_scikit_images(images: np.ndarray) -> None:
-    filters = pytest.importorskip("skimage.filters")
     expected = (filters.gaussian(images[0] / 255, sigma=0.7, channel_axis=-1) * 255).astype(np.uint8)
     assert np.array_equal(corrupt(images[0], "gaussian_blur", 3), expected)
 
@@ -382,7 +309,6 @@ def test_gaussian_blur_is_scikit_images(images: np.ndarray) -> None:
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("severity", [1, 2, 3, 4, 5])
 def test_defocus_blur_is_opencvs(severity: int, preset: str) -> None:
-    cv2 = pytest.importorskip("cv2")
     image = photographs(PRESETS["imagenet64"])[0]
     radius, alias_blur = PARAMETERS[preset]["defocus_blur"][severity - 1]
     reach, taps = (8, 3) if radius <= 8 else (radius, 5)
@@ -436,16 +362,6 @@ def test_motion_blur_by_hand(radius: int, sigma: float, images: np.ndarray) -> N
     angle = generator().uniform(-45, 45)
     expected = smeared_by_hand(image, radius, sigma, angle)
     assert_equal_but_for_rounding(corruptions._motion_blur(image, generator(), radius, sigma), expected, share=0.002)
-
-
-def test_motion_blur_is_one_sided() -> None:
-    """A bright pixel leaves a trail in one direction alone."""
-    image = np.zeros((21, 21, 3), np.uint8)
-    image[10, 10] = 255
-    blurred = corruptions._smear(image, 6, 2, angle=0)
-    assert blurred[10, :4].max() == 0
-    assert (np.diff(blurred[10, 4:11, 0].astype(int)) > 0).all()
-    assert blurred[10, 11:].max() == 0
 
 
 def zoomed_by_hand(x: np.ndarray, factor: float) -> np.ndarray:
@@ -590,7 +506,6 @@ def test_frost_enlarges_photographs_that_do_not_cover_the_image() -> None:
 
 @pytest.mark.parametrize("scale", [0.2, 0.3, 1.0, 1.7])
 def test_frost_is_resized_as_by_opencv(scale: float) -> None:
-    cv2 = pytest.importorskip("cv2")
     texture = load_sample_images().images[0][:315, :560]
     expected = cv2.resize(texture, (0, 0), fx=scale, fy=scale)
     difference = np.abs(corruptions._resize(texture, scale).astype(int) - expected)
@@ -646,18 +561,6 @@ def test_elastic_transform_by_hand(severity: int, images: np.ndarray) -> None:
     assert_equal_but_for_rounding(result, (np.clip(expected, 0, 1) * 255).astype(np.uint8), share=0.002)
 
 
-def test_elastic_transform_at_cifars_first_severity_is_affine() -> None:
-    """A plane of values stays a plane, away from the mirrored border."""
-    rows, columns = np.mgrid[:32, :32]
-    plane = np.repeat((40 + 3 * rows + 2 * columns)[..., np.newaxis], 3, axis=-1).astype(np.uint8)
-    result = corrupt(plane, "elastic_transform", 1)[8:24, 8:24, 0].astype(float)
-    y, x = np.mgrid[8:24, 8:24]
-    design = np.column_stack([y.ravel(), x.ravel(), np.ones(y.size)])
-    fitted = design @ np.linalg.lstsq(design, result.ravel(), rcond=None)[0]
-    assert np.abs(fitted - result.ravel()).max() < 1.1
-    assert not np.array_equal(result, plane[8:24, 8:24, 0])
-
-
 def test_spatter_with_mud_is_brown_and_needs_no_opencv(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cv2", None)
     image = gray(200, count=1)[0]
@@ -674,7 +577,6 @@ def test_spatter_with_water_without_opencv_says_what_to_install(monkeypatch: pyt
 
 
 def test_spatter_with_water_adds_pale_turquoise_and_no_drop_adds_nothing() -> None:
-    pytest.importorskip("cv2")
     image = gray(10, count=1)[0]
     added = corrupt(image, "spatter", 3).astype(float) - 10
     assert added.min() >= -1

@@ -67,20 +67,12 @@ def test_items_are_pil_images_and_labels(in_memory: ImageSet) -> None:
     assert len(in_memory) == 6
 
 
-def test_labeled_means_every_image(in_memory: ImageSet) -> None:
-    assert not in_memory.labeled
-    assert in_memory.subset(range(5)).labeled
-
-
-@pytest.mark.parametrize("indices", [[4, 1], np.array([4, 1]), torch.tensor([4, 1])])
-def test_subset_keeps_order_and_class_numbers(in_memory: ImageSet, indices: object) -> None:
-    taken = in_memory.subset(indices)
-    assert taken.labels.tolist() == [0, 2]
-    assert taken.classes == ("a", "b", "c")
-    assert np.array_equal(taken.images, in_memory.images[[4, 1]])
-
-
-def test_subset_of_paths_by_a_mask(tmp_path: Path) -> None:
+def test_subset_keeps_order_and_class_numbers(in_memory: ImageSet, tmp_path: Path) -> None:
+    for indices in ([4, 1], torch.tensor([4, 1])):
+        taken = in_memory.subset(indices)
+        assert taken.labels.tolist() == [0, 2]
+        assert taken.classes == ("a", "b", "c")
+        assert np.array_equal(taken.images, in_memory.images[[4, 1]])
     whole = in_folder(folder_of(tmp_path, train__a=2, train__b=2))
     assert names(whole.subset(whole.labels == 1), tmp_path) == ["train/b/0.png", "train/b/1.png"]
     assert len(whole.subset([])) == 0
@@ -115,12 +107,6 @@ def test_pixels_that_no_memory_holds_are_refused_with_the_way_out(in_memory: Ima
         in_memory.pixels(1_000_000)
 
 
-def test_pixels_of_many_files_come_in_order(tmp_path: Path) -> None:
-    whole = in_folder(folder_of(tmp_path, train__a=70, train__b=80))
-    expected = [int(path.stem) for path in whole.images]
-    assert whole.pixels(2)[:, 1, 0, 1].tolist() == expected
-
-
 # Named sets
 
 
@@ -129,6 +115,7 @@ def test_digits_are_scikit_learns_split_by_class() -> None:
     assert (train.name, test.name) == ("digits/train", "digits/test")
     assert train.classes == tuple("0123456789")
     assert train.images.shape[1:] == (32, 32, 3)
+    assert np.array_equal(load(Data(split_seed=5), "test").images, test.images)
     counts = np.bincount(load_digits().target)
     assert np.bincount(train.labels).tolist() == (counts - np.bincount(test.labels)).tolist()
     assert np.abs(np.bincount(test.labels) / counts - 0.2).max() < 0.01
@@ -145,20 +132,13 @@ def test_digits_are_scikit_learns_split_by_class() -> None:
     assert np.array_equal(load_digits().target[nearest], np.concatenate([train.labels, test.labels]))
 
 
-def test_digits_splits_never_change() -> None:
-    first, second = load(Data(split_seed=0), "test"), load(Data(split_seed=5), "test")
-    assert np.array_equal(first.images, second.images)
-
-
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "mnist", "svhn", "stl10"])
-def test_missing_named_set_says_what_would_help(tmp_path: Path, name: str) -> None:
-    with pytest.raises(FileNotFoundError, match=rf"{name} is not in data\.root.*--data\.download true.*data\.root"):
-        load(Data(name=name, root=str(tmp_path)), "train")
+def test_missing_named_set_and_failing_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=rf"{name} is not in data\.root 'data'.*--data\.download true"):
+        load(Data(name=name), "train")
     assert not list(tmp_path.iterdir())
 
-
-@pytest.mark.parametrize("name", ["cifar10", "cifar100", "mnist", "svhn", "stl10"])
-def test_failing_download_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     def refuse(*args: object, **kwargs: object) -> None:
         raise urllib.error.URLError("no route to host")
 
@@ -231,8 +211,6 @@ def test_svhn_files_have_zero_as_label_zero(
 
     assert loaded.labels.tolist() == [1, 0, 9, 2, 3, 4]
     assert np.array_equal(loaded.images, random_images)
-    assert np.array_equal(np.asarray(loaded[4][0]), random_images[4])
-    assert np.array_equal(loaded.pixels(32).permute(0, 2, 3, 1), random_images)
 
 
 def test_stl10_train_has_the_unlabeled_images_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,12 +289,6 @@ def test_images_without_class_folders_are_unlabeled(tmp_path: Path) -> None:
         in_folder(tmp_path, "test")
 
 
-def test_unlabeled_train_with_labeled_test(tmp_path: Path) -> None:
-    folder_of(tmp_path, train=3, test__a=2, test__b=2)
-    assert not in_folder(tmp_path).labeled
-    assert in_folder(tmp_path, "test").classes == ("a", "b")
-
-
 def test_split_folder_that_is_missing(tmp_path: Path) -> None:
     folder_of(tmp_path, train__a=2)
     assert len(in_folder(tmp_path)) == 2
@@ -330,8 +302,6 @@ def test_different_classes_in_train_and_test(tmp_path: Path) -> None:
     folder_of(tmp_path, train__cat=2, train__dog=2, test__cat=2, test__fox=2)
     with pytest.raises(ValueError, match=r"differ: only in train/ are \['dog'\], only in test/ are \['fox'\]"):
         in_folder(tmp_path)
-    with pytest.raises(ValueError, match=r"differ: only in test/ are \['fox'\], only in train/ are \['dog'\]"):
-        in_folder(tmp_path, "test")
 
 
 def test_a_class_called_train_is_not_taken_for_the_split(tmp_path: Path) -> None:
@@ -391,33 +361,18 @@ def test_a_folder_around_the_classes_is_not_taken_for_one(folders: list[str], ri
         assert in_folder(tmp_path / right).classes == tuple(sorted({Path(name).name for name in folders}))
 
 
-def link(source: Path, target: Path) -> None:
-    target.symlink_to(source)
-
-
-@pytest.mark.parametrize(
-    ("whole", "make", "split"),
-    [
-        ("train", link, "test"),
-        ("train/a", link, "test"),
-        ("train/a/0.png", link, "test"),
-        ("train/a/0.png", os.link, "test"),
-        ("train/a", link, "train"),
-        ("train/a/0.png", os.link, "train"),
-    ],
-)
-def test_a_file_in_two_classes_or_splits(
-    whole: str, make: Callable[[Path, Path], None], split: str, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("linked", ["test/a", "test/a/0.png", "train/b", "train/b/0.png"])
+@pytest.mark.parametrize("make", [os.symlink, os.link])
+def test_a_file_in_two_classes_or_splits(linked: str, make: Callable[[Path, Path], None], tmp_path: Path) -> None:
     folder_of(tmp_path, train__a=2, train__b=2, test__a=2, test__b=2)
-    made = tmp_path / (
-        whole.replace("train", "test") if split == "test" else whole.replace("a", "b").replace("trbin", "train")
-    )
-    if make is link and made.is_dir():
+    made, split = tmp_path / linked, linked.partition("/")[0]
+    whole = tmp_path / linked.replace("test", "train").replace("/b", "/a")
+    if made.is_dir():
         shutil.rmtree(made)
+        made.symlink_to(whole)
     else:
         made.unlink()
-    make(tmp_path / whole, made)
+        make(whole, made)
     with pytest.raises(ValueError, match=r"train/a/0\.png' (and .*)?are the same file, by a link"):
         in_folder(tmp_path, split)
 
@@ -446,24 +401,6 @@ def test_files_that_are_passed_over_are_counted_once(tmp_path: Path, caplog: pyt
 def test_folder_without_images_names_itself_and_the_endings(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=rf"no image in the folder '{tmp_path}'; looked for \.apng .*\.jpg"):
         in_folder(tmp_path)
-    folder_of(tmp_path, cat=2)
-    (tmp_path / "dog").mkdir()
-    (tmp_path / "dog/readme.md").write_text("")
-    with pytest.raises(ValueError, match=r"no image in the folder '.*dog'"):
-        in_folder(tmp_path)
-
-
-def test_images_beside_class_folders_are_told(tmp_path: Path) -> None:
-    folder_of(tmp_path, train__cat=2)
-    save(tmp_path / "train/loose.png")
-    with pytest.warns(UserWarning, match=r"1 images beside the class folders of '.*train' are left out"):
-        assert len(in_folder(tmp_path)) == 2
-
-
-def test_too_few_images(tmp_path: Path) -> None:
-    folder_of(tmp_path, train__cat=1)
-    with pytest.raises(ValueError, match=r"/train has 1 image, at least 2 are needed"):
-        in_folder(tmp_path)
 
 
 def test_home_folder_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -475,33 +412,23 @@ def test_home_folder_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 # Broken files
 
 
-@pytest.fixture
-def partly_broken(tmp_path: Path) -> Path:
-    folder_of(tmp_path, train__cat=100, train__dog=100)
-    for name in ("cat/7.png", "cat/99.png", "dog/1.png", "dog/50.png"):
+def test_broken_images_stop_or_are_skipped_and_counted_once(tmp_path: Path) -> None:
+    folder_of(tmp_path, train__cat=70, train__dog=80)
+    for name in ("cat/7.png", "cat/69.png", "dog/1.png", "dog/50.png"):
         (tmp_path / "train" / name).write_bytes(b"broken")
-    return tmp_path
-
-
-def test_broken_image_stops_with_its_path(partly_broken: Path) -> None:
-    whole = in_folder(partly_broken)
-    assert len(whole) == 200
-    with pytest.raises(ValueError, match=r"cannot read the image '.*cat/7\.png'"):
+    whole = in_folder(tmp_path)
+    assert len(whole) == 150
+    with pytest.raises(ValueError, match=r"cannot read the image '.*cat/69\.png'"):
         whole.pixels(4)
     with pytest.raises(ValueError, match=r"dog/50\.png"):
-        whole[[path.name for path in whole.images].index("50.png", 100)]
-
-
-def test_broken_images_are_skipped_and_counted_once(partly_broken: Path) -> None:
+        whole[[path.name for path in whole.images].index("50.png", 70)]
     message = (
-        r"/train: 4 of 200 images cannot be read, left out: \['.*cat/7\.png', '.*cat/99\.png', '.*dog/1\.png'\] \.\.\."
+        r"/train: 4 of 150 images cannot be read, left out: \['.*cat/69\.png', '.*cat/7\.png', '.*dog/1\.png'\] \.\.\."
     )
     with pytest.warns(UserWarning, match=message) as caught:
-        kept = in_folder(partly_broken, broken="skip")
+        kept = in_folder(tmp_path, broken="skip")
     assert len(caught) == 1
-    assert np.bincount(kept.labels).tolist() == [98, 98]
-    assert kept.pixels(4).shape == (196, 3, 4, 4)
-    assert (partly_broken / "train/cat/7.png").read_bytes() == b"broken"
+    assert kept.pixels(4)[:, 1, 0, 1].tolist() == [int(path.stem) for path in kept.images]
 
 
 def test_skipping_leaves_the_same_split_without_the_broken_ones(tmp_path: Path) -> None:
@@ -550,12 +477,6 @@ def test_settings_that_would_be_ignored_or_read_the_wrong_images(settings: dict,
     with pytest.raises(ValueError, match=message) as refusal:
         Data(**settings)
     assert len(str(refusal.value).splitlines()) == 1
-
-
-def test_torchvisions_sets_lie_in_data_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match="mnist is not in data.root 'data'"):
-        load(Data("mnist"), "train")
 
 
 def test_a_line_that_describes_the_images(tmp_path: Path, in_memory: ImageSet) -> None:

@@ -32,11 +32,6 @@ SCORES = [
 TEN = tuple("abcdefghij")
 
 
-@pytest.fixture
-def run(tmp_path) -> Path:
-    return make_run(tmp_path / "runs" / "mine")
-
-
 def call(run: Path, *arguments: str) -> int:
     return osr.main([str(run), "--epochs", "3", *arguments])
 
@@ -268,16 +263,6 @@ def test_two_runs_compare_on_the_same_samples(run, tmp_path, capsys):
 
     evaluate(run, "--trials", "[random:6:1, random:6:2]", "--compare", str(other))
     assert "this run minus the other, with 95% intervals" in capsys.readouterr().out
-    for arguments, message in (
-        (["--trials", "random:6:4"], "it was evaluated on random:6:0, random:6:1, not random:6:4"),
-        (["--trials", "random:6:0", "--k", "3"], "other was scored with"),
-    ):
-        assert call(run, "--out", str(tmp_path / "out"), *arguments, "--compare", str(other)) == 2
-        assert message in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-    (other / "eval" / "osr_samples.safetensors").write_bytes(b"\x80\x02 no tensors")
-    assert call(run, "--compare", str(other)) == 2
-    assert "osr_samples.safetensors is no file of open-set samples, or damaged" in capsys.readouterr().err
 
 
 def test_projectors_compare_with_projectors(run, tmp_path, capsys):
@@ -299,11 +284,8 @@ def test_projectors_compare_with_projectors(run, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--trials", "[]"], "trials must be at least one"),
         (["--trials", "[random:6:0, random:4:1]"], "trials must be of one split, .* got random:4 and random:6"),
         (["--trials", "cifar10"], "digits does not number its classes as cifar10 does"),
-        (["--trials", "cifar:1"], "must be like cifar10:2, cifar10, random:6:0, random:6 or random, got 'cifar:1'"),
-        (["--k", "2000"], "k must be from 1 to [0-9]+, the training images of all known classes, got 2000"),
         (["--unknown.name", "digits"], "unknown: digits/test has images of the known classes"),
         (["--unknown.name", "mnist", "--unknown.root", "{run}"], "unknown: mnist is not in data.root"),
         (["--unknown.name", "folder", "--unknown.root", "{empty}"], "unknown: no image in the folder '.*empty'"),
@@ -401,8 +383,6 @@ def test_unknown_images_are_the_test_images_or_all_where_there_are_none(tmp_path
         write_images(tmp_path / "split" / part, "ab", count)
     held_out = osr.load_unknown(Data("folder", str(tmp_path / "split")))
     assert (len(held_out), held_out.name) == (6, "folder:split/test")
-    with pytest.raises(ValueError, match="unknown: data.root '.*nowhere' is not a folder"):
-        osr.load_unknown(Data("folder", str(tmp_path / "nowhere")))
 
 
 def test_what_an_encoder_saw_of_other_sets(tmp_path):
@@ -554,7 +534,6 @@ def test_samples_survive_the_disk_exactly(samples, tmp_path):
     ("images", "arrays", "message"),
     [
         ({"a": "abc", "b": "x"}, {"a": ARRAYS}, "it has arrays of a, but names a, b"),
-        ({"a": "abc"}, {"a": {"vim": ARRAYS["vim"]}}, "a lacks is_known or correct, or"),
         ({"a": "abc"}, {"a": ARRAYS | {"vim": np.zeros(2)}}, "a .* its arrays differ in length"),
         (["a"], {"a": ARRAYS}, "'list' object|dictionary update sequence"),
     ],

@@ -93,12 +93,6 @@ def test_average_precision(scores, is_known, correct):
     assert average_precision(scores, is_known, positive="unknown") == pytest.approx(expected, **EXACT)
 
 
-def test_average_precision_of_constant_scores_is_the_prevalence():
-    is_known = np.arange(1000) < 600
-    assert average_precision(np.zeros(1000), is_known) == pytest.approx(0.6, **EXACT)
-    assert average_precision(np.zeros(1000), is_known, positive="unknown") == pytest.approx(0.4, **EXACT)
-
-
 @every_case
 @pytest.mark.parametrize("tpr", [0.05, 0.5, 0.95, 1.0])
 def test_fpr_at_tpr(scores, is_known, correct, tpr):
@@ -130,6 +124,7 @@ def test_oscr(scores, is_known, correct):
     outlier_scores, labels = outliers(scores, is_known)
     predictions = torch.from_numpy(np.where(correct, 0, 1))
     assert value == pytest.approx(pytorch_ood.oscr_score(outlier_scores, predictions, labels), **EXACT)
+    assert oscr(scores, is_known, correct | ~is_known) == value, "correct of unknown samples is not read"
     strict = oscr(scores, is_known, correct, ties="strict")
     assert strict == pytest.approx(pair_share(scores, is_known, correct, 0), **EXACT)
     accuracy = correct[is_known].mean()
@@ -142,11 +137,6 @@ def test_oscr_is_openauc():
     demoted = np.where(is_known & ~correct, scores[~is_known].min() - 1, scores)
     expected = sklearn.metrics.roc_auc_score(is_known, demoted)
     assert oscr(scores, is_known, correct) == pytest.approx(expected, **EXACT)
-
-
-def test_oscr_does_not_read_correct_of_unknown_samples():
-    scores, is_known, correct = gaussian()
-    assert oscr(scores, is_known, correct) == oscr(scores, is_known, correct & is_known)
 
 
 @every_case
@@ -174,10 +164,7 @@ def test_threshold_at_tpr_is_the_largest_that_accepts_enough(scores, is_known, c
     assert np.mean(known >= threshold) >= tpr
     assert np.mean(known > threshold) < tpr
     assert np.mean(scores[~is_known] >= threshold) == fpr_at_tpr(scores, is_known, tpr)
-
-
-def test_threshold_at_tpr_needs_no_unknown_samples():
-    assert threshold_at_tpr(np.arange(20.0), np.ones(20, dtype=bool), 0.95) == 1
+    assert threshold_at_tpr(known, np.ones(len(known), dtype=bool), tpr) == threshold
 
 
 def test_threshold_of_float32_scores_accepts_the_very_sample_it_came_from():
@@ -237,7 +224,9 @@ def test_weights_count_samples_so_many_times(rows, data):
 
 def test_weights_of_few_bits_do_not_overflow():
     scores, is_known, correct = gaussian()
+    before = scores.copy(), is_known.copy(), correct.copy()
     expected = all_metrics(scores, is_known, correct)
+    assert all(map(np.array_equal, (scores, is_known, correct), before))  # arguments are left as they are
     for dtype in (np.uint8, np.int16, np.float16):
         assert all_metrics(scores, is_known, correct, weights=np.full(100, 200, dtype)) == pytest.approx(expected)
 
@@ -254,14 +243,6 @@ def test_tensors_of_any_dtype(dtype):
     assert all_metrics(scores, torch.from_numpy(is_known), torch.from_numpy(correct)) == expected
 
 
-def test_arguments_are_left_as_they_are():
-    scores, is_known, correct = gaussian()
-    before = scores.copy(), is_known.copy(), correct.copy()
-    all_metrics(scores, is_known, correct)
-    for now, then in zip((scores, is_known, correct), before, strict=True):
-        np.testing.assert_array_equal(now, then)
-
-
 SCORES, KNOWN = np.array([0.3, np.nan, 0.1, np.nan]), np.array([True, True, False, False])
 
 
@@ -271,13 +252,10 @@ SCORES, KNOWN = np.array([0.3, np.nan, 0.1, np.nan]), np.array([True, True, Fals
     [
         (SCORES, KNOWN, "2 NaN of 4"),
         (np.zeros(4), np.ones(4, dtype=bool), "4 known and 0 unknown"),
-        (np.zeros(4), np.zeros(4, dtype=bool), "0 known and 4 unknown"),
-        (np.zeros(0), np.zeros(0, dtype=bool), "0 known and 0 unknown"),
         (np.zeros(5), KNOWN, r"is_known must have shape \(5,\), got \(4,\)"),
         (np.zeros((4, 1)), KNOWN, r"scores must have shape \(N,\), got \(4, 1\)"),
         (np.zeros(4), KNOWN.astype(int), "is_known must be boolean, got int64"),
         (KNOWN, KNOWN, "scores must be real numbers, got bool"),
-        (np.zeros(4, dtype=complex), KNOWN, "scores must be real numbers, got complex128"),
     ],
 )
 def test_bad_samples_are_named_and_counted(metric, scores, is_known, message):
@@ -287,28 +265,25 @@ def test_bad_samples_are_named_and_counted(metric, scores, is_known, message):
 
 def test_bad_options():
     scores, is_known, correct = gaussian()
-    with pytest.raises(ValueError, match="positive must be 'known' or 'unknown', got 'ood'"):
-        average_precision(scores, is_known, positive="ood")
-    with pytest.raises(ValueError, match="ties must be 'half' or 'strict', got 0"):
-        oscr(scores, is_known, correct, ties=0)
-    for tpr in (0, 95, float("nan")):
-        with pytest.raises(ValueError, match="tpr must be above 0 and at most 1"):
-            fpr_at_tpr(scores, is_known, tpr)
-        with pytest.raises(ValueError, match="tpr must be above 0 and at most 1"):
-            threshold_at_tpr(scores, is_known, tpr)
-    with pytest.raises(ValueError, match=r"correct must have shape \(100,\), got \(60,\)"):
-        oscr(scores, is_known, correct[is_known])
-    with pytest.raises(ValueError, match="correct must be boolean, got int64"):
-        oscr_curve(scores, is_known, correct.astype(int))
-    with pytest.raises(ValueError, match="0 known of 100"):
-        threshold_at_tpr(scores, np.zeros(100, dtype=bool))
-    with pytest.raises(ValueError, match=r"weights must have shape \(100,\) or \(B, 100\), got \(100, 2\)"):
-        auroc(scores, is_known, weights=np.ones((100, 2)))
-    for weights, kind in (([1] * 100, "list"), (is_known, "bool"), (np.full(100, "x"), "<U1")):
-        with pytest.raises(ValueError, match=f"weights must be a NumPy array of whole or real numbers, got {kind}"):
+    for call, message in (
+        (lambda: average_precision(scores, is_known, positive="ood"), "positive must be 'known' or 'unknown', got"),
+        (lambda: oscr(scores, is_known, correct, ties=0), "ties must be 'half' or 'strict', got 0"),
+        (lambda: fpr_at_tpr(scores, is_known, 95), "tpr must be above 0 and at most 1"),
+        (lambda: threshold_at_tpr(scores, is_known, float("nan")), "tpr must be above 0 and at most 1"),
+        (lambda: oscr(scores, is_known, correct[is_known]), r"correct must have shape \(100,\), got \(60,\)"),
+        (lambda: oscr_curve(scores, is_known, correct.astype(int)), "correct must be boolean, got int64"),
+        (lambda: threshold_at_tpr(scores, np.zeros(100, dtype=bool)), "0 known of 100"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    for weights, message in (
+        (np.ones((100, 2)), r"must have shape \(100,\) or \(B, 100\), got \(100, 2\)"),
+        ([1] * 100, "must be a NumPy array of whole or real numbers, got list"),
+        (is_known, "must be a NumPy array of whole or real numbers, got bool"),
+        (np.stack([np.ones(100), is_known]), "must leave known and unknown samples in every row"),
+    ):
+        with pytest.raises(ValueError, match=f"weights {message}"):
             auroc(scores, is_known, weights=weights)
-    with pytest.raises(ValueError, match="weights must leave known and unknown samples in every row"):
-        auroc(scores, is_known, weights=np.stack([np.ones(100), is_known]))
 
 
 ERRORS = {"fog": [0.2, 0.4], "snow": [0.1, 0.7]}
@@ -320,11 +295,8 @@ def test_corruption_errors_by_hand():
     assert mean_corruption_error(ERRORS, BASELINE) == pytest.approx((0.6 / 1.2 + 0.8 / 1.6) / 2, **EXACT)
     relative = relative_mce(ERRORS, 0.05, BASELINE, 0.3)
     assert relative == pytest.approx(((0.6 - 0.1) / (1.2 - 0.6) + (0.8 - 0.1) / (1.6 - 0.6)) / 2, **EXACT)
-    assert mean_corruption_error({"fog": 0.3, "snow": 0.4}, BASELINE) == mean_corruption_error(ERRORS, BASELINE)
-
-
-def test_a_model_better_under_corruption_than_on_clean_images_has_negative_relative_mce():
     assert relative_mce({"fog": [0.2]}, 0.3, {"fog": [0.6]}, 0.4) == pytest.approx(-0.5, **EXACT)
+    assert mean_corruption_error({"fog": 0.3, "snow": 0.4}, BASELINE) == mean_corruption_error(ERRORS, BASELINE)
 
 
 def test_alexnet():
@@ -340,11 +312,9 @@ def test_alexnet():
     ("errors", "message"),
     [
         ({}, "errors must hold at least one corruption"),
-        (np.array([0.2, 0.4]), "errors must be a mapping of corruptions to errors, got ndarray"),
         (None, "errors must be a mapping of corruptions to errors, got NoneType"),
         ({"fog": [20.0, 40.0]}, "divide percent by 100.*fog has shape .* and 2 values outside"),
         ({"fog": [0.2, np.nan]}, "fog has shape .* and 1 values outside"),
-        ({"fog": []}, r"fog has shape \(0,\)"),
         ({"fog": [[0.1, 0.2]]}, r"fog has shape \(1, 2\)"),
         ({"fog": [0.1, 0.2], "snow": [0.1]}, "as many severities for every corruption.*'fog': 2, 'snow': 1"),
     ],
@@ -359,8 +329,6 @@ def test_bad_errors(errors, message):
 def test_bad_baselines():
     with pytest.raises(KeyError, match=r"baseline lacks \['pixelate'\]"):
         mean_corruption_error({"fog": [0.1], "pixelate": [0.1]}, BASELINE)
-    with pytest.raises(ValueError, match="baseline must be a mapping of corruptions to errors, got list"):
-        mean_corruption_error({"fog": [0.1]}, [0.1])
     with pytest.raises(ValueError, match="baseline errors must be above 0 to divide by, got 0 for fog"):
         mean_corruption_error({"fog": [0.1]}, {"fog": [0.0]})
     with pytest.raises(ValueError, match=r"above baseline_clean must be above 0 to divide by, got -0.1 for fog"):

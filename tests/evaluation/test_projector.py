@@ -66,13 +66,6 @@ def test_what_is_no_run_has_none(run, spec):
         load_encoder(spec.format(run=run), feature="projector")
 
 
-def test_a_run_without(run):
-    (run / "projector.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"mine has no projector: .*/projector.safetensors is missing"):
-        load_encoder(run, feature="projector")
-    assert load_encoder(run).feature == "backbone"
-
-
 def of_other_widths() -> dict[str, torch.Tensor]:
     return SimCLR(nn.Identity(), 64, hidden_dim=40, output_dim=24).projector.state_dict()
 

@@ -78,11 +78,6 @@ def test_other_files_are_refused(tmp_path, text):
         rows.read(tmp_path / "r.json")
 
 
-def test_missing_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"r.json"):
-        rows.read(tmp_path / "r.json")
-
-
 # Later evaluations
 
 

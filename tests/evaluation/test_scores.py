@@ -13,7 +13,6 @@ from ssl_gradmix.evaluation.metrics import auroc
 from ssl_gradmix.evaluation.scores import (
     all_scores,
     energy,
-    feature_norm,
     knn_distance,
     mahalanobis,
     max_logit,
@@ -152,11 +151,7 @@ def test_rmd(cloud, float64_oracle):
     oracle = detector.RMD(None).fit_features(torch.from_numpy(train).double(), torch.from_numpy(labels))
     expected = -len(train) * outlier_scores(oracle, test)
     np.testing.assert_allclose(rmd(train, labels, test), expected, rtol=1e-5, atol=1e-5)
-
-
-def test_rmd_with_one_class_is_zero(cloud):
-    train, labels, test = cloud["data"]
-    np.testing.assert_allclose(rmd(train, np.zeros_like(labels), test), 0, atol=1e-6)
+    np.testing.assert_allclose(rmd(train, np.zeros_like(labels), test), 0, atol=1e-6)  # one class
 
 
 def test_vim_with_the_papers_origin(cloud, float64_oracle):
@@ -212,11 +207,6 @@ def test_logit_scores_neither_saturate_nor_overflow():
     np.testing.assert_allclose(energy(logits), [20.0, 25.0, 1000.0], atol=1e-6)
 
 
-def test_feature_norm(cloud):
-    test = cloud["data"][2]
-    np.testing.assert_allclose(feature_norm(test), np.linalg.norm(test, axis=1), rtol=1e-6)
-
-
 def test_opposite_classes_divided_are_finite():
     train, labels = np.array([[1.0, 0.0], [-1.0, 0.0]]), np.array([0, 1])
     assert top_k_cosine(train, labels, np.array([[1.0, 0.0], [0.0, 1.0]]), k=1, divided=True).tolist() == [0, 0]
@@ -232,7 +222,7 @@ def test_all_scores_are_the_single_ones(cloud):
         "ncm_euclidean": ncm(*data, metric="euclidean"),
         "mahalanobis": mahalanobis(*data),
         "rmd": rmd(*data),
-        "feature_norm": feature_norm(data[2]),
+        "feature_norm": np.linalg.norm(data[2], axis=1),
         "vim": vim(*data, *logits),
         "msp": msp(logits[1]),
         "max_logit": max_logit(logits[1]),
@@ -279,15 +269,9 @@ def test_tensors_of_any_dtype(cloud, dtype):
     tensors = [torch.as_tensor(array) for array in (*cloud["data"], *cloud["logits"])]
     tensors = [tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in tensors]
     expected = all_scores(*[t.double().numpy() if t.is_floating_point() else t.numpy() for t in tensors])
+    tensors[2] = tensors[2].double()  # test features may differ in type from training features
     for name, score in all_scores(*tensors).items():
         np.testing.assert_allclose(score, expected[name], rtol=1e-4, atol=1e-4, err_msg=name)
-
-
-def test_training_and_test_features_may_differ_in_type(cloud):
-    (train, labels, test), logits = cloud["data"], cloud["logits"]
-    expected = all_scores(train, labels, test, *logits)
-    for name, score in all_scores(torch.from_numpy(train), labels, test.astype(np.float64), *logits).items():
-        np.testing.assert_allclose(score, expected[name], rtol=1e-9, err_msg=name)
 
 
 def test_features_that_do_not_vary_do_not_count(cloud):
@@ -356,11 +340,8 @@ def test_bad_features(cloud, score):
         ((broken(train, np.nan), labels, test), "train must be finite, got 2 of 250 rows"),
         ((train, labels, broken(test, np.inf)), "test must be finite, got 2 of 80 rows"),
         ((train[:0], labels[:0], test), r"train must have shape .* got \(0, 12\)"),
-        ((train, labels, test[:0]), r"test must have shape .* got \(0, 12\)"),
-        ((train[0], labels, test), r"train must have shape .* got \(12,\)"),
         ((train, labels, test[:, :5]), r"train and test must share D, got \(250, 12\) and \(80, 5\)"),
         ((train, labels[:9], test), r"labels must be integers of shape \(250,\), got torch.int64 of shape \(9,\)"),
-        ((train, labels.astype(float), test), r"labels must be integers of shape \(250,\), got torch.float64"),
         ((train, labels - 1, test), "labels must be known classes, 0 or above, got 70 negative"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -369,22 +350,16 @@ def test_bad_features(cloud, score):
 
 def test_bad_options(cloud):
     data, (train_logits, test_logits) = cloud["data"], cloud["logits"]
-    with pytest.raises(ValueError, match="k must be at least 1, got 0"):
-        knn_distance(*data, k=0)
-    with pytest.raises(ValueError, match="top_k must be at least 1, got 0"):
-        top_k_cosine(*data, k=0)
-    with pytest.raises(ValueError, match="metric must be 'cosine' or 'euclidean', got 'cos'"):
-        ncm(*data, metric="cos")
-    with pytest.raises(ValueError, match="temperature must be above 0, got 0"):
-        energy(test_logits, temperature=0)
-    with pytest.raises(ValueError, match="dim must be at least 0 and below the 12 features, got 12"):
-        vim(*data, train_logits, test_logits, dim=12)
-    for origin in (np.full(12, np.nan), np.zeros(5), np.zeros((1, 12))):
-        with pytest.raises(ValueError, match=r"origin must be 12 finite values, got \["):
-            vim(*data, train_logits, test_logits, origin=origin)
-    with pytest.raises(ValueError, match="got 80 for 250 and 80 for 80"):
-        vim(*data, test_logits, test_logits)
-    with pytest.raises(ValueError, match="test_logits must be finite, got 2 of 80 rows"):
-        vim(*data, train_logits, broken(test_logits, np.nan))
-    with pytest.raises(ValueError, match="logits must be finite, got 2 of 80 rows"):
-        msp(broken(test_logits, np.nan))
+    for call, message in (
+        (lambda: knn_distance(*data, k=0), "k must be at least 1, got 0"),
+        (lambda: top_k_cosine(*data, k=0), "top_k must be at least 1, got 0"),
+        (lambda: ncm(*data, metric="cos"), "metric must be 'cosine' or 'euclidean', got 'cos'"),
+        (lambda: energy(test_logits, temperature=0), "temperature must be above 0, got 0"),
+        (lambda: vim(*data, train_logits, test_logits, dim=12), "dim must be at least 0 and below the 12 features"),
+        (lambda: vim(*data, train_logits, test_logits, origin=np.zeros(5)), r"origin must be 12 finite values, got \["),
+        (lambda: vim(*data, test_logits, test_logits), "got 80 for 250 and 80 for 80"),
+        (lambda: vim(*data, train_logits, broken(test_logits, np.nan)), "test_logits must be finite, got 2 of 80 rows"),
+        (lambda: msp(broken(test_logits, np.nan)), "logits must be finite, got 2 of 80 rows"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()

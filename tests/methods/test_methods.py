@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from lightly.loss import NTXentLoss
+from support import Stage
 from torch import Tensor, nn
 
 from ssl_gradmix import GradMix
@@ -15,19 +16,9 @@ from ssl_gradmix.methods.byol import BYOL
 from ssl_gradmix.methods.losses import embedding_std
 from ssl_gradmix.methods.simclr import SimCLR
 
-
-class Backbone(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.stage = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8), nn.ReLU())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.stage(x).mean((2, 3))
-
-
 METHODS = {
-    "simclr": lambda **kwargs: SimCLR(Backbone(), 8, hidden_dim=16, output_dim=6, **kwargs),
-    "byol": lambda **kwargs: BYOL(Backbone(), 8, hidden_dim=16, output_dim=6, **kwargs),
+    "simclr": lambda **kwargs: SimCLR(Stage(), 8, hidden_dim=16, output_dim=6, **kwargs),
+    "byol": lambda **kwargs: BYOL(Stage(), 8, hidden_dim=16, output_dim=6, **kwargs),
 }
 
 

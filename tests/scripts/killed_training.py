@@ -12,24 +12,21 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import load_file
+from training_support import TRAINING, trainer
 
-from ssl_gradmix import GradMix, backbones
-from ssl_gradmix.data.datasets import ImageSet
 from ssl_gradmix.methods.byol import BYOL
 from ssl_gradmix.methods.simclr import SimCLR
 from ssl_gradmix.run_folder import RunFolder
-from ssl_gradmix.settings import Augmentation, Optimizer, Training
+from ssl_gradmix.settings import Optimizer
 from ssl_gradmix.training.loop import Trainer
-from ssl_gradmix.training.processes import create_accelerator
 
 torch.set_num_threads(1)
 STEPS, EPOCHS = 4, 3
-PIXELS = np.random.default_rng(0).integers(0, 256, (STEPS * 8 + 3, 16, 16, 3), np.uint8)
 Kind = tuple[str, str, int, str]
 
 
@@ -43,18 +40,8 @@ def kinds(draw: random.Random) -> Iterator[Kind]:
 
 def create(folder: Path, kind: Kind) -> Trainer:
     name, decode, workers, optimizer = kind
-    shared = {"threads": 1, "knn_every": 0, "samples_every": 0}
-    training = Training(epochs=EPOCHS, batch_size=8, decode=decode, workers=workers, **shared)
-    accelerator = create_accelerator(training)
-    torch.manual_seed(0)
-    gradmix = GradMix(layers=["layer2"])
-    method = {"SimCLR": SimCLR, "BYOL": BYOL}[name](
-        backbones.create("resnet10_tiny"), 128, hidden_dim=32, output_dim=16, gradmix=gradmix
-    )
-    images = ImageSet(PIXELS, np.zeros(len(PIXELS), np.int64), ("noise",), "noise")
-    run = RunFolder(folder)
-    run.start({"training": {}}, images)
-    return Trainer(method, images, run, accelerator, 16, Augmentation(), Optimizer(optimizer), training)
+    training = replace(TRAINING, epochs=EPOCHS, decode=decode, workers=workers)
+    return trainer(folder, {"SimCLR": SimCLR, "BYOL": BYOL}[name], training, optimizer=Optimizer(optimizer))
 
 
 def file_operations(folder: Path, act: Callable[[int], None]) -> None:
@@ -90,12 +77,12 @@ def fork(folder: Path, kind: Kind, kill_at: dict[str, int]) -> int:
     try:
         operations = 0
         file_operations(folder, at_operation)
-        trainer = create(folder, kind)
-        step = trainer._step
+        training = create(folder, kind)
+        step = training._step
 
         def counted(batch: object) -> object:
             nonlocal asked
-            number = trainer.epoch * STEPS + trainer.batch
+            number = training.epoch * STEPS + training.batch
             if number == kill_at.get("step"):
                 os.kill(os.getpid(), signal.SIGKILL)
             if number == kill_at.get("stop") and not asked:
@@ -103,8 +90,8 @@ def fork(folder: Path, kind: Kind, kill_at: dict[str, int]) -> int:
                 os.kill(os.getpid(), signal.SIGTERM)
             return step(batch)
 
-        trainer._step = counted
-        trainer.run()
+        training._step = counted
+        training.run()
         folder.with_suffix(".operations").write_text(str(operations))
     except SystemExit as stopped:
         os._exit(stopped.code)

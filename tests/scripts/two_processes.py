@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from accelerate import Accelerator
+from support import Stage
 from torch import Tensor, nn
 
 from ssl_gradmix import GradMix, mixing
@@ -13,15 +14,6 @@ from ssl_gradmix.methods.simclr import SimCLR
 COUNT = 8
 # The donor of an image must not depend on who its neighbors in the process are, to compare with one process.
 mixing.derangement = lambda count, device, generator=None: torch.arange(count, device=device)
-
-
-class Backbone(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.stage = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8), nn.ReLU())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.stage(x).mean((2, 3))
 
 
 class WatchedGradMix(GradMix):
@@ -36,7 +28,7 @@ class WatchedGradMix(GradMix):
 def create(kind: type) -> nn.Module:
     torch.manual_seed(0)
     gradmix = WatchedGradMix(layers=["stage"], fill="crop", lam_range=(0.7, 0.7))
-    method = kind(Backbone(), 8, hidden_dim=16, output_dim=6, gradmix=gradmix)
+    method = kind(Stage(), 8, hidden_dim=16, output_dim=6, gradmix=gradmix)
     gradmix.watched = method
     return method
 

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from scipy.stats import ks_2samp
 from torchvision.transforms import RandomResizedCrop
+from training_support import image_set
 
 from ssl_gradmix.data import images as image_files
 from ssl_gradmix.data.augmentation import Views
@@ -17,11 +18,6 @@ from ssl_gradmix.data.datasets import ImageSet
 from ssl_gradmix.settings import Augmentation
 from ssl_gradmix.training import batches
 from ssl_gradmix.training.batches import BatchIndices
-
-
-def image_set(count: int = 20) -> ImageSet:
-    pixels = np.random.default_rng(0).integers(0, 256, (count, 16, 16, 3), np.uint8)
-    return ImageSet(pixels, np.zeros(count, np.int64), ("one",), "noise")
 
 
 def create(
@@ -57,7 +53,7 @@ def test_micro_batches_cut_the_same_batches() -> None:
 @pytest.mark.parametrize(("decode", "workers"), [("once", 0), ("workers", 0), ("workers", 2)])
 def test_an_epoch_entered_in_its_middle_gives_the_same_views(decode: str, workers: int) -> None:
     def views(epoch: int, first: int) -> list[list[torch.Tensor]]:
-        source = create(image_set(), decode, workers)
+        source = create(image_set(20), decode, workers)
         made = []
         for step, batch in enumerate(source.epoch(epoch, first), first):
             torch.rand(step + 7)  # whatever else draws from the generator
@@ -74,7 +70,7 @@ def test_an_epoch_entered_in_its_middle_gives_the_same_views(decode: str, worker
 
 
 def test_workers_that_outlive_an_epoch_know_the_next_one() -> None:
-    images = image_set()
+    images = image_set(20)
     source = create(images, "workers", workers=1)
     for epoch in (0, 1):
         for chosen, (flat, shapes) in zip(source.indices.epoch(epoch), source.epoch(epoch, 0), strict=True):
@@ -92,9 +88,9 @@ def test_steps_are_seeded_by_their_place() -> None:
 
 
 def test_auto_keeps_small_sets_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert create(image_set()).resident is not None
+    assert create(image_set(20)).resident is not None
     monkeypatch.setattr(batches, "RESIDENT_BYTES", 20 * 3 * 16 * 16 - 1)
-    assert create(image_set()).resident is None
+    assert create(image_set(20)).resident is None
 
 
 def on_disk(folder: Path, sizes: list[tuple[int, int]]) -> ImageSet:
@@ -166,7 +162,7 @@ def test_files_stay_on_the_device_by_what_they_take_at_their_own_size(
 def test_images_that_no_memory_holds_are_refused_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batches, "MEMORY", 20 * 3 * 16 * 16 - 1)
     with pytest.raises(ValueError, match=r"^training.decode once: the images of noise take more than .* workers"):
-        create(image_set(), "once")
+        create(image_set(20), "once")
 
 
 @pytest.mark.parametrize(("decode", "workers"), [("once", 0), ("workers", 0), ("workers", 1)])

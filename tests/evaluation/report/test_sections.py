@@ -102,11 +102,7 @@ def test_paired_differences_keep_their_sign(runs):
     page, _ = report(runs[0])
     assert page.tables["a minus b, image by image"] == [
         ["Score", "AUROC", "OSCR"],
-        [
-            "Energy digits test, trial 0",
-            "−1.2 −3.2 to +0.8, p = 0.250",
-            "+3.1 +2.1 to +4.1, p ≤ 0.002",
-        ],
+        ["Energy digits test, trial 0", "−1.2 −3.2 to +0.8, p = 0.250", "+3.1 +2.1 to +4.1, p ≤ 0.002"],
         ["Energy digits test, mean over trials", "+1.0 ± 2.0", "–"],
     ]
 
