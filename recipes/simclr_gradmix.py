@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     gradmix = settings.gradmix if settings.extra_view == "gradmix" else None
     method = methods.create(settings.method, backbone, gradmix)
-    check_images(method, settings.data.size, accelerator.device)
+    layers = check_images(method, settings.data.size, accelerator.device)
     trainer = Trainer(
         method,
         images,
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         n_views=3 if settings.extra_view == "augmented" else 2,
     )
     if accelerator.is_main_process:
-        folder.start(plain, images, settings.overwrite)
+        folder.start(plain, images, settings.overwrite, device=str(accelerator.device), layers=layers)
     accelerator.wait_for_everyone()
     trainer.run()
 

@@ -101,8 +101,10 @@ class RunFolder:
                 "use them, choose another folder with --run, or start anew with --overwrite"
             )
 
-    def start(self, settings: dict[str, Any], images: ImageSet, overwrite: bool = False) -> None:
+    def start(self, settings: dict[str, Any], images: ImageSet, overwrite: bool = False, **more: object) -> None:
         """Takes the folder for a training, until `release`: writes its settings, and clears away an old run if asked.
+
+        Its config.yaml says `more` of the environment too, such as the device.
 
         The same command starts and resumes, with overwriting or without: a run that was itself started with it, and is
         not finished, is resumed.
@@ -122,7 +124,7 @@ class RunFolder:
             ) from error
         try:
             self.check(settings, overwrite)  # again: another training may have come and gone
-            self._start(images, overwrite)
+            self._start(images, overwrite, more)
         except BaseException:
             self.release()
             raise
@@ -156,7 +158,7 @@ class RunFolder:
         kept = [entry for entry in self.read_log() if entry["epoch"] <= epoch]
         _write_text(self.log, "".join(json.dumps(entry) + "\n" for entry in kept))
 
-    def _start(self, images: ImageSet, overwrite: bool) -> None:
+    def _start(self, images: ImageSet, overwrite: bool, more: dict[str, object]) -> None:
         for left in self._left_by_kills():
             left.unlink(missing_ok=True)
         recorded = self._recorded()
@@ -178,7 +180,7 @@ class RunFolder:
                 "use them, choose another folder with --run, or start anew with --overwrite"
             )
         described = {"images": len(images), "images_fingerprint": self.fingerprint, "overwrote": overwrite}
-        content = self.settings | {"environment": environment() | described}
+        content = self.settings | {"environment": environment() | more | described}
         _write_text(self.config, yaml.safe_dump(content, sort_keys=False))
 
     def _take(self) -> None:

@@ -133,6 +133,7 @@ def test_a_runs_config_runs_it_again(folder: Path, tmp_path: Path) -> None:
     config = tmp_path / "runs/byol/config.yaml"
     recorded = yaml.safe_load(config.read_text())
     assert recorded["environment"]["torch"] == version("torch")
+    assert (recorded["environment"]["device"], recorded["environment"]["layers"]) == ("cpu", ["layer3"])
     assert (recorded["method"]["name"], recorded["training"]["precision"]) == ("byol", "no")
     assert command_line.run(recipe("simclr").main, ["--config", str(config), "--run", "other"]) == 2
     assert not (tmp_path / "other").exists()

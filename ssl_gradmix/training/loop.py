@@ -41,8 +41,11 @@ SAMPLED = 8
 
 
 @torch.no_grad()
-def check_images(method: nn.Module, size: int, device: torch.device) -> None:
+def check_images(method: nn.Module, size: int, device: torch.device) -> list[str]:
     """Runs a method once on noise, so that what does not fit is said before anything is written.
+
+    Returns:
+        The layers at which GradMix attributes, none without it.
 
     Raises:
         ValueError: The backbone does not take such images.
@@ -53,6 +56,7 @@ def check_images(method: nn.Module, size: int, device: torch.device) -> None:
         views = [torch.randn(4, 3, size, size, device=device) for _ in range(2)]
         with torch.enable_grad():
             method(views)
+            return [] if method.gradmix is None else list(method.mixed_views(views).layers)
     except (AssertionError, RuntimeError) as error:
         raise ValueError(
             f"data.size, backbone.name: the method does not run on images of {size}x{size} ({error}); "
