@@ -48,6 +48,20 @@ class BatchIndices:
         return shares[:, self.process]
 
 
+class _Rest:
+    """The loader's batch sampler; of its own, as a loader in a cycle of references ends its workers by a timeout."""
+
+    def __init__(self, indices: BatchIndices) -> None:
+        self.indices, self.epoch, self.first = indices, 0, 0
+
+    def __len__(self) -> int:
+        return len(self.indices) - self.first
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Image numbers of an epoch's batches, from batch `first` on."""
+        yield from self.indices.epoch(self.epoch)[self.first :].tolist()
+
+
 class Batches:
     """Batches of images, decoded once or by loader processes when they are needed, and views of them on a device.
 
@@ -80,23 +94,16 @@ class Batches:
                     "that this machine has, decoded; workers decode as they go"
                 )
         if self.resident is None:
-            self._epoch, self._first = 0, 0
+            self._rest = _Rest(indices)
             self.loader = DataLoader(
                 images,
-                batch_sampler=self,
+                batch_sampler=self._rest,
                 collate_fn=_packed,
                 num_workers=workers,
                 persistent_workers=workers > 0,
                 worker_init_fn=signals.obey_parent_alone,
                 pin_memory=device.type == "cuda",
             )
-
-    def __len__(self) -> int:
-        return len(self.indices) - self._first
-
-    def __iter__(self) -> Iterator[list[int]]:
-        """The loader's batch sampler."""
-        yield from self.indices.epoch(self._epoch)[self._first :].tolist()
 
     def epoch(self, epoch: int, first: int) -> Iterator[Packed | Tensor | list[Tensor]]:
         """Batches of an epoch, from batch `first` on, for `views`.
@@ -111,7 +118,7 @@ class Batches:
                 else:
                     yield [self.resident[i] for i in chosen.tolist()]
             return
-        self._epoch, self._first = epoch, first
+        self._rest.epoch, self._rest.first = epoch, first
         try:
             yield from self.loader
         except ValueError as error:

@@ -82,7 +82,7 @@ def test_a_damaged_one_is_named_and_the_previous_used(
     save(tmp_path, state(2))
     path = tmp_path / PLACE / name
     content, draw = path.read_bytes(), random.Random(0)
-    for _ in range(1 if damage in ("missing", "foreign") else 50):
+    for _ in range(1 if damage in ("missing", "foreign") else 150):
         place, block = draw.randrange(len(content)), 4096 * draw.randrange(-(-len(content) // 4096))
         damaged = {
             "missing": b"",
