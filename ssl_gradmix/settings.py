@@ -191,7 +191,7 @@ class BYOLSettings:
         name: Of the method, for whoever reads config.yaml.
         hidden_dim: Width of the hidden layers of projector and predictor.
         output_dim: Width of the embeddings.
-        momentum: Of the teacher at the start; it rises to 1 on a cosine.
+        momentum: Of the target network at the start; it rises to 1 on a cosine.
         weight: Factor on the third view's loss, beside the share of the image it keeps.
     """
 

@@ -63,11 +63,11 @@ def clock(seconds: float) -> str:
 def warnings(entry: dict[str, Any]) -> list[str]:
     """Lines on an epoch in which the encoder collapsed or came to live off a small part, or most maps were flat."""
     found = []
-    spread, rank = entry["embedding_std"], entry.get("rankme")
-    if spread < COLLAPSED_STD or (rank is not None and rank < COLLAPSED_RANK):
+    std, rank = entry["embedding_std"], entry.get("rankme")
+    if std < COLLAPSED_STD or (rank is not None and rank < COLLAPSED_RANK):
         ranked = "" if rank is None else f", effective rank {rank:.2f}"
         found.append(
-            f"warning: the encoder collapses, it hardly tells images apart (embedding_std {spread:.3f}{ranked}); a "
+            f"warning: the encoder collapses, it hardly tells images apart (embedding_std {std:.3f}{ranked}); a "
             "lower --optimizer.lr or --optimizer.weight_decay may help, for BYOL another --method.momentum"
         )
     if entry.get("reliance", 0) >= RELIES:

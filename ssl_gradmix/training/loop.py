@@ -76,7 +76,7 @@ class Trainer:
 
     Args:
         method: Module with `forward(views) -> Losses`, a timm `backbone`, a `projector`, a `gradmix` (or None) and,
-            where it has a teacher, `update_target(step, steps)`.
+            where it has a target network, `update_target(step, steps)`.
         images: To train on; their labels serve the kNN reading alone.
         folder: Where everything is written, started by the main process.
         accelerator: From `processes.create_accelerator`.
