@@ -197,13 +197,16 @@ def corruptions(table: pd.DataFrame, score: str, metric: str, clean: float, titl
 
     Values are in [0, 1]: the table as of `rows.by_corruption`, and `clean` on clean images.
     """
-    called = f"{'AUROC' if metric == 'auroc' else metric} of {plain(score)}"
+    of = "the linear probe" if score == "linear" else plain(score)
+    called = f"{'AUROC' if metric == 'auroc' else metric} of {of}"
     with rc_context(_STYLE):
         figure = Figure(figsize=(11, max(4.2, 1.4 + 0.29 * len(table))), layout="constrained")
         figure.suptitle(title, x=0.01, ha="left", fontsize=11)
         left, right = figure.subplots(1, 2, width_ratios=(1.15, 1))
         _heat_map(left, table)
         left.set_title(f"{called} in %")
+        for label, name in zip(left.get_yticklabels(), table.index, strict=True):
+            label.set_color(_GROUP_COLORS[GROUP_OF[name]])
         right.axhline(clean, color=INK, linewidth=1, linestyle="--", label=f"clean images, {clean:.1%}")
         for group, members in table.groupby(table.index.map(GROUP_OF), sort=False):
             style = {"color": _GROUP_COLORS[group], "marker": "o", "markersize": 4}
