@@ -43,6 +43,7 @@ def write_report(
         sections.detection(runs, "osr"),
         sections.detection(runs, "ood"),
         sections.corruption(runs),
+        sections.reliance(runs),
         *([] if map_method == "none" else [sections.maps(runs, map_method)]),
         sections.attribution(runs),
         sections.training(runs),

@@ -17,7 +17,7 @@ from ssl_gradmix.evaluation.encoders import load_encoder
 from ssl_gradmix.files import read_yaml
 from ssl_gradmix.run_folder import RunFolder
 
-TASKS = ("linear_probe", "osr", "ood", "corruption")
+TASKS = ("linear_probe", "osr", "ood", "corruption", "reliance")
 """The evaluations that a report knows; each has its results in `<task>.json`."""
 
 

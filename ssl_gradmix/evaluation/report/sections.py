@@ -36,6 +36,7 @@ _COMMANDS = {
     "osr": ("python eval/osr.py", ""),
     "ood": ("python eval/osr.py", " --unknown.name NAME --unknown.root ROOT"),
     "corruption": ("python eval/corruption.py", ""),
+    "reliance": ("python eval/reliance.py", ""),
 }
 """How to get the results of each task."""
 
@@ -251,6 +252,24 @@ def by_severity(rows: pd.DataFrame, score: str, metric: str) -> pd.DataFrame:
     if len(clean) and len(table):
         table.insert(0, 0, clean.iloc[-1])
     return table
+
+
+def reliance(runs: Sequence[Run]) -> Section:
+    """What of the agreement of two views hangs on a small part."""
+
+    def parts(feature: str) -> list[Part]:
+        of_runs = [run.rows("reliance", feature) for run in runs]
+        found = [
+            measured(rows[rows["metric"].isin(["reliance", "beyond_random", "beyond_center"])]) for rows in of_runs
+        ]
+        note = (
+            "In percent of the agreement that replacing the whole view takes, with 95% bootstrap intervals over images; "
+            "beyond a place: what the attributed part takes more than a box there, image by image."
+        )
+        return [comparison("Reliance", runs, found, note)] if any(found) else []
+
+    text = "What the agreement of two views loses when a small part of the image is replaced."
+    return Section("Reliance on a small part", _with_projector(runs, "reliance", parts), text)
 
 
 def maps(runs: Sequence[Run], method: Literal["pca", "tsne"]) -> Section:

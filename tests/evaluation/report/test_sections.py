@@ -168,6 +168,22 @@ def test_corruptions_of_other_images_are_not_subtracted(runs):
     assert "measured on different data" in page.words
 
 
+def test_reliance_by_place_and_layer(runs):
+    rows = [
+        row("reliance", "two_views", "cosine", 0.9),
+        row("reliance", "random", "reliance", 0.19, 0.02, part=0.1),
+        row("reliance", "attributed", "reliance", 0.96, 0.03, part=0.1, layer="layer3"),
+        row("reliance", "attributed", "beyond_random", 0.77, 0.04, part=0.1, layer="layer3"),
+    ]
+    write_rows(runs[0] / "eval" / "reliance.json", rows)
+    page, _ = report(runs[0])
+    assert page.tables["Reliance"][1:] == [
+        ["Part at a random place", "19.0 17.0 to 21.0"],
+        ["Attributed part layer layer3", "96.0 93.0 to 99.0"],
+        ["Attributed part, beyond random layer layer3", "77.0 73.0 to 81.0"],
+    ]
+
+
 # Comparisons
 
 
