@@ -258,13 +258,12 @@ def reliance(runs: Sequence[Run]) -> Section:
     """What of the agreement of two views hangs on a small part."""
 
     def parts(feature: str) -> list[Part]:
+        shown = ("reliance", "beyond_random", "beyond_center")
         of_runs = [run.rows("reliance", feature) for run in runs]
-        found = [
-            measured(rows[rows["metric"].isin(["reliance", "beyond_random", "beyond_center"])]) for rows in of_runs
-        ]
+        found = [measured(rows[rows["metric"].isin(shown)]) for rows in of_runs]
         note = (
-            "In percent of the agreement that replacing the whole view takes, with 95% bootstrap intervals over images; "
-            "beyond a place: what the attributed part takes more than a box there, image by image."
+            "In percent of what replacing the whole view takes, with 95% bootstrap intervals over images; beyond a "
+            "place: what the attributed part takes more than a box there, image by image."
         )
         return [comparison("Reliance", runs, found, note)] if any(found) else []
 
