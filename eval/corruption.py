@@ -108,13 +108,14 @@ def evaluate(evaluation: cli.Evaluation, options: Options) -> None:
     known = open_set.known_classes(evaluation.data, test.classes)
     trial, of_trial = known_of_trial(evaluation, test) if options.osr else (None, evaluation.of_classes())
     select = partial(selected, classes=None if options.osr else known, count=options.images, seed=options.seed)
-    clean = test.subset(select(test))
+    drawn = select(test)
+    clean = test.subset(drawn)
     if options.published is not None:
         corrupted = corruption_sets.Published(options.published, test, select)
     else:
         corruption_sets.check_can_make(names)
         workers = options.workers or max(1, cpu_count() // accelerator.num_processes)
-        corrupted = corruption_sets.Generated(test, select(test), encoder.size, options.preset, options.seed, workers)
+        corrupted = corruption_sets.Generated(test, drawn, encoder.size, options.preset, options.seed, workers)
     for name in names:
         corrupted.read(name, SEVERITIES[-1])  # damage is better known before hours of work than after
 
