@@ -3,7 +3,9 @@
 A contrastive loss can be had from the stamp alone (ssl_gradmix/data/planted.py), and an encoder that does so knows
 little of the rest. Fixed beforehand, the primary measure is the linear probe of the class on test images without stamps
 (`unstamped_linear`), and the primary comparison GradMix minus a box at a random place, seed by seed. Controls are as
-many passes, a third plain view, a box in the middle, and an oracle whose box lies on the stamp.
+many passes, lower temperatures, a third plain view, boxes drawn otherwise, and an oracle whose box lies on the stamp.
+Other data are stamps of other bits, in the corner only, repeated everywhere, faint, or put in before the augmentation,
+a time of day in the corner of images of 64 px, and digits overlaid before the augmentation.
 
     python benchmarks/shortcuts.py --data cifar10 --jobs 2       runs it; stopped, it goes on where it was
     python benchmarks/shortcuts.py --data cifar10 --print        its commands, such as anyone can repeat
@@ -28,10 +30,13 @@ from evidence.cells import METHODS, STAMPED, Cell, Grid, steps
 from evidence.page import table
 
 RESULTS = Path(__file__).parent / "results" / "shortcuts.jsonl"
-VARIANTS = ("plain", "plain-more-epochs", "third-view", "random-box", "center-box", "gradmix", "gradmix-loss", "oracle")
-BITS = tuple(int(name.removeprefix("stamps-")) for name in STAMPED)
+VARIANTS = (
+    *("plain", "plain-temperature0.1", "plain-temperature0.05", "plain-more-epochs", "third-view"),
+    *("random-box", "random-center-box", "center-box", "gradmix", "gradmix-loss", "oracle"),
+)
+OTHERS = ("gradmix-mask", "gradmix-layer4", "gradmix-lam0.5-0.9")
 REFERENCES = ("random-box", "third-view", "plain")
-MEASURES = ("unstamped_linear", "unstamped_knn", "reliance")
+MEASURES = ("unstamped_linear", "unstamped_knn", "stamped_linear", "other_image", "reliance", "hit")
 
 RECIPE = ("--gradmix.lam_range", "[0.8, 0.9]", "--optimizer.lr", "0.4", "--optimizer.warmup_epochs", "1")
 """Of all cells. A box of a tenth to a fifth of the image covers a stamp, and at a random place seldom."""
@@ -47,8 +52,14 @@ def parser() -> argparse.ArgumentParser:
     add("--data", type=Path, help="CIFAR-10 as a folder: train/<class>/*, test/<class>/*")
     add("--grid", default="cpu", help="its name, in rows and paths (default: %(default)s)")
     add("--method", choices=METHODS, default="simclr")
-    add("--variants", nargs="+", choices=VARIANTS, metavar="VARIANT", default=VARIANTS, help=f"(default: {VARIANTS})")
-    add("--bits", nargs="+", type=int, choices=BITS, default=(9, 0, 16, 4), help="of stamps (default: %(default)s)")
+    chosen = {"choices": (*VARIANTS, *OTHERS), "metavar": "VARIANT", "default": VARIANTS}
+    add(
+        "--variants",
+        nargs="+",
+        help=f"of {', '.join((*VARIANTS, *OTHERS))} (default: all but the last three)",
+        **chosen,
+    )
+    add("--planted", nargs="+", choices=tuple(STAMPED), default=["stamps-9"], metavar="DATA", help="of %(choices)s")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(default: 0 1 2)")
     add("--images", type=int, default=5000, help="training images (default: %(default)s)")
     add("--epochs", type=int, default=8, help="(default: %(default)s)")
@@ -82,9 +93,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         threads=threads,
     )
     # All variants of a seed before the next seed, so that what there is can be compared.
-    cells = itertools.product(options.seeds, options.bits, options.variants)
-    chosen = [Cell(options.method, variant, f"stamps-{bits}", seed) for seed, bits, variant in cells]
-    chosen = [cell for cell in chosen if (cell.variant, cell.data) != ("oracle", "stamps-0")]
+    cells = itertools.product(options.seeds, options.planted, options.variants)
+    chosen = [Cell(options.method, variant, planted, seed) for seed, planted, variant in cells]
+    chosen = [cell for cell in chosen if cell.variant != "oracle" or cell.stamped]
     if options.print:
         return print(*(step.shell(threads) for cell in chosen for step in steps(cell, grid)), sep="\n")
     rows.finished(rows.read(options.results), grid)  # refuses another grid's name before anything runs
@@ -100,13 +111,15 @@ def report(found: pd.DataFrame) -> Iterator[str]:
         values = part.groupby(["variant", "measure"])["value"].agg(["mean", "std", "count"])
         differences = {name: rows.differences(part, name) for name in REFERENCES if name in set(part.variant)}
         lines = []
-        for variant in (name for name in VARIANTS if name in set(part.variant)):
-            cells = [_percent(*values.loc[variant, measure]) for measure in MEASURES]
+        measures = [measure for measure in MEASURES if measure in set(part.measure)]
+        for variant in (name for name in (*VARIANTS, *OTHERS) if name in set(part.variant)):
+            found = (values.loc[variant].reindex(measures)).itertuples(index=False)
+            cells = ["" if pd.isna(mean) else _percent(mean, std, seeds) for mean, std, seeds in found]
             for compared in differences.values():
                 key = (MEASURES[0], variant)
                 cells.append(_interval(*compared.loc[key, ["mean", "low", "high"]]) if key in compared.index else "")
             lines.append([variant, *cells])
-        header = [rows.MEASURES[measure].title for measure in MEASURES]
+        header = [rows.MEASURES[measure].title for measure in measures]
         yield from table(["variant", *header, *(f"probe, minus {name}" for name in differences)], lines)
 
 

@@ -114,7 +114,7 @@ def evaluate(evaluation: cli.Evaluation, options: Options) -> None:
     model = encoder.model.to(device)
     backbone = model[0] if encoder.feature == "projector" else model
     found = measure(model, pairs(), options.layers, options.part, options.fill, backbone, options.seed)
-    stamps = {name: value for name, value in asdict(data).items() if name.startswith("stamp_") and data.stamp_bits}
+    stamps = {name: value for name, value in asdict(data).items() if name.startswith("stamp_") and images.stamps}
     params = evaluation.of_classes() | stamps
     measured = evaluation.frame("reliance", images.name, numbers(found, options), **params)
     written = evaluation.out / "reliance.json"

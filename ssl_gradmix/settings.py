@@ -53,7 +53,8 @@ class Data:
             (which decodes every file once at the start).
         stamp_bits: Plant a shortcut into all views, a stamp of 4, 9 or 16 black and white cells that names the image,
             see `data/planted.py`; 0 plants none. Evaluations see images without it, but for that of reliance.
-        stamp_place: `anywhere`, at a place of each image's own, or in the lower right `corner`.
+        stamp_time: Plant a time of day in digits instead, hhmmss, for images of 64 px or more.
+        stamp_place: `anywhere`, at a place of each image's own, in the lower right `corner`, or `everywhere`, repeated.
         stamp_when: `after` the augmentation, or `before` it, where it is cropped and resampled too.
         stamp_strength: Of its black and white over the image, in (0, 1].
     """
@@ -68,13 +69,18 @@ class Data:
     split_seed: int = 0
     broken: Literal["stop", "skip"] = "stop"
     stamp_bits: int = 0
-    stamp_place: Literal["anywhere", "corner"] = "anywhere"
+    stamp_time: bool = False
+    stamp_place: Literal["anywhere", "corner", "everywhere"] = "anywhere"
     stamp_when: Literal["after", "before"] = "after"
     stamp_strength: float = 1.0
 
     def __post_init__(self) -> None:
         if self.stamp_bits not in (0, 4, 9, 16):
             raise ValueError(f"data.stamp_bits must be 0, 4, 9 or 16, got {self.stamp_bits!r}")
+        if self.stamp_bits and self.stamp_time:
+            raise ValueError(f"data.stamp_bits must be left out where data.stamp_time is, got {self.stamp_bits!r}")
+        if self.stamp_time and self.size < 32:
+            raise ValueError(f"data.size must be at least 32 where data.stamp_time is, got {self.size!r}")
         _require_between("data", self, size=(8, 4096), test_fraction=(ABOVE_ZERO, 0.9), stamp_strength=(ABOVE_ZERO, 1))
         if self.root is not None and not self.root.strip():
             raise ValueError(

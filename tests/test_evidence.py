@@ -16,6 +16,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -25,13 +26,14 @@ import yaml
 from PIL import Image
 from scipy.stats import ttest_rel
 from support import ROOT, load_script
+from torch import nn
 
 from ssl_gradmix import GradMix
-from ssl_gradmix.attribution import Observed
 from ssl_gradmix.data import planted
 from ssl_gradmix.data.augmentation import Views
+from ssl_gradmix.data.datasets import load
 from ssl_gradmix.data.planted import Stamps
-from ssl_gradmix.settings import Augmentation
+from ssl_gradmix.settings import Augmentation, Data
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from evidence import images, page, rows, runner
@@ -70,7 +72,7 @@ class TestCells:
         assert train == (["python", "recipes/byol_gradmix.py", *options.split()], None)
         assert osr == (["python", "eval/osr.py", run], Path(run) / "eval/osr.json")
 
-    @pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "oracle"])
+    @pytest.mark.parametrize("variant", [name for name in VARIANTS if name not in ("oracle", "random-center-box")])
     def test_the_recipe_reads_every_variant(self, variant, grid, capsys):
         command = steps(Cell("simclr", variant, "two-cue", 0), grid)[0].command
         with pytest.raises(SystemExit) as done:
@@ -83,10 +85,12 @@ class TestCells:
         assert settings["training"]["epochs"] == (30 if variant == "plain-more-epochs" else 20)
 
     def test_stamps(self, grid):
-        train, probe, reliance = steps(Cell("simclr", "oracle", "stamps-16", 0), grid)
-        assert train.command[1:3] == ["benchmarks/evidence/oracle.py", "recipes/simclr_gradmix.py"]
+        train, probe, reliance, exchange = steps(Cell("simclr", "oracle", "stamps-16", 0), grid)
+        assert train.command[1:4] == ["benchmarks/evidence/boxes.py", "stamp", "recipes/simclr_gradmix.py"]
         assert train.command[train.command.index("--data.stamp_bits") + 1] == "16"
         assert [probe.command[1], reliance.command[1]] == ["eval/linear_probe.py", "eval/reliance.py"]
+        assert exchange.command[1] == "benchmarks/evidence/exchange.py"
+        assert len(steps(Cell("simclr", "plain", "stamps-0", 0), grid)) == 3
 
     @pytest.mark.parametrize(
         ("cell", "expected"),
@@ -118,17 +122,45 @@ def test_the_tables_of_shortcuts(tmp_path, capsys):
     assert line == f"| gradmix | 37.3 ± 2.1 (3) | 20.0 ± 0.0 (3) | 50.0 ± 0.0 (3) | +14.7 [{low:+.1f}, {high:+.1f}] |"
 
 
-def test_the_oracle_puts_the_box_on_the_stamp(monkeypatch):
-    oracle = load_script("benchmarks/evidence/oracle.py")
-    monkeypatch.setattr(GradMix, "_attribute", oracle.on_the_stamp)
-    monkeypatch.setattr(Views, "forward", oracle.views_noted)
+@pytest.mark.parametrize("place", ["stamp", "anywhere", "attributed"])
+def test_boxes_and_the_share_of_the_stamps_they_hit(place, monkeypatch):
+    boxes = load_script("benchmarks/evidence/boxes.py")
+    monkeypatch.setattr(GradMix, "_attribute", boxes.PLACES[place])
+    monkeypatch.setattr(Views, "forward", boxes.views_noted)
     views = Views(Augmentation(), 32, (0.5,) * 3, (0.25,) * 3, stamps=Stamps(9))
-    pixels = torch.randint(0, 256, (12, 3, 40, 40), dtype=torch.uint8)
+    pixels = torch.randint(0, 256, (300, 3, 40, 40), dtype=torch.uint8)
     first, second = views(pixels, 2)
-    mixed = GradMix(lam_range=(0.85, 0.85))(first, None, Observed(), donors=second)
+    encoder, gradmix = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1)), GradMix(layers=["0"], lam_range=(0.85, 0.85))
+    with gradmix.observe(encoder) as observed:
+        loss = encoder(first).square().mean()
+    mixed = boxes.mix_noted(gradmix, first, loss, observed, donors=second)
     stamps = Stamps(9).boxes(planted.name(pixels), (32, 32))
-    assert (mixed.boxes[:, :2] <= stamps[:, :2]).all()
-    assert (mixed.boxes[:, 2:] >= stamps[:, 2:]).all()
+    hit = torch.zeros(300)
+    for i, ((x0, y0, x1, y1), (a, b, c, d)) in enumerate(zip(stamps.tolist(), mixed.boxes.tolist(), strict=True)):
+        hit[i] = len(set(range(x0, x1)) & set(range(a, c))) * len(set(range(y0, y1)) & set(range(b, d))) / 36
+    assert boxes.hits[-1] == pytest.approx(hit.mean().item(), abs=1e-6)
+    if place == "stamp":
+        assert hit.min() == 1
+    if place == "anywhere":  # a uniform center, then shifted inside: corners are as likely as 6x6 centers of 32x32
+        corner = (mixed.boxes[:, :2] == 0).all(1).float().mean()
+        assert corner == pytest.approx((7 / 32) ** 2, abs=0.04)
+
+
+def test_exchanged_stamps(tmp_path):
+    """Of an encoder that sees the stamp's corner alone: bits decide, in cosines that can be counted."""
+    exchange = load_script("benchmarks/evidence/exchange.py")
+    data = Data(stamp_bits=9, stamp_place="corner")
+    corner = nn.Sequential(nn.ZeroPad2d((-26, 0, -26, 0)), nn.Flatten())
+    encoder = SimpleNamespace(model=corner, size=32, mean=(0.5,) * 3, std=(0.5,) * 3)
+    found = exchange.similarities(encoder, data, Augmentation())
+    pixels = load(data, "train").originals(2**30)
+    pixels = pixels[torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))[: exchange.IMAGES]]
+    codes = planted.name(pixels)[:, 0].tolist()
+    signs = torch.tensor([[2.0 * (code >> place & 1) - 1 for place in range(9)] for code in codes])
+    expected = (signs * signs.roll(1, 0)).mean()
+    assert found["other_bits"] == pytest.approx(expected.item(), abs=1e-5)
+    for name in ("same_stamp", "other_place", "other_image"):
+        assert found[name] == pytest.approx(1, abs=1e-6)
 
 
 class TestImages:
@@ -144,6 +176,25 @@ class TestImages:
             images.subset(data, 25, tmp_path / "25")
         with pytest.raises(ValueError, match="part of another folder"):
             images.subset(write_folder(tmp_path / "other" / "cifar", 2, 1), 20, tmp_path / "20")
+
+    def test_overlaid_digits(self, tmp_path):
+        data = write_folder(tmp_path / "data", 3, 1)
+        images.overlaid_digits(data, tmp_path / "overlaid")
+        places = set()
+        for path in sorted((data / "train").rglob("*.png")):
+            number = int(path.stem) + 3 * int(path.parent.name[-1])
+            made = tmp_path / "overlaid" / "train" / path.parent.name / f"{number:06d}.png"
+            before, after = (np.asarray(Image.open(each)).astype(int) for each in (path, made))
+            rows, columns = np.nonzero((before != after).any(2))
+            y, x = (4 if each.max() < 15 else 16 for each in (rows, columns))
+            places.add((y, x))
+            assert min(rows.min() - y, columns.min() - x) >= 0
+            assert max(rows.max() - y, columns.max() - x) < 10
+            digit = np.where(after > before, after, 0)[y : y + 10, x : x + 10]
+            assert ((digit == 0) | (digit == digit.max(2, keepdims=True))).all()  # gray
+            assert (after >= before).all()
+        assert len(places) == 4
+        assert (tmp_path / "overlaid" / "test").resolve() == data / "test"
 
     def test_two_cues(self, tmp_path):
         images.two_cues(100, tmp_path / "cues")

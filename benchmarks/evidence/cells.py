@@ -13,8 +13,17 @@ METHODS = ("simclr", "byol")
 DATA = ("all", "known", "two-cue")
 """All classes; the known classes of an open-set trial; two digits side by side."""
 
-STAMPED = ("stamps-0", "stamps-4", "stamps-9", "stamps-16")
-"""All classes, with a stamp of so many bits in every view of the training, see `ssl_gradmix/data/planted.py`."""
+STAMPED = {f"stamps-{bits}": {"data.stamp_bits": bits} for bits in (0, 4, 9, 16)} | {
+    "stamps-9-corner": {"data.stamp_bits": 9, "data.stamp_place": "corner"},
+    "stamps-9-before": {"data.stamp_bits": 9, "data.stamp_when": "before"},
+    "stamps-9-faint": {"data.stamp_bits": 9, "data.stamp_strength": 0.3},
+    "stamps-9-everywhere": {"data.stamp_bits": 9, "data.stamp_place": "everywhere", "data.stamp_strength": 0.5},
+    "time": {"data.stamp_time": "true", "data.stamp_place": "corner", "data.size": 64},
+    "time-none": {"data.size": 64},
+    "overlaid-digits": {},
+}
+"""All classes, with what is planted into every view of the training, see `ssl_gradmix/data/planted.py`, or into the
+images themselves (`images.overlaid_digits`)."""
 
 TRIALS = (0, 2, 3, 4)
 """CIFAR-10's distinct open-set trials: trial 1 has the known classes of trial 0."""
@@ -23,15 +32,18 @@ _GRADMIX = {"extra_view": "gradmix", "gradmix.layers": "[layer3]", "gradmix.targ
 
 VARIANTS: dict[str, dict[str, str]] = {
     "plain": {"extra_view": "none"},
+    "plain-temperature0.1": {"extra_view": "none", "method.temperature": "0.1"},
+    "plain-temperature0.05": {"extra_view": "none", "method.temperature": "0.05"},
     "plain-more-epochs": {"extra_view": "none"},  # half as many again: as many encoder passes as with a third view
     "third-view": {"extra_view": "augmented"},
     # The loss of a mixed view is weighted by its lam, 0.7 on average; that of a plain third view is not.
     "third-view-weight0.7": {"extra_view": "augmented", "method.weight": "0.7"},
     "random-box": {**_GRADMIX, "gradmix.region": "random"},
+    "random-center-box": _GRADMIX,  # centered on any pixel, then shifted inside, by benchmarks/evidence/boxes.py
     "center-box": {**_GRADMIX, "gradmix.region": "center"},
     "gradmix": _GRADMIX,
     "gradmix-loss": {**_GRADMIX, "gradmix.target": "loss"},
-    "oracle": _GRADMIX,  # the box is put on the stamp, by benchmarks/evidence/oracle.py
+    "oracle": _GRADMIX,  # the box is put on the stamp, likewise
     "gradmix-noise": {**_GRADMIX, "gradmix.fill": "noise"},
     "gradmix-crop": {**_GRADMIX, "gradmix.fill": "crop"},
     "gradmix-mask": {**_GRADMIX, "gradmix.region": "mask"},
@@ -42,10 +54,14 @@ VARIANTS: dict[str, dict[str, str]] = {
     "gradmix-layer2+layer4": {**_GRADMIX, "gradmix.layers": "[layer2, layer4]"},
     "gradmix-layer3+layer4": {**_GRADMIX, "gradmix.layers": "[layer3, layer4]"},
     "gradmix-lam0.3-0.7": {**_GRADMIX, "gradmix.lam_range": "[0.3, 0.7]"},
+    "gradmix-lam0.5-0.9": {**_GRADMIX, "gradmix.lam_range": "[0.5, 0.9]"},
     "gradmix-lam0.7-0.9": {**_GRADMIX, "gradmix.lam_range": "[0.7, 0.9]"},
     "gradmix-weight2.0": {**_GRADMIX, "method.weight": "2.0"},
 }
 """Options of the recipe by the variant's name, in the order of the tables."""
+
+_BOXES = {"oracle": "stamp", "random-center-box": "anywhere"}
+"""Where `benchmarks/evidence/boxes.py` puts the boxes of a variant."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +107,11 @@ class Grid:
         """Where the two-cue data is."""
         return self.cache / f"two-cues-{self.pairs}"
 
+    @property
+    def overlaid(self) -> Path:
+        """Where the training images with digits in them are."""
+        return self.cache / f"{self.subset.name}-digits"
+
     def settings(self) -> dict[str, Any]:
         """What results depend on: cells may be compared where it is the same."""
         names = ("images", "epochs", "batch", "backbone", "corrupted")
@@ -120,8 +141,13 @@ class Cell(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """Of its data, `stamps` whatever their bits."""
+        """Of its data, `stamps` whatever is planted."""
         return "stamps" if self.data in STAMPED else self.data
+
+    @property
+    def stamped(self) -> bool:
+        """Whether every view of the training bears a stamp of bits."""
+        return STAMPED.get(self.data, {}).get("data.stamp_bits", 0) > 0
 
     def run(self, grid: Grid) -> Path:
         """Its run folder."""
@@ -153,7 +179,7 @@ def passes(cell: Cell, grid: Grid) -> tuple[int, int, int]:
     """
     settings, n = VARIANTS[cell.variant], epochs(cell, grid)
     views = 2 if settings["extra_view"] == "none" else 3
-    mixed = settings["extra_view"] == "gradmix" and cell.variant != "oracle"
+    mixed = settings["extra_view"] == "gradmix" and cell.variant not in _BOXES
     attributed = mixed and settings.get("gradmix.region") not in ("random", "center")
     return views * n, n if attributed else 0, 2 * n if cell.method == "byol" else 0
 
@@ -170,16 +196,21 @@ def steps(cell: Cell, grid: Grid) -> list[Step]:
         return evaluate("eval/linear_probe.py", f"eval/{cue}/linear_probe.json", *where)
 
     recipe = [f"recipes/{cell.method}_gradmix.py"]
-    script = ["benchmarks/evidence/oracle.py", *recipe] if cell.variant == "oracle" else recipe
-    train = Step(["python", *script, *_training(cell, grid), *grid.recipe], None)
+    if cell.kind == "stamps" or cell.variant in _BOXES:
+        recipe = ["benchmarks/evidence/boxes.py", _BOXES.get(cell.variant, "attributed"), *recipe]
+    # The last one counts where an option is there twice: a variant's own.
+    train = Step(["python", *recipe, *grid.recipe, *_training(cell, grid)], None)
     rank = evaluate("benchmarks/evidence/rankme.py", "rankme.json")
     if cell.data == "known":
         return [train, evaluate("eval/osr.py", "eval/osr.json")]
     if cell.data == "two-cue":
         return [train, probe("usual"), probe("neglected"), rank]
     if cell.kind == "stamps":
+        clean = ["--data.root", str(grid.subset)]  # else the probe would be trained on what is overlaid
+        linear = evaluate("eval/linear_probe.py", "eval/linear_probe.json", *clean)
         reliance = evaluate("eval/reliance.py", "eval/reliance.json", "--layers", "[layer3]")
-        return [train, evaluate("eval/linear_probe.py", "eval/linear_probe.json"), reliance]
+        exchange = [evaluate("benchmarks/evidence/exchange.py", "exchange.json")] if cell.stamped else []
+        return [train, linear, reliance, *exchange]
     workers = str(grid.threads)
     return [
         train,
@@ -205,8 +236,9 @@ def _training(cell: Cell, grid: Grid) -> list[str]:
     }
     if cell.data == "known":
         settings["data.open_set"] = f"cifar10:{TRIALS[cell.seed % len(TRIALS)]}"
-    if cell.kind == "stamps":
-        settings["data.stamp_bits"] = cell.data.removeprefix("stamps-")
+    settings |= STAMPED.get(cell.data, {})
+    if cell.data == "overlaid-digits":
+        settings["data.root"] = grid.overlaid
     if cell.data == "two-cue":  # a flip would change sides, and a small crop leave one of the digits out
         settings |= {"augmentation.flip": 0, "augmentation.min_scale": 0.5}
     return options(settings)

@@ -1,6 +1,7 @@
-"""The images of the experiments: a fixed part of a data set, and two digits side by side, one of them easily neglected.
+"""The images of the experiments: a fixed part of a data set, two digits side by side, one of them easily neglected, and
+images overlaid with digits.
 
-Both are folders in a cache, written once; they appear under their name when they are whole.
+All are folders in a cache, written once; they appear under their name when they are whole.
 """
 
 from __future__ import annotations
@@ -82,6 +83,29 @@ def two_cues(pairs: int, target: Path) -> None:
         for split in ("train", "test"):
             right = rng.permutation(left)
             _write_pairs(split, left, right, rng, {folder / "usual" / split: left, folder / "neglected" / split: right})
+
+    _write_once(target, write)
+
+
+def overlaid_digits(data: Path, target: Path) -> None:
+    """A copy of a folder's training images, each with a digit of 10x10 px in it: C+Digits [0], with other digits.
+
+    Any of scikit-learn's digits in place of MNIST's, at one of the four places {4, 16} x {4, 16}, the brighter pixel of
+    digit and image. The test images are those of `data`.
+
+    - [0]: Tamkin et al., Feature Dropout, 2023, https://arxiv.org/abs/2212.08378
+    """
+
+    def write(folder: Path) -> None:
+        rng, train, digits = np.random.default_rng(0), load(Data("folder", str(data)), "train"), load(Data(), "train")
+        for i, label in enumerate(train.labels):
+            digit = digits[rng.integers(len(digits))][0].resize((10, 10), Image.Resampling.BILINEAR)
+            pixels, (y, x) = np.array(train[i][0]), 4 + 12 * rng.integers(2, size=2)
+            pixels[y : y + 10, x : x + 10] = np.maximum(pixels[y : y + 10, x : x + 10], digit)
+            path = folder / "train" / train.classes[label] / f"{i:06d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(path)
+        (folder / "test").symlink_to((data / "test").resolve())
 
     _write_once(target, write)
 

@@ -85,6 +85,15 @@ MEASURES = {
     "two_cue_rank": Measure("two cues: RankMe", "two-cue", percent=False),
     "unstamped_linear": Measure("linear probe, images without stamps", "stamps", "linear_probe.json", "linear", "top1"),
     "unstamped_knn": Measure("kNN, images without stamps", "stamps", "linear_probe.json", "knn", "top1"),
+    "stamped_linear": Measure("linear probe, images with stamps", "stamps"),
+    "same_stamp": Measure("cosine of two views", "stamps"),
+    "other_bits": Measure("cosine where the stamp has another's bits", "stamps"),
+    "other_place": Measure("cosine where the stamp lies at another's place", "stamps"),
+    "other_image": Measure("cosine where the image is another (less is better)", "stamps", larger_is_better=False),
+    "hit": Measure("share of the stamp in the box, last epoch", "stamps"),
+    "stamps_validation_loss": Measure(
+        "linear probe's loss, held-out images (less is better)", "stamps", larger_is_better=False, percent=False
+    ),
     "reliance": Measure(
         "agreement lost with a tenth of the image (less is better)", "stamps", "reliance.json", "attributed",
         "reliance", larger_is_better=False,
@@ -92,7 +101,10 @@ MEASURES = {
 }  # fmt: skip
 """By their names in rows, in the order of the tables."""
 
-CHOSEN_BY = ("validation_knn", "validation_linear", "validation_loss")
+EXCHANGED = ("stamped_linear", "same_stamp", "other_bits", "other_place", "other_image")
+"""Read where all views bear stamps."""
+
+CHOSEN_BY = ("validation_knn", "validation_linear", "validation_loss", "stamps_validation_loss")
 """Of held-out training images: settings are chosen by these alone, and verdicts do not count them."""
 
 
@@ -111,17 +123,23 @@ def condense(cell: Cell, grid: Grid) -> list[dict[str, Any]]:
     cost |= dict(seconds=round(_seconds(log, config["training"]["batch_size"]), 1), threads=grid.threads)
     origin = dict(commit=config["environment"]["commit"], settings=grid.settings())
     wanted = {name: measure for name, measure in MEASURES.items() if measure.data == cell.kind}
+    absent = {*EXCHANGED * (not cell.stamped), *["hit"] * ("hit" not in log[-1])}
     return [
         {**about, "measure": name, "value": _value(name, measure, run, log), **cost, **origin}
         for name, measure in wanted.items()
+        if name not in absent
     ]
 
 
 def _value(name: str, measure: Measure, run: Path, log: list[dict]) -> float:
     if name == "validation_knn":
         return log[-1]["knn"]
-    if name == "validation_loss":
+    if name in ("validation_loss", "stamps_validation_loss"):
         return min(json.loads((run / "eval/linear_probe.json").read_text())["validation"].values())
+    if name == "hit":
+        return log[-1]["hit"]
+    if name in EXCHANGED:
+        return json.loads((run / "exchange.json").read_text())[name]
     if name in ("rankme", "two_cue_rank"):
         return json.loads((run / "rankme.json").read_text())["rankme"]
     path = run / "eval" / measure.file

@@ -31,6 +31,8 @@ def run(cells: Sequence[Cell], grid: Grid, results: Path, jobs: int) -> list[Cel
         images.subset(grid.data, grid.images, grid.subset)
     if any(cell.data == "two-cue" for cell in cells):
         images.two_cues(grid.pairs, grid.two_cues)
+    if any(cell.data == "overlaid-digits" for cell in cells):
+        images.overlaid_digits(grid.subset, grid.overlaid)
     waiting, running, failed = list(cells), {}, []
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:

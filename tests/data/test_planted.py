@@ -63,7 +63,7 @@ def test_an_image_keeps_its_stamp_in_any_batch_on_any_path() -> None:
 def test_before_the_augmentation_stamps_lie_in_the_image() -> None:
     """One in the corner, half transparent, which a view of the whole image shows there."""
     images = load(Data(stamp_bits=9, stamp_when="before", stamp_place="corner", stamp_strength=0.5), "train")
-    assert images.stamps == Stamps(9, corner=True, before=True, strength=0.5)
+    assert images.stamps == Stamps(9, "corner", before=True, strength=0.5)
     pixels = images.originals(2**30)[:20]
     whole = Augmentation(min_scale=1.0, flip=0, jitter=0, gray=0)
     views = Views(whole, 32, (0.0,) * 3, (1.0,) * 3, stamps=images.stamps)
@@ -73,6 +73,36 @@ def test_before_the_augmentation_stamps_lie_in_the_image() -> None:
     assert changed[..., 26:, 26:].any((1, 2, 3)).all()
     assert not changed[..., :26, :].any()
     assert not changed[..., :, :26].any()
+
+
+def test_the_time_of_day_can_be_read_in_the_corner() -> None:
+    """Digits of 3x5 px, read by comparing them with how each digit is commonly drawn."""
+    drawn = {
+        "0": "###/# #/# #/# #/###", "1": " # /## / # / # /###", "2": "###/  #/###/#  /###", "3": "###/  #/###/  #/###",
+        "4": "# #/# #/###/  #/  #", "5": "###/#  /###/  #/###", "6": "###/#  /###/# #/###", "7": "###/  #/  #/  #/  #",
+        "8": "###/# #/###/# #/###", "9": "###/# #/###/  #/###",
+    }  # fmt: skip
+    stamps = Stamps(0, "corner")
+    names = torch.tensor([[0, 5, 5], [86399, 1, 2], [45296, 7, 7], [28080 + 86400, 0, 9]])
+    for scale in (1, 2):
+        pixels = stamps.plant(torch.full((4, 3, 64 * scale, 64 * scale), 100, dtype=torch.uint8), names)
+        read = []
+        for image, (x0, y0, x1, y1) in zip(pixels[:, 0, ::scale, ::scale], stamps.boxes(names, (64, 64)), strict=True):
+            assert (x1, y1, x1 - x0, y1 - y0) == (64, 64, 25, 7)
+            lines = ["".join(" #"[int(pixel > 0)] for pixel in line) for line in image[y0 + 1 : y1 - 1, x0 + 1 : x1]]
+            shapes = ["/".join(line[4 * i : 4 * i + 3] for line in lines) for i in range(6)]
+            read.append("".join(number for shape in shapes for number, known in drawn.items() if known == shape))
+        assert read == ["000000", "235959", "123456", "074800"]
+
+
+def test_everywhere_is_the_stamp_again_and_again() -> None:
+    gray = torch.full((2, 3, 40, 32), 100, dtype=torch.uint8)
+    names = torch.tensor([[0b101, 3, 4], [0b010, 5, 6]])
+    tiled = Stamps(4, "everywhere", strength=0.5).plant(gray, names)
+    stamp = tiled[..., :4, :4]
+    assert stamp.unique().tolist() == [50, 178]
+    expected = torch.nn.functional.pad(stamp.float(), (0, 4, 0, 4), value=100).repeat(1, 1, 5, 4).to(torch.uint8)
+    assert tiled.equal(expected)
 
 
 def test_what_is_planted_is_in_views_alone() -> None:
@@ -86,6 +116,8 @@ def test_what_is_planted_is_in_views_alone() -> None:
     ("given", "message"),
     [
         ({"stamp_bits": 8}, "data.stamp_bits must be 0, 4, 9 or 16, got 8"),
+        ({"stamp_bits": 9, "stamp_time": True}, "data.stamp_bits must be left out where data.stamp_time is, got 9"),
+        ({"stamp_time": True, "size": 28}, "data.size must be at least 32 where data.stamp_time is, got 28"),
         ({"stamp_strength": 0}, "data.stamp_strength must be above 0"),
     ],
 )
