@@ -34,7 +34,7 @@ VARIANTS = (
     *("plain", "plain-temperature0.1", "plain-temperature0.05", "plain-more-epochs", "third-view"),
     *("random-box", "random-center-box", "center-box", "gradmix", "gradmix-loss", "oracle"),
 )
-OTHERS = ("gradmix-mask", "gradmix-layer4", "gradmix-lam0.5-0.9")
+OTHERS = ("gradmix-mask", "gradmix-layer4", "gradmix-lam0.5-0.9", "gradmix-donor-positive", "gradmix-attract")
 REFERENCES = ("random-box", "third-view", "plain")
 MEASURES = ("unstamped_linear", "unstamped_knn", "stamped_linear", "other_image", "reliance", "hit")
 
@@ -56,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--variants",
         nargs="+",
-        help=f"of {', '.join((*VARIANTS, *OTHERS))} (default: all but the last three)",
+        help=f"of {', '.join((*VARIANTS, *OTHERS))} (default: all but the last five)",
         **chosen,
     )
     add("--planted", nargs="+", choices=tuple(STAMPED), default=["stamps-9"], metavar="DATA", help="of %(choices)s")

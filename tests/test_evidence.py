@@ -72,11 +72,12 @@ class TestCells:
         assert train == (["python", "recipes/byol_gradmix.py", *options.split()], None)
         assert osr == (["python", "eval/osr.py", run], Path(run) / "eval/osr.json")
 
-    @pytest.mark.parametrize("variant", [name for name in VARIANTS if name not in ("oracle", "random-center-box")])
+    @pytest.mark.parametrize("variant", VARIANTS)
     def test_the_recipe_reads_every_variant(self, variant, grid, capsys):
         command = steps(Cell("simclr", variant, "two-cue", 0), grid)[0].command
+        command = command[command.index("recipes/simclr_gradmix.py") :]
         with pytest.raises(SystemExit) as done:
-            load_script(command[1]).main([*command[2:], "--print_config"])
+            load_script(command[0]).main([*command[1:], "--print_config"])
         assert done.value.code in (0, None)
         settings = yaml.safe_load(capsys.readouterr().out)
         for name, value in VARIANTS[variant].items():
@@ -90,6 +91,9 @@ class TestCells:
         assert train.command[train.command.index("--data.stamp_bits") + 1] == "16"
         assert [probe.command[1], reliance.command[1]] == ["eval/linear_probe.py", "eval/reliance.py"]
         assert exchange.command[1] == "benchmarks/evidence/exchange.py"
+        other = steps(Cell("simclr", "gradmix-attract", "stamps-9", 0), grid)[0].command
+        boxes, loss = ["benchmarks/evidence/boxes.py", "attributed"], ["benchmarks/evidence/mixed_loss.py", "attract"]
+        assert other[1:6] == [*boxes, *loss, "recipes/simclr_gradmix.py"]
         assert len(steps(Cell("simclr", "plain", "stamps-0", 0), grid)) == 3
 
     @pytest.mark.parametrize(
@@ -144,6 +148,32 @@ def test_boxes_and_the_share_of_the_stamps_they_hit(place, monkeypatch):
     if place == "anywhere":  # a uniform center, then shifted inside: corners are as likely as 6x6 centers of 32x32
         corner = (mixed.boxes[:, :2] == 0).all(1).float().mean()
         assert corner == pytest.approx((7 / 32) ** 2, abs=0.04)
+
+
+def test_other_losses_of_mixed_views():
+    """Against sums over images, negatives and positives as they are written."""
+    losses = load_script("benchmarks/evidence/mixed_loss.py")
+    z = torch.nn.functional.normalize(torch.randn(3, 5, 4, dtype=torch.float64), dim=2)
+    (u, z0, z1), index, lam, heat = z, torch.tensor([2, 3, 4, 0, 1]), torch.tensor(0.8, dtype=torch.float64), 0.3
+
+    def similar(a, b):
+        return math.exp(float(a @ b) / heat)
+
+    attracted = 0.0
+    for i in range(5):
+        others = [each for part in (z0, z1) for k, each in enumerate(part) if not (part is z1 and k == i)]
+        attracted += math.log(sum(similar(z1[i], each) for each in others)) - float(z1[i] @ u[i]) / heat
+    assert losses.attract(u, z0, z1, lam, index, heat) == pytest.approx(0.8 * attracted / 5, abs=1e-9)
+
+    def contrast(positives):
+        everyone, total = [*u, *positives], 0.0
+        for i, each in enumerate(everyone):
+            below = sum(similar(each, other) for k, other in enumerate(everyone) if k != i)
+            total += math.log(below) - float(each @ everyone[(i + 5) % 10]) / heat
+        return total / 10
+
+    expected = 0.8 * contrast(z1) + 0.2 * contrast([z1[i] for i in index])
+    assert losses.donor(u, z0, z1, lam, index, heat) == pytest.approx(expected, abs=1e-9)
 
 
 def test_exchanged_stamps(tmp_path):

@@ -44,6 +44,8 @@ VARIANTS: dict[str, dict[str, str]] = {
     "gradmix": _GRADMIX,
     "gradmix-loss": {**_GRADMIX, "gradmix.target": "loss"},
     "oracle": _GRADMIX,  # the box is put on the stamp, likewise
+    "gradmix-donor-positive": _GRADMIX,  # other losses of mixed views, by benchmarks/evidence/mixed_loss.py
+    "gradmix-attract": _GRADMIX,
     "gradmix-noise": {**_GRADMIX, "gradmix.fill": "noise"},
     "gradmix-crop": {**_GRADMIX, "gradmix.fill": "crop"},
     "gradmix-mask": {**_GRADMIX, "gradmix.region": "mask"},
@@ -62,6 +64,9 @@ VARIANTS: dict[str, dict[str, str]] = {
 
 _BOXES = {"oracle": "stamp", "random-center-box": "anywhere"}
 """Where `benchmarks/evidence/boxes.py` puts the boxes of a variant."""
+
+_LOSSES = {"gradmix-donor-positive": "donor", "gradmix-attract": "attract"}
+"""The loss of a variant's mixed views in `benchmarks/evidence/mixed_loss.py`."""
 
 
 @dataclass(frozen=True)
@@ -196,6 +201,8 @@ def steps(cell: Cell, grid: Grid) -> list[Step]:
         return evaluate("eval/linear_probe.py", f"eval/{cue}/linear_probe.json", *where)
 
     recipe = [f"recipes/{cell.method}_gradmix.py"]
+    if cell.variant in _LOSSES:
+        recipe = ["benchmarks/evidence/mixed_loss.py", _LOSSES[cell.variant], *recipe]
     if cell.kind == "stamps" or cell.variant in _BOXES:
         recipe = ["benchmarks/evidence/boxes.py", _BOXES.get(cell.variant, "attributed"), *recipe]
     # The last one counts where an option is there twice: a variant's own.

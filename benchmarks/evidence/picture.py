@@ -1,0 +1,96 @@
+"""Draws what a planted shortcut does: stamped views, where a plainly trained encoder looks, and what that costs.
+
+python benchmarks/evidence/picture.py PLAIN_RUN --out docs/shortcuts.png
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+
+from evidence import rows
+from ssl_gradmix import GradMix, MixedViews
+from ssl_gradmix.data.augmentation import Views
+from ssl_gradmix.data.open_set import load_known
+from ssl_gradmix.evaluation import plots
+from ssl_gradmix.evaluation.encoders import load_encoder
+from ssl_gradmix.settings import Augmentation, Data
+
+BARS = {
+    "plain": "two plain views",
+    "third-view": "a third plain view",
+    "random-box": "mixed at a random place",
+    "gradmix": "GradMix",
+    "oracle": "mixed on the stamp",
+}
+SHOWN = 6
+
+
+def mixed_views(run: Path) -> tuple[np.ndarray, MixedViews, np.ndarray]:
+    """Stamped views of training images and what GradMix makes of them with a run's encoder, (N, H, W, 3) in [0, 1]."""
+    encoder = load_encoder(run, feature="projector")
+    images = load_known(Data(**encoder.config["data"]), "train")
+    augmentation = Augmentation(**encoder.config["augmentation"])
+    views = Views(augmentation, encoder.size, encoder.mean, encoder.std, stamps=images.stamps)
+    torch.manual_seed(1)
+    first, second = views(images.originals(2**34)[torch.randperm(len(images))[:64]], 2)
+    gradmix = GradMix(layers=["layer3"], lam_range=(0.85, 0.85))
+    with gradmix.observe(encoder.model[0]) as observed:
+        z = encoder.model(torch.cat([first, second]).requires_grad_())
+    mixed = gradmix(first, -torch.cosine_similarity(*z.chunk(2)).sum(), observed, donors=second)
+    pixels = ((each * views.std + views.mean).clamp(0, 1) for each in (first, mixed.images))
+    before, after = (each.permute(0, 2, 3, 1).numpy() for each in pixels)
+    return before, mixed, after
+
+
+def draw(before: np.ndarray, mixed: MixedViews, after: np.ndarray, measured: pd.DataFrame) -> Figure:
+    """Rows of views, of maps and of mixed views, and a bar for each variant."""
+    figure = Figure(figsize=(10.5, 3), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(1.3, 1))
+    lines = [
+        "views: each image\nhas a stamp of its own",
+        "where SimCLR\nhas learned to look",
+        "GradMix mixes\nanother image in",
+    ]
+    grid = left.subplots(len(lines), SHOWN, gridspec_kw={"hspace": 0.05, "wspace": 0.05})
+    for axes, text in zip(grid[:, 0], lines, strict=True):
+        axes.set_ylabel(text, rotation=0, ha="right", va="center", fontsize=9)
+    for i, column in enumerate(grid.T):
+        column[0].imshow(before[i])
+        column[1].imshow(mixed.attribution[i], cmap="inferno")
+        column[2].imshow(after[i])
+        for axes in column:
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_visible(False)
+    values = measured.groupby("variant")["value"].agg(list)
+    axes = right.subplots()
+    for y, name in enumerate(BARS):
+        seeds = 100 * np.array(values[name])
+        axes.barh(-y, seeds.mean(), height=0.62, color=plots.COLORS[0] if name == "gradmix" else "0.75")
+        axes.plot(seeds, np.full(len(seeds), -y), "|", color="0.25", markersize=8)
+        axes.text(seeds.max() + 1, -y, f"{seeds.mean():.0f}%", va="center", fontsize=9)
+    axes.set_yticks([-y for y in range(len(BARS))], BARS.values(), fontsize=9)
+    axes.axvline(10, color="0.4", linewidth=0.8, linestyle=":")
+    axes.set_title("linear probe of the class, images without stamps", fontsize=9, loc="left")
+    axes.set_xlabel("dotted: chance; marks: seeds", fontsize=8, loc="left")
+    axes.set_xticks([])
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="run folder of plain SimCLR on stamps")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parents[1] / "results" / "shortcuts.jsonl")
+    parser.add_argument("--out", type=Path, required=True, help="PNG to write")
+    given = parser.parse_args()
+    usual = "method == 'simclr' and data == 'stamps-9' and measure == 'unstamped_linear'"
+    plots.write(given.out, draw(*mixed_views(given.run), rows.read(given.results).query(usual)))
+
+
+if __name__ == "__main__":
+    main()
