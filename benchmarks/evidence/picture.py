@@ -1,6 +1,6 @@
-"""Draws what a planted shortcut does: stamped views, where a plainly trained encoder looks, and what that costs.
+"""Figures of planted shortcuts: accuracy by bits; and stamped views, where an encoder looks, and what that costs.
 
-python benchmarks/evidence/picture.py PLAIN_RUN --out docs/shortcuts.png
+python -m evidence.picture PLAIN_RUN --out ../docs/shortcuts.png     draws the latter, in the folder benchmarks
 """
 
 import argparse
@@ -19,13 +19,14 @@ from ssl_gradmix.evaluation import plots
 from ssl_gradmix.evaluation.encoders import load_encoder
 from ssl_gradmix.settings import Augmentation, Data
 
-BARS = {
+TITLES = {
     "plain": "two plain views",
     "third-view": "a third plain view",
     "random-box": "mixed at a random place",
     "gradmix": "GradMix",
     "oracle": "mixed on the stamp",
 }
+"""Of the variants in the figures."""
 SHOWN = 6
 
 
@@ -67,18 +68,36 @@ def draw(before: np.ndarray, mixed: MixedViews, after: np.ndarray, measured: pd.
             axes.spines[:].set_visible(False)
     values = measured.groupby("variant")["value"].agg(list)
     axes = right.subplots()
-    for y, name in enumerate(BARS):
+    for y, name in enumerate(TITLES):
         seeds = 100 * np.array(values[name])
         axes.barh(-y, seeds.mean(), height=0.62, color=plots.COLORS[0] if name == "gradmix" else "0.75")
         axes.plot(seeds, np.full(len(seeds), -y), "|", color="0.25", markersize=8)
         axes.text(seeds.max() + 1, -y, f"{seeds.mean():.0f}%", va="center", fontsize=9)
-    axes.set_yticks([-y for y in range(len(BARS))], BARS.values(), fontsize=9)
+    axes.set_yticks([-y for y in range(len(TITLES))], TITLES.values(), fontsize=9)
     axes.axvline(10, color="0.4", linewidth=0.8, linestyle=":")
     axes.set_title("linear probe of the class, images without stamps", fontsize=9, loc="left")
     axes.set_xlabel("dotted: chance; marks: seeds", fontsize=8, loc="left")
     axes.set_xticks([])
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
+    return figure
+
+
+def accuracy_by_bits(found: pd.DataFrame) -> Figure:
+    """SimCLR's linear probe on images without stamps against the bits of the stamps, a line for each variant."""
+    probe = found[(found.measure == "unstamped_linear") & (found.method == "simclr")]
+    probe = probe.assign(bits=probe.data.map({f"stamps-{bits}": bits for bits in (0, 4, 9, 16)})).dropna()
+    figure = Figure(figsize=(5.6, 3.4), layout="constrained")
+    axes = figure.subplots()
+    for i, (variant, title) in enumerate(TITLES.items()):
+        seeds = probe[probe.variant == variant].groupby("bits")["value"].agg(["mean", "std"]) * 100
+        if len(seeds):
+            marks = {"marker": "o", "markersize": 4, "capsize": 2, "color": plots.COLORS[i % len(plots.COLORS)]}
+            axes.errorbar(seeds.index, seeds["mean"], seeds["std"].fillna(0), label=title, **marks)
+    axes.axhline(10, color="0.5", linewidth=0.8, linestyle=":")
+    axes.set(xlabel="bits of the stamp (0: no stamp)", ylabel="linear probe without stamps, %", xticks=(0, 4, 9, 16))
+    axes.legend(frameon=False, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 
