@@ -246,7 +246,7 @@ def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def environment() -> dict[str, Any]:
     """Versions of what a run depends on, and the git commit of this package where it is a checkout."""
-    names = ("torch", "torchvision", "lightly", "timm", "accelerate", "kornia", "numpy")
+    names = ("torch", "torchvision", "lightly", "timm", "accelerate", "numpy")
     found = {"ssl_gradmix": __version__, "python": platform.python_version(), **{name: version(name) for name in names}}
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
     try:

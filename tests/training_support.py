@@ -32,8 +32,8 @@ def image_set(count: int = 36) -> ImageSet:
 def trainer(path: Path, kind: type = SimCLR, training: Training = TRAINING, **kwargs) -> Trainer:
     accelerator = create_accelerator(training)
     torch.manual_seed(training.seed)
-    backbone = backbones.create("resnet10_tiny")
-    method = kind(backbone, 128, hidden_dim=32, output_dim=16, gradmix=GradMix(layers=["layer2"]))
+    backbone = kwargs.pop("backbone", None) or backbones.create("resnet10_tiny")
+    method = kind(backbone, backbone.num_features, hidden_dim=32, output_dim=16, gradmix=GradMix(layers=["layer2"]))
     folder = RunFolder(path)
     images = kwargs.pop("images", image_set())
     folder.start({"training": {}}, images)
@@ -43,7 +43,7 @@ def trainer(path: Path, kind: type = SimCLR, training: Training = TRAINING, **kw
         folder,
         accelerator,
         16,
-        Augmentation(),
+        kwargs.pop("augmentation", Augmentation()),
         kwargs.pop("optimizer", Optimizer()),
         training,
         **kwargs,

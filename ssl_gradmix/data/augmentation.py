@@ -154,8 +154,8 @@ class Views(nn.Module):
 
     def _augment(self, images: Tensor | Sequence[Tensor], draws: Draws) -> Tensor:
         settings = self.augmentation
-        packed = torch.cat(draws[:6], dim=1).to(images[0].device, non_blocking=True)  # one copy in place of six
-        boxes, flip, jitter, *masks = packed.split([4, 1, 4, 1, 1, 1], dim=1)
+        packed = torch.cat(draws[:7], dim=1).to(images[0].device, non_blocking=True)  # one copy in place of seven
+        boxes, flip, jitter, *masks, sigma = packed.split([4, 1, 4, 1, 1, 1, 1], dim=1)
         gray, blur, solarize = (mask.view(-1, 1, 1, 1) for mask in masks)
         # Images of different sizes are cut by boxes that lie on the CPU: nothing waits for the device.
         where = (boxes, flip) if isinstance(images, Tensor) else (draws.boxes, draws.flip)
@@ -165,7 +165,7 @@ class Views(nn.Module):
         if settings.gray > 0:
             views = torch.lerp(views, luma(views), gray)
         if settings.blur > 0:
-            views = torch.lerp(views, gaussian_blur(views, draws.sigma), blur)
+            views = torch.lerp(views, gaussian_blur(views, sigma), blur)
         if settings.solarize > 0:
             views = torch.where(solarize * views >= SOLARIZE_FROM, 1 - views, views)
         return views.sub_(self.mean).div_(self.std)
@@ -290,13 +290,18 @@ def shift_hue(images: Tensor, shift: Tensor) -> Tensor:
 
 
 def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:
-    """Blurs images (N, 3, H, W) by a kernel of a tenth of their width, odd, with edges reflected.
+    """Blurs images (N, 3, size, size), each by its sigma (N, 1) in pixels: a kernel of a tenth of their width, odd.
 
-    Sigma, (N, 1) in pixels, is on the CPU: kornia reads it there without waiting for the device.
+    Edges are reflected, as in torchvision's `gaussian_blur`, which has one sigma for all images.
     """
-    from kornia.filters import gaussian_blur2d
-
-    return gaussian_blur2d(images, 2 * (images.shape[-1] // 20) + 1, sigma.expand(-1, 2))
+    n, channels, _, width = images.shape
+    radius = width // 20
+    offset = torch.arange(-radius, radius + 1, device=images.device)
+    weights = (-0.5 * (offset / sigma) ** 2).exp()
+    weights = (weights / weights.sum(1, keepdim=True)).expand(channels, -1, -1).transpose(0, 1).flatten(0, 1)
+    padded = nn.functional.pad(images, [radius] * 4, mode="reflect").flatten(0, 1)[None]
+    rows = nn.functional.conv2d(padded, weights[:, None, :, None], groups=n * channels)
+    return nn.functional.conv2d(rows, weights[:, None, None, :], groups=n * channels).view_as(images)
 
 
 def eval_transform(size: int, mean: Sequence[float], std: Sequence[float]) -> Callable[[Tensor], Tensor]:

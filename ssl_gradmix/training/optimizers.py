@@ -6,7 +6,7 @@ import math
 
 import torch
 from lightly.models.utils import get_weight_decay_parameters
-from lightly.utils.lars import LARS
+from timm.optim import Lars
 from torch import nn
 
 from ssl_gradmix.settings import Optimizer
@@ -23,7 +23,7 @@ def create(method: nn.Module, settings: Optimizer) -> torch.optim.Optimizer:
     if settings.name == "adamw":
         return torch.optim.AdamW(groups, lr=settings.lr)
     if settings.name == "lars":
-        return LARS(groups, lr=settings.lr, momentum=0.9)
+        return Lars(groups, lr=settings.lr, momentum=0.9)  # timm's: lightly's reads two norms of every weight
     return torch.optim.SGD(groups, lr=settings.lr, momentum=0.9)
 
 
