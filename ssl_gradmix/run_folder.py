@@ -44,7 +44,7 @@ WRITTEN = (
 FREE = (
     *("run", "expect_processes", "environment", "data.root", "data.download"),
     *("training.decode", "training.workers", "training.threads", "training.knn_every", "training.samples_every"),
-    *("training.checkpoint_every", "training.trackers"),
+    "training.trackers",
 )
 """Settings that may differ when a run is resumed: they change no weight (but for rounding, threads)."""
 

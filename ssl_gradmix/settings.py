@@ -260,7 +260,6 @@ class Training:
             agreement of two views that hangs on a tenth of the image and, where images are labeled, kNN accuracy on
             held-out ones; 0 for never.
         samples_every: Epochs between two pictures of mixed views in `samples/`; 0 for never.
-        checkpoint_every: Epochs between two checkpoints.
         trackers: Accelerate trackers to log to as well, for instance `[tensorboard]`.
     """
 
@@ -274,12 +273,11 @@ class Training:
     threads: int | None = None
     knn_every: int = 10
     samples_every: int = 10
-    checkpoint_every: int = 1
     trackers: list[str] | None = None
 
     def __post_init__(self) -> None:
         crowd = 16 * (os.cpu_count() or 1)  # more only wait for each other, and thousands bring a machine down
-        counts = dict.fromkeys(("epochs", "accumulate", "checkpoint_every"), (1, MOST_EPOCHS))
+        counts = dict.fromkeys(("epochs", "accumulate"), (1, MOST_EPOCHS))
         every = dict.fromkeys(("knn_every", "samples_every"), (0, MOST_EPOCHS))
         _require_between("training", self, **counts, batch_size=(2, math.inf), threads=(1, crowd), workers=(0, crowd))
         _require_between("training", self, seed=(0, 2**63 - 1), **every)

@@ -19,6 +19,9 @@ from ssl_gradmix.settings import Augmentation, Optimizer, Training
 from ssl_gradmix.training.loop import Trainer
 from ssl_gradmix.training.processes import create_accelerator
 
+TIMED = ("images_per_second", "images_per_second_overall", "seconds_left")
+"""Readings in the log that differ from run to run."""
+
 TRAINING = Training(epochs=3, batch_size=8, workers=0, threads=1, knn_every=0, samples_every=0)
 
 

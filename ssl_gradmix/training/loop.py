@@ -36,6 +36,9 @@ READ_EVERY = 50
 READ_SECONDS = 5.0
 """About so long is between two readings where steps are slow: several processes agree on a signal only then."""
 
+SAVE_SECONDS = 60.0
+"""So long is between two checkpoints at least, signals and the end of the training apart."""
+
 SAMPLED = 8
 """Images in a picture of mixed views."""
 
@@ -134,6 +137,7 @@ class Trainer:
         self.epoch, self.batch, self.totals = 0, 0, {}
         self.read_every, self.last_read = 1, 0.0
         self.saved: Path | None = None
+        self.save_due, self.last_save, self.saving = False, 0.0, 0.0
 
     def run(self) -> None:
         """Trains from the last checkpoint, or from the start, to the end, and releases the folder.
@@ -154,21 +158,28 @@ class Trainer:
             self._say_what_begins()
             if self.training.trackers:
                 log.start_trackers(self.accelerator, self.folder)
-            began, first = time.perf_counter(), self.epoch
+            began = self.last_save = time.perf_counter()
+            first, seen = self.epoch, 0
             with signals.collected() as received:
                 while self.epoch < self.training.epochs:
-                    entry = self._one_epoch(received)
-                    pace = (time.perf_counter() - began) / (self.epoch - first)
-                    entry["seconds_left"] = round(pace * (self.training.epochs - self.epoch), 1)
+                    entry, images = self._one_epoch(received)
+                    seen += images
+                    self._look(entry)
+                    passed = time.perf_counter() - began
+                    left = self.training.epochs - self.epoch
+                    entry["images_per_second_overall"] = round(seen / passed, 1)
+                    entry["seconds_left"] = round(passed / (self.epoch - first) * left, 1)
                     self._report(entry)
-                    if self._due(self.training.checkpoint_every):
+                    if self.save_due or not left:
                         self._save()
                     if self.epoch < self.training.epochs:
                         self._stop_if_asked(received)
             if self.training.trackers:
                 self.accelerator.end_training()
             path = shlex.quote(str(self.folder.path))
-            self._say(f"finished; the results are in {path}. Next: python eval/linear_probe.py {path}")
+            passed = time.perf_counter() - began
+            spent = f"{log.clock(passed)}, {self.saving / passed:.1%} of it saving"
+            self._say(f"finished in {spent}; the results are in {path}. Next: python eval/linear_probe.py {path}")
         except (ValueError, OSError) as error:
             # What ends one process alone, such as a broken image in its share, is not known to the one that speaks.
             if not self.accelerator.is_main_process:
@@ -195,11 +206,11 @@ class Trainer:
                 f"{self.training.epochs}: the learning rate rises to the end, and never gets to {self.peak:.4g}"
             )
 
-    def _one_epoch(self, received: list[int]) -> dict[str, Any]:
-        """Trains an epoch, or what is left of it; returns its entry in the log."""
+    def _one_epoch(self, received: list[int]) -> tuple[dict[str, Any], int]:
+        """Trains an epoch, or what is left of it; returns its entry in the log and the number of images."""
         self.method.train()
         began = self.last_read = time.perf_counter()
-        seen, unread = 0, []
+        saving, seen, unread = self.saving, 0, []
         bar = tqdm(
             total=len(self.source.indices),
             initial=self.batch,
@@ -218,6 +229,8 @@ class Trainer:
             if self.accelerator.sync_gradients and (len(unread) >= self.read_every or alone_and_asked):
                 self._read(unread)
                 self._stop_if_asked(received)
+                if self.save_due and self.batch < len(self.source.indices):
+                    self._save()
         if unread:
             self._read(unread)
         bar.close()
@@ -227,8 +240,9 @@ class Trainer:
         step = self.epoch * self.steps_per_epoch
         entry = {"epoch": self.epoch, "step": step, **means, "lr": self._rate(step - 1)}
         if seen:  # none where an epoch was resumed after its last batch
-            entry["images_per_second"] = round(seen / (time.perf_counter() - began), 1)
-        return entry
+            stepping = time.perf_counter() - began - (self.saving - saving)
+            entry["images_per_second"] = round(seen / stepping, 1)
+        return entry, seen
 
     def _step(self, batch: Any) -> Losses:
         """Trains on a (micro-)batch."""
@@ -266,13 +280,15 @@ class Trainer:
         # A gradient that overflows leaves its traces in both, for which the device need not be asked at every step.
         state = [value for each in self.optimizer.state.values() for value in each.values() if torch.is_tensor(value)]
         sound = all_finite([*self.bare.state_dict().values(), *state]).float()
-        waited = sound.new_tensor(time.perf_counter() - self.last_read)
-        # Mean over processes in float32: the same on all of them, who have to agree on when they read.
-        sound, waited = self.accelerator.reduce(torch.stack([sound, waited]), "mean").tolist()
+        now = time.perf_counter()
+        waited, unsaved = sound.new_tensor([now - self.last_read, now - self.last_save])
+        # Mean over processes in float32: the same on all of them, who have to agree on when they read and save.
+        sound, waited, unsaved = self.accelerator.reduce(torch.stack([sound, waited, unsaved]), "mean").tolist()
         if sound < 1:
             self._diverged(
                 f"weights, or the optimizer's state, are not finite after epoch {self.epoch + 1}, batch {self.batch}"
             )
+        self.save_due = unsaved >= SAVE_SECONDS
         self.read_every = max(1, min(READ_EVERY, int(READ_SECONDS * len(unread) / max(waited, 1e-6))))
         names, sums = ("loss", *Losses._fields[1:], "read"), [*values.double().sum(0).tolist(), len(unread)]
         self.totals = {name: self.totals.get(name, 0) + total for name, total in zip(names, sums, strict=True)}
@@ -296,14 +312,16 @@ class Trainer:
             self._say(f"stopped by {Signals(number).name} and saved; the same command goes on from here")
             raise SystemExit(128 + number)
 
-    def _report(self, entry: dict[str, Any]) -> None:
-        """Adds what is read now and then to an epoch's entry, logs it, and draws a picture where it is due."""
+    def _look(self, entry: dict[str, Any]) -> None:
+        """Adds what is read now and then to an epoch's entry, and draws a picture where it is due."""
         if self.monitor and self._due(self.training.knn_every):
             readings = self.monitor(self.bare.backbone, self.accelerator.device)
             entry.update({name: round(value, 4) for name, value in readings.items()})
-        self.accelerator.log({name: value for name, value in entry.items() if name != "epoch"}, step=self.epoch)
         if self.bare.gradmix is not None and self._due(self.training.samples_every):
             self._draw_samples()
+
+    def _report(self, entry: dict[str, Any]) -> None:
+        self.accelerator.log({name: value for name, value in entry.items() if name != "epoch"}, step=self.epoch)
         if self.accelerator.is_main_process:
             with self._writing():
                 self.folder.append_log(entry)
@@ -333,6 +351,7 @@ class Trainer:
         path = checkpoint.path_of(self.folder.checkpoint, self.epoch, self.batch)
         if path == self.saved:
             return
+        began = time.perf_counter()
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler and self.accelerator.scaler.state_dict()
@@ -345,7 +364,9 @@ class Trainer:
                 for written in (*self.folder.backbone.iterdir(), self.folder.projector, self.folder.path):
                     checkpoint.flush(written)
                 checkpoint.save(self.folder.checkpoint, state, self.folder.identity)
-        self.saved = path
+        self.saved, self.save_due = path, False
+        self.last_save = self.last_read = time.perf_counter()
+        self.saving += self.last_save - began
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

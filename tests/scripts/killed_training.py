@@ -17,15 +17,17 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from training_support import TRAINING, trainer
+from training_support import TIMED, TRAINING, trainer
 
 from ssl_gradmix.methods.byol import BYOL
 from ssl_gradmix.methods.simclr import SimCLR
 from ssl_gradmix.run_folder import RunFolder
 from ssl_gradmix.settings import Optimizer
+from ssl_gradmix.training import loop
 from ssl_gradmix.training.loop import Trainer
 
 torch.set_num_threads(1)
+loop.SAVE_SECONDS = 0.0  # a checkpoint wherever there may be one: at the end of an epoch, and after its first step
 STEPS, EPOCHS = 4, 3
 Kind = tuple[str, str, int, str]
 
@@ -105,13 +107,12 @@ def finished(folder: Path) -> dict[str, object]:
     """All that a run leaves, but for times."""
     (*_, newest) = sorted((folder / "checkpoint").glob("epoch-*"))
     state = torch.load(newest / "progress.pt", weights_only=True)["optimizer"]["state"]
-    timed = ("images_per_second", "seconds_left")
     return {
         "method": {name: tensor.numpy().tobytes() for name, tensor in load_file(newest / "method.safetensors").items()},
         "optimizer": {(i, name): value.numpy().tobytes() for i in state for name, value in state[i].items()},
         "backbone": (folder / "backbone" / "model.safetensors").read_bytes(),
         "projector": (folder / "projector.safetensors").read_bytes(),
-        "log": [{k: v for k, v in line.items() if k not in timed} for line in RunFolder(folder).read_log()],
+        "log": [{k: v for k, v in line.items() if k not in TIMED} for line in RunFolder(folder).read_log()],
         "left over": [path.name for path in folder.rglob(".*") if path.name != ".lock"],
     }
 

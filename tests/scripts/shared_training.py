@@ -73,7 +73,8 @@ def act_at(trainer: Trainer, step: int, act: object) -> None:
 
 def run(trainer: Trainer) -> None:
     donors = mock.patch.object(mixing, "derangement", lambda count, device, generator=None: torch.arange(count))
-    with donors, mock.patch.object(loop, "READ_EVERY", 1):
+    # Saved after steps that processes have to agree on, whatever their clocks say.
+    with donors, mock.patch.multiple(loop, READ_EVERY=1, SAVE_SECONDS=0.1):
         trainer.run()
 
 

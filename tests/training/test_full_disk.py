@@ -14,6 +14,7 @@ import torch
 from training_support import TRAINING, before_step, file_size_limit, final, trainer
 
 from ssl_gradmix.run_folder import RunFolder
+from ssl_gradmix.training import loop
 
 Disk = tuple[Path, Callable[[], None], Callable[[], None]]
 
@@ -49,7 +50,10 @@ def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Disk]:
 
 
 @pytest.mark.parametrize("signalled", [False, True], ids=["at an epoch's end", "mid-epoch"])
-def test_a_full_disk_stops_the_run_which_goes_on_with_room(disk: Disk, signalled: bool, tmp_path: Path) -> None:
+def test_a_full_disk_stops_the_run_which_goes_on_with_room(
+    disk: Disk, signalled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)
     folder, fill, free = disk
     trainer(tmp_path / "whole").run()
 
@@ -63,7 +67,8 @@ def test_a_full_disk_stops_the_run_which_goes_on_with_room(disk: Disk, signalled
     assert "No space left" in str(stopped.value) or "File too large" in str(stopped.value)
     checkpoint = folder / "checkpoint/epoch-00001-batch-0000000"
     assert f"; the last good checkpoint is {checkpoint}; with room to write, the same command" in str(stopped.value)
-    assert [path.name for path in checkpoint.parent.iterdir()] == [checkpoint.name]
+    assert max(checkpoint.parent.iterdir()) == checkpoint
+    assert not (checkpoint.parent / ".unfinished").exists()
 
     free()
     trainer(folder).run()

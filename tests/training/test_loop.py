@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.tracking import GeneralTracker
-from training_support import TRAINING, before_step, final, image_set, trainer, tree
+from training_support import TIMED, TRAINING, before_step, final, image_set, trainer, tree
 
 from ssl_gradmix import GradMix, backbones
 from ssl_gradmix.data.planted import Stamps, name
@@ -24,6 +24,7 @@ from ssl_gradmix.methods.simclr import SimCLR
 from ssl_gradmix.mixing import crop
 from ssl_gradmix.run_folder import RunFolder
 from ssl_gradmix.settings import Optimizer
+from ssl_gradmix.training import checkpoint, loop
 from ssl_gradmix.training.loop import Trainer, all_finite
 from ssl_gradmix.training.monitor import Monitor
 from ssl_gradmix.training.processes import create_accelerator
@@ -61,8 +62,7 @@ def test_stopped_by_a_signal_mid_epoch_it_ends_with_the_same_weights(
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     logs = [RunFolder(tmp_path / name).read_log() for name in ("whole", "parts")]
     for one, two in zip(*logs, strict=True):
-        timed = ("images_per_second", "seconds_left")
-        assert {k: v for k, v in one.items() if k not in timed} == {k: v for k, v in two.items() if k not in timed}
+        assert {k: v for k, v in one.items() if k not in TIMED} == {k: v for k, v in two.items() if k not in TIMED}
 
 
 def test_stopped_in_the_last_step_of_an_epoch_it_reports_that_epoch_when_it_goes_on(tmp_path: Path) -> None:
@@ -185,16 +185,47 @@ def poison(broken: Trainer, place: tuple[int, int], what: str) -> None:
 )
 @pytest.mark.parametrize("kind", [SimCLR, BYOL])
 def test_what_is_not_finite_stops_the_training_and_is_never_saved(
-    kind: type, what: str, gradmix: GradMix | None, message: str, tmp_path: Path
+    kind: type, what: str, gradmix: GradMix | None, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)
     broken = trainer(tmp_path, kind)
     broken.bare.gradmix = gradmix
     poison(broken, (1, 2), what)
-    checkpoint = tmp_path / "checkpoint/epoch-00001-batch-0000000"
-    with pytest.raises(FloatingPointError, match=f"{message}; the last good checkpoint is {checkpoint}. A lower --opt"):
+    good = tmp_path / "checkpoint/epoch-00001-batch-0000000"
+    with pytest.raises(FloatingPointError, match=f"{message}; the last good checkpoint is {good}. A lower --opt"):
         broken.run()
-    assert [path.name for path in (tmp_path / "checkpoint").iterdir()] == [checkpoint.name]
+    assert max((tmp_path / "checkpoint").iterdir()) == good
     assert all(tensor.isfinite().all() for tensor in final(tmp_path).values())
+
+
+def test_checkpoints_keep_their_distance_and_rates_are_of_steps_alone_and_of_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock, places, save = [0.0], [], checkpoint.save
+
+    def slow_save(folder: Path, state: checkpoint.State, run: str) -> None:
+        clock[0] += 0.08
+        places.append((state.epoch, state.batch))
+        save(folder, state, run)
+
+    monkeypatch.setattr(loop, "READ_EVERY", 1)
+    monkeypatch.setattr(loop, "SAVE_SECONDS", 0.6)
+    monkeypatch.setattr(checkpoint, "save", slow_save)
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: clock[0])
+    watched = trainer(tmp_path)
+    step = watched._step
+
+    def slow_step(batch: object) -> Losses:
+        clock[0] += 0.24
+        return step(batch)
+
+    watched._step = slow_step
+    watched.run()
+    assert places == [(0, 3), (1, 2), (2, 1), (3, 0)]  # every third of twelve steps, and at the end
+    log = RunFolder(tmp_path).read_log()
+    assert [entry["images_per_second"] for entry in log] == [33.3] * 3  # 8 / 0.24
+    assert [entry["images_per_second_overall"] for entry in log] == [30.8] * 3  # 32 / (4 * 0.24 + 0.08)
+    assert "finished in 00:00:03, 10.0% of it saving" in capsys.readouterr().out  # 0.32 of 3.2
 
 
 def test_weights_that_the_last_step_of_an_epoch_spoilt_are_not_saved(tmp_path: Path) -> None:
@@ -268,9 +299,9 @@ def test_trackers_get_name_settings_readings_and_pictures(tmp_path: Path) -> Non
     watched.run()
     (_, settings), *rest = noted.got
     assert settings == {"optimizer.lr": 0.1, "gradmix.layers": "['layer2']", "run": "None"}
-    assert [entry[:2] for entry in rest] == [("log", 1), ("log", 2), ("images", 2)]
-    assert {"loss", *Losses._fields[1:], "lr", "images_per_second"} <= rest[0][2]
-    assert rest[2][2:] == (3, np.uint8)
+    assert [entry[:2] for entry in rest] == [("log", 1), ("images", 2), ("log", 2)]
+    assert {"loss", *Losses._fields[1:], "lr", *TIMED} <= rest[0][2]
+    assert rest[1][2:] == (3, np.uint8)
 
 
 def test_stamps_of_the_images_are_in_the_views(tmp_path: Path) -> None:
