@@ -1,14 +1,28 @@
 """What a GPU is to be asked, in parts that each call runs for at most so many minutes; finished parts are skipped.
 
-    python benchmarks/gpu.py --data cifar10 --out .gpu --parts step profile throughput    # about 6 minutes
-    python benchmarks/gpu.py --data cifar10 --out .gpu --parts simclr                     # about 6
-    python benchmarks/gpu.py --data cifar10 --out .gpu --parts plain byol                 # the controls
-    python benchmarks/gpu.py --data cifar10 --out .gpu                                    # what is left
-    python benchmarks/gpu.py --tiny --out .gpu/tiny                                       # a rehearsal on a CPU
+    mkdir -p .gpu && tar xJf ARCHIVE -C .gpu
+    python benchmarks/gpu.py --data .gpu/cifar10 --out .gpu/parts --minutes 8    # the same call again goes on
+    python benchmarks/gpu.py --tiny --out .gpu/tiny                              # a rehearsal on a CPU, a minute
 
-The data is CIFAR-10 as class folders in train/ and test/. A part is a list of command lines that need no installed
-package; what it prints is kept in OUT/<part>.md. A part that runs out of time leaves what it printed until then, and a
-training goes on where it stopped when the same call is repeated. OUT/summary.md has all of it.
+The data is CIFAR-10 as class folders in train/ and test/, the archive one of such a folder. Parts come in this order,
+the most wanted first; minutes on an H200 are estimates, and encoders ResNet-18 where none is named:
+
+    tests        GradMix and methods on the GPU, three steps of the loop that must not wait for it             1
+    step         cost of GradMix against a plain third view, where a step must not wait either                 1
+    throughput   images a second of the loop, of the bare step, and of a loop as lightly's examples have it    2
+    plain        SimCLR without a third view for 100 epochs, kNN and linear probe                              4
+    simclr       the same with GradMix                                                                         6
+    profile      where the time of a step goes                                                                 1
+    vit          cost of GradMix, ViT-small                                                                    1
+    byol         BYOL with GradMix for 100 epochs                                                              7
+    batches      cost of GradMix in batches of 64, 256 and 1,024                                               1
+    compiled     the bare step with compiled stages                                                            2
+
+Nothing has to be installed but what ssl_gradmix needs, with pytest; git is not needed. A part is a list of command
+lines, and what it prints is kept in OUT/<part>.md. A part that runs out of time leaves what it printed until then, and
+a training goes on where it stopped when the call is repeated. OUT/summary.md has all of it, also while later parts run;
+--summary writes a copy into another folder, from which files are to be fetched for instance. The status is 0 once all
+parts are done.
 """
 
 from __future__ import annotations
@@ -20,6 +34,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import timing
@@ -32,6 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="CIFAR-10 as a folder; not needed with --tiny")
     parser.add_argument("--out", type=Path, required=True, help="folder for tables and runs")
+    parser.add_argument("--summary", type=Path, help="folder for a copy of the summary")
     parser.add_argument("--parts", nargs="+", help="only these (default: all)")
     parser.add_argument("--minutes", type=float, default=9.5, help="of this call (default: %(default)s)")
     parser.add_argument("--tiny", action="store_true", help="rehearse on a CPU: tiny sizes, digits, a minute")
@@ -44,6 +60,8 @@ def main() -> None:
         parser.error(f"--parts: {', '.join(sorted(unknown))}; there are {', '.join(commands)}")
     options.out.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 60 * options.minutes
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # a part ends with this process
+    unfinished = 0
     for name in options.parts or commands:
         done = options.out / f"{name}.md"
         if done.exists():
@@ -52,14 +70,16 @@ def main() -> None:
             state = "no time left, repeat the call"
         else:
             began = time.monotonic()
-            state = "done" if run(commands[name], done, deadline) else "out of time or failed, repeat the call"
-            state += f", {time.monotonic() - began:.0f} s"
+            state = f"{run(commands[name], done, deadline)}, {time.monotonic() - began:.0f} s"
+        unfinished += not done.exists()
         print(f"{name}: {state}", flush=True)
-        summarize(list(commands), options.out)
+        for folder in (options.out, options.summary or options.out):
+            summarize(list(commands), options.out, folder)
+    sys.exit(unfinished > 0)
 
 
 def parts(options: argparse.Namespace) -> dict[str, list[list[str]]]:
-    """Command lines by the part's name, the most wanted first."""
+    """Command lines by the part's name, in the order in which they are wanted."""
     out = options.out.absolute()
     data = ["--data.name", "folder", "--data.root", str(options.data and options.data.absolute())]
     small, vit = "resnet18_small", ["vit_small_patch16_224", "--kwargs", '{"img_size": 32, "patch_size": 4}']
@@ -84,33 +104,38 @@ def parts(options: argparse.Namespace) -> dict[str, list[list[str]]]:
         settings = ["--backbone.name", small, "--training.epochs", epochs, "--training.batch_size", batch]
         settings += ["--training.precision", precision, "--training.knn_every", "20", "--run", str(out / name)]
         settings += ["--optimizer.lr", "0.12", "--optimizer.warmup_epochs", "0.5" if options.tiny else "10"]
-        probe = [["eval/linear_probe.py", str(out / name)]] if not options.tiny or name == "simclr" else []
+        probe = [["eval/linear_probe.py", str(out / name)]] if not options.tiny or name == "plain" else []
         return [[f"recipes/{recipe}_gradmix.py", *data, *settings, *given], *probe]
 
-    loops = ("loop", "plain loop", "step", "step NCHW", "step fused")
+    loops = ["loop", "lightly"] if options.tiny else ["loop", "plain loop", "lightly"]
+    variants = ["step"] if options.tiny else ["step", "step NCHW", "step fused", "step benchmark"]
+    tests = ["tests/training/test_on_the_device.py"]
+    tests += ["-k", "mask"] if options.tiny else ["tests/test_gradmix.py", "tests/methods"]
     chosen = {
+        "tests": [["-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", *tests]],
         "step": [step(small)],
-        "profile": [step(small, "--profile")],
-        "throughput": [throughput(*loops, *([] if options.tiny else ["step benchmark"]), "lightly")],
-        "simclr": train("simclr", "simclr"),
+        "throughput": [throughput(*variants, *loops)],
         "plain": train("simclr", "plain", "--extra_view", "none"),
-        "byol": train("byol", "byol", "--augmentation.min_scale", "0.2"),
+        "simclr": train("simclr", "simclr"),
+        "profile": [step(small, "--profile")],
         "vit": [step(*vit, "--layers", "blocks.8", "blocks.5", "--method", "simclr", batch="256")],
+        "byol": train("byol", "byol", "--augmentation.min_scale", "0.2"),
     }
-    if not options.tiny:  # as sizes differ alone, or a compiler is needed
+    if options.tiny:  # what differs from another part in a setting is left out
+        del chosen["simclr"], chosen["profile"]
+    else:
         chosen["batches"] = [step(small, "--method", "simclr", batch="64 256 1024")]
         chosen["compiled"] = [throughput("step", "step compiled")]
     return chosen
 
 
-def run(commands: list[list[str]], done: Path, deadline: float) -> bool:
-    """Runs a part until the deadline; SIGTERM then lets a training save its state."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+def run(commands: list[list[str]], done: Path, deadline: float) -> str:
+    """Runs a part until the deadline; SIGTERM then lets a training save its state. Returns how it ended."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     if not torch.cuda.is_available():
         environment["OMP_NUM_THREADS"] = "1"  # tiny batches, and other work beside them
     partial = done.with_suffix(".partial")
-    partial.unlink(missing_ok=True)
-    with partial.open("w") as output:
+    with partial.open("a") as output:
         for command in commands:
             output.write(f"`python {shlex.join(command)}`\n\n")
             output.flush()
@@ -120,31 +145,30 @@ def run(commands: list[list[str]], done: Path, deadline: float) -> bool:
                 env=environment,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,
+                preexec_fn=os.setpgrp,
             )
             try:
-                status = process.wait(max(0.0, deadline - time.monotonic()))
+                if status := process.wait(max(0.0, deadline - time.monotonic())):
+                    return f"failed with status {status}"
             except subprocess.TimeoutExpired:
+                return "out of time, repeat the call"
+            finally:
                 stop(process)
-                return False
-            if status != 0:
-                return False
     partial.rename(done)
-    return True
+    return "done"
 
 
 def stop(process: subprocess.Popen) -> None:
     """Ends a part with all that it started, which would disturb the next one."""
-    os.killpg(process.pid, signal.SIGTERM)
-    try:
-        process.wait(30)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with suppress(ProcessLookupError):  # when nothing is left of it
+            os.killpg(process.pid, number)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(30)
 
 
-def summarize(names: list[str], out: Path) -> None:
-    """Writes what all parts have printed so far, the last lines of long ones."""
+def summarize(names: list[str], out: Path, into: Path) -> None:
+    """Writes what all parts have printed so far, the last lines of long ones, whole or not at all."""
     text = [timing.origin("cuda" if torch.cuda.is_available() else "cpu"), ""]
     for name in names:
         for path in (out / f"{name}.md", out / f"{name}.partial"):
@@ -152,7 +176,10 @@ def summarize(names: list[str], out: Path) -> None:
                 lines = path.read_text(errors="replace").splitlines()
                 unfinished = " (unfinished)" if path.suffix == ".partial" else ""
                 text += [f"## {name}{unfinished}", "", *lines[-80:], ""]
-    (out / "summary.md").write_text("\n".join(text))
+    into.mkdir(parents=True, exist_ok=True)
+    unfinished = into / ".summary.md"
+    unfinished.write_text("\n".join(text))
+    unfinished.replace(into / "summary.md")
 
 
 if __name__ == "__main__":

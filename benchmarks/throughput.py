@@ -140,7 +140,7 @@ def recipe(extra_view: str, options: argparse.Namespace) -> float:
         }
         command = [sys.executable, str(ROOT / "recipes/simclr_gradmix.py")]
         command += [part for name, value in settings.items() for part in (f"--{name}", str(value))]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
         if not options.device.startswith("cuda"):
             environment["CUDA_VISIBLE_DEVICES"] = ""
         subprocess.run(command, env=environment, stdout=sys.stderr, check=True)

@@ -248,11 +248,12 @@ class Training:
         batch_size: Images in a global batch, over all processes together.
         accumulate: Micro-batches to an optimizer step; the batch is split into so many.
         seed: Seeds initialization, shuffling, augmentation and mixing.
-        precision: `no` is float32; `bf16` and `fp16` (on accelerators) are mixed precision. Null does as
-            `accelerate launch --mixed_precision` says, or `accelerate config`, and else as `no`.
+        precision: `no` is float32, in which a GPU rounds convolutions to TF32 but not matrix products, so that
+            transformers want `bf16`. That and `fp16` (on accelerators) are mixed precision. Null does as `accelerate
+            launch --mixed_precision` says, or `accelerate config`, and else as `no`.
         decode: `once` decodes all training images at the start and keeps them where the encoder runs, `workers` decodes
-            them when they are needed, in loader processes; `auto` decodes once what fits in 4 GiB. The views are the
-            same.
+            them when they are needed, in loader processes; `auto` decodes once what fits in 4 GiB, or in a
+            quarter of a GPU's free memory. The views are the same.
         workers: Loader processes, where images are decoded when they are needed.
         threads: CPU threads of each process, where it trains on the CPU. Null does as OMP_NUM_THREADS says, or else
             shares the cores out.

@@ -43,7 +43,7 @@ def extract(
     (which torch lets a GPU's convolutions round to TF32, unless `torch.backends.cudnn.allow_tf32` is false).
 
     Args:
-        encoder: Moved to the device, on a CPU its kernels to channels_last, and put in eval mode.
+        encoder: Moved to the device, its kernels to channels_last, and put in eval mode.
         images: A set, or uint8 (N, H, W, 3), which has no labels.
         batch_size: Images at once, on each process.
         device: Where the encoder runs; None takes the accelerator's, else a GPU where there is one.
@@ -112,29 +112,33 @@ def _gather(
 
 @torch.inference_mode()
 def _encode(encoder: Encoder, images: ImageSet, batch_size: int, device: torch.device, progress: bool) -> Tensor:
-    # On a CPU convolutions are faster that way; in float32 on a GPU they need not be.
-    layout = torch.channels_last if device.type == "cpu" else torch.preserve_format
-    model = encoder.model.to(device, memory_format=layout).eval()
+    model = encoder.model.to(device, memory_format=torch.channels_last).eval()
     mean = torch.tensor(encoder.mean, device=device).view(3, 1, 1)
     std = torch.tensor(encoder.std, device=device).view(3, 1, 1)
     features = []
     with tqdm(
         total=len(images), desc=f"encoding {images.name}", unit="image", delay=3, disable=None if progress else True
     ) as bar:
-        for pixels in _ahead(images, encoder.size, batch_size):
-            encoded = model((pixels.to(device).float() / 255 - mean) / std)
-            _check(encoded, len(pixels), encoder.name)
+        for pixels in _ahead(images, encoder.size, batch_size, pinned=device.type == "cuda"):
+            encoded = model((pixels.to(device, non_blocking=True).float() / 255 - mean) / std)
+            if encoded.ndim != 2 or len(encoded) != len(pixels):
+                shape = tuple(encoded.shape)
+                raise ValueError(f"the encoder {encoder.name} must give one feature vector an image, got {shape}")
             features.append(encoded.float())
             bar.update(len(pixels))
-    return torch.cat(features)
+    together = torch.cat(features)
+    if not together.isfinite().all():  # once, as a GPU is waited for
+        raise ValueError(f"the encoder {encoder.name} gives NaN or infinite features: its training may have diverged")
+    return together
 
 
-def _ahead(images: ImageSet, size: int, batch_size: int) -> Iterator[Tensor]:
-    """Pixels batch by batch, each decoded, or corrupted, while the one before is encoded."""
+def _ahead(images: ImageSet, size: int, batch_size: int, pinned: bool) -> Iterator[Tensor]:
+    """Pixels batch by batch, each decoded, or corrupted, while the one before is encoded; pinned, a GPU copies them."""
 
     def read(start: int) -> Tensor:
         batch = images.subset(np.arange(start, min(start + batch_size, len(images))))
-        return batch.pixels(size, progress=False)
+        pixels = batch.pixels(size, progress=False)
+        return pixels.pin_memory() if pinned else pixels
 
     with ThreadPoolExecutor(1) as thread:
         coming = None
@@ -144,13 +148,6 @@ def _ahead(images: ImageSet, size: int, batch_size: int) -> Iterator[Tensor]:
                 yield before.result()
         if coming is not None:
             yield coming.result()
-
-
-def _check(encoded: Tensor, count: int, name: str) -> None:
-    if encoded.ndim != 2 or len(encoded) != count:
-        raise ValueError(f"the encoder {name} must give one feature vector an image, got {tuple(encoded.shape)}")
-    if not encoded.isfinite().all():
-        raise ValueError(f"the encoder {name} gives NaN or infinite features: its training may have diverged")
 
 
 def _all_processes(holds: bool, accelerator: Accelerator | None) -> bool:

@@ -16,7 +16,7 @@ from ssl_gradmix.data.datasets import MEMORY, ImageSet
 from ssl_gradmix.training import signals
 
 RESIDENT_BYTES = 4 * 2**30
-"""`training.decode=auto` keeps a data set on the device up to this size, decoded."""
+"""`training.decode=auto` keeps a data set in memory up to this size, decoded; on a GPU, up to a quarter of its own."""
 
 
 def seed_step(*place: int) -> None:
@@ -84,7 +84,9 @@ class Batches:
         self.make_views, self.indices, self.n_views, self.device = make_views.to(device), indices, n_views, device
         self.resident: Tensor | list[Tensor] | None = None
         if decode != "workers":
-            decoded = images.originals(MEMORY if decode == "once" else min(RESIDENT_BYTES, MEMORY))
+            # It lies in the memory of the machine first, for each process.
+            fits = min(_room(device), MEMORY // (2 * indices.processes))
+            decoded = images.originals(MEMORY if decode == "once" else fits)
             if decoded is not None:
                 alike = isinstance(decoded, Tensor)
                 self.resident = decoded.to(device) if alike else [image.to(device) for image in decoded]
@@ -112,11 +114,11 @@ class Batches:
             ValueError: An image cannot be read; the message names its path.
         """
         if self.resident is not None:
-            for chosen in self.indices.epoch(epoch)[first:]:
-                if isinstance(self.resident, Tensor):
-                    yield self.resident[chosen.to(self.device)]
-                else:
-                    yield [self.resident[i] for i in chosen.tolist()]
+            shares = self.indices.epoch(epoch)[first:]
+            if isinstance(self.resident, Tensor):  # one copy for all batches, for which the host does not wait
+                yield from (self.resident[chosen] for chosen in shares.to(self.device, non_blocking=True))
+            else:
+                yield from ([self.resident[i] for i in chosen] for chosen in shares.tolist())
             return
         self._rest.epoch, self._rest.first = epoch, first
         try:
@@ -134,6 +136,10 @@ class Batches:
             parts = flat.to(self.device, non_blocking=True).split([math.prod(shape) for shape in shapes])
             batch = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
         return self.make_views(batch, self.n_views)
+
+
+def _room(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else RESIDENT_BYTES
 
 
 Packed = tuple[Tensor, list[tuple[int, ...]]]

@@ -44,6 +44,7 @@ def create_accelerator(
         if training.threads or not _threads_are_the_users():
             torch.set_num_threads(training.threads or max(1, cpu_count() // found))
         threads = f", CPU threads: {torch.get_num_threads()}"
+    torch.backends.cudnn.benchmark = True  # every step has the same few shapes
     where = f"{found} process{'es' * (found > 1)} on {accelerator.device}{threads}"
     logger.info("%s, precision %s", where, accelerator.mixed_precision)
     return accelerator

@@ -99,6 +99,7 @@ def move(training: Trainer, device: FakeDevice) -> None:
     with device:
         training.method._apply(device.moved)
         training.source.make_views._apply(device.moved)
+        training.source.resident, training.source.device = device.moved(training.source.resident), torch.device(NAME)
 
 
 def check_that_waiting_raises(device: FakeDevice) -> None:
@@ -133,19 +134,17 @@ def main(folder: Path) -> None:
         training = trainer(folder / str(i), kind, backbone=backbone, augmentation=augmentation)
         training.settings = Optimizer(clip=1.0)
         gradmix = training.bare.gradmix = GradMix()
-        images = next(iter(training.source.epoch(0, 0)))
         training.method.train()
-        training._step(images)  # where attribution chooses its layer, on the host
+        training._step(next(training.source.epoch(0, 0)))  # where attribution chooses its layer, on the host
         device = FakeDevice()
         move(training, device)
         with device:
-            images = device.moved(images)
             for j, gradmix.region in enumerate(get_args(Region), i):
                 gradmix.fill, update = fills[j % len(fills)], names[j % len(names)]
                 created = optimizers.create(training.bare, Optimizer(update))
                 training.optimizer = training.accelerator.prepare_optimizer(created, device_placement=False)
                 device.operations = 0
-                training._step(images)
+                training._step(next(training.source.epoch(0, 0)))
                 print(kind.__name__, name, gradmix.region, gradmix.fill, update, device.operations, flush=True)
 
 
