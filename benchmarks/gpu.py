@@ -122,7 +122,7 @@ def parts(options: argparse.Namespace) -> dict[str, list[list[str]]]:
         "byol": train("byol", "byol", "--augmentation.min_scale", "0.2"),
     }
     if options.tiny:  # what differs from another part in a setting is left out
-        del chosen["simclr"], chosen["profile"]
+        del chosen["simclr"], chosen["profile"], chosen["byol"]
     else:
         chosen["batches"] = [step(small, "--method", "simclr", batch="64 256 1024")]
         chosen["compiled"] = [throughput("step", "step compiled")]

@@ -214,7 +214,7 @@ def corrupt(
     check_images(image, ("H", "W", 3))
     if index < 0:
         raise ValueError(f"index must be 0 or larger, got {index!r}")
-    return _corrupt(image, name, severity, seed, index, preset)
+    return _corrupt_part(image[np.newaxis], np.array([index]), name, severity, seed, preset)[0]
 
 
 def corrupt_batch(
@@ -317,17 +317,16 @@ def check_images(images: np.ndarray, shape: tuple[str | int, ...] = ("N", "H", "
 def _corrupt_part(
     images: np.ndarray, indices: np.ndarray, name: str, severity: int, seed: int, preset: str
 ) -> np.ndarray:
-    return np.stack(
-        [
-            _corrupt(image, name, severity, seed, int(index), preset)
-            for image, index in zip(images, indices, strict=True)
-        ]
-    )
-
-
-def _corrupt(image: np.ndarray, name: str, severity: int, seed: int, index: int, preset: str) -> np.ndarray:
-    generator = np.random.Generator(np.random.Philox(key=_key(seed, name, severity), counter=[0, 0, 0, index]))
-    return _FUNCTIONS[name](image, generator, *PARAMETERS[preset][name][severity - 1])
+    function, parameters = _FUNCTIONS[name], PARAMETERS[preset][name][severity - 1]
+    philox = np.random.Philox(key=_key(seed, name, severity))
+    # Each image has a generator of its own: this one, put in its place. Making one takes as long as some corruptions.
+    generator, start = np.random.Generator(philox), philox.state
+    corrupted = np.empty_like(images)
+    for i, index in enumerate(indices):
+        start["state"]["counter"][3] = index
+        philox.state = start
+        corrupted[i] = function(images[i], generator, *parameters)
+    return corrupted
 
 
 @lru_cache(maxsize=128)
