@@ -125,5 +125,6 @@ def name(images: Tensor | Sequence[Tensor]) -> Tensor:
         return torch.cat([name(image[None]) for image in images])
     pixels = images.flatten(1).long()
     factors = torch.randint(2**62, (3, pixels.shape[1]), generator=torch.Generator().manual_seed(0))
-    sums = torch.stack([(pixels * factor).sum(1) for factor in factors.to(images.device)], 1)  # modulo 2^64
+    factors = factors.to(images.device, non_blocking=True)
+    sums = torch.stack([(pixels * factor).sum(1) for factor in factors], 1)  # modulo 2^64
     return (sums >> 33) & (2**30 - 1)

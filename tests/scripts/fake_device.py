@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,9 +18,10 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
-from training_support import trainer
+from training_support import image_set, trainer
 
 from ssl_gradmix import GradMix, backbones, mixing
+from ssl_gradmix.data.planted import Stamps
 from ssl_gradmix.gradmix import Region
 from ssl_gradmix.methods.byol import BYOL
 from ssl_gradmix.methods.simclr import SimCLR
@@ -127,11 +129,12 @@ def main(folder: Path) -> None:
     _setup_privateuseone_for_python_backend(NAME, backend_module=Backend())
     check_that_waiting_raises(FakeDevice())
     fills, names = get_args(mixing.Fill), ("sgd", "lars", "adamw")
-    augmentation = Augmentation(blur=0.5, solarize=0.5)
+    augmentation, images = Augmentation(blur=0.5, solarize=0.5), replace(image_set(), stamps=Stamps(4))
+    packed = torch.zeros(3 * 16 * 16 + 3 * 20 * 24, dtype=torch.uint8), [(3, 16, 16), (3, 20, 24)]
     # Each method and encoder meets all regions, fills and optimizers, and each region all fills.
     for i, (kind, (name, arguments)) in enumerate(itertools.product((SimCLR, BYOL), ENCODERS.items())):
         backbone = backbones.create(name, **arguments)
-        training = trainer(folder / str(i), kind, backbone=backbone, augmentation=augmentation)
+        training = trainer(folder / str(i), kind, backbone=backbone, augmentation=augmentation, images=images)
         training.settings = Optimizer(clip=1.0)
         gradmix = training.bare.gradmix = GradMix()
         training.method.train()
@@ -139,6 +142,7 @@ def main(folder: Path) -> None:
         device = FakeDevice()
         move(training, device)
         with device:
+            training.source.views(packed)  # as it comes from loader processes
             for j, gradmix.region in enumerate(get_args(Region), i):
                 gradmix.fill, update = fills[j % len(fills)], names[j % len(names)]
                 created = optimizers.create(training.bare, Optimizer(update))
