@@ -101,7 +101,10 @@ def move(training: Trainer, device: FakeDevice) -> None:
     with device:
         training.method._apply(device.moved)
         training.source.make_views._apply(device.moved)
-        training.source.resident, training.source.device = device.moved(training.source.resident), torch.device(NAME)
+        training.source.device = torch.device(NAME)
+        for name, value in vars(training.source).items():
+            if isinstance(value, Tensor):
+                setattr(training.source, name, device.moved(value))
 
 
 def check_that_waiting_raises(device: FakeDevice) -> None:
