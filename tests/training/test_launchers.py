@@ -89,4 +89,4 @@ def test_a_killed_training_hinders_none(launcher: subprocess.Popen, tmp_path: Pa
     os.kill(holder(tmp_path), signal.SIGKILL)
     launcher.wait(60)
     done = again(tmp_path, "--overwrite", "--training.epochs", "1")
-    assert (done.returncode, done.stdout.count("finished; the results are in run.")) == (0, 1), done.stderr
+    assert (done.returncode, done.stdout.count("; the results are in run. Next:")) == (0, 1), done.stderr
