@@ -82,6 +82,7 @@ class Batches:
         device: torch.device,
     ) -> None:
         self.make_views, self.indices, self.n_views, self.device = make_views.to(device), indices, n_views, device
+        self.labels = torch.from_numpy(images.labels).to(device)
         self.resident: Tensor | list[Tensor] | None = None
         if decode != "workers":
             decoded = images.originals(MEMORY if decode == "once" else min(RESIDENT_BYTES, MEMORY))
@@ -105,14 +106,18 @@ class Batches:
                 pin_memory=device.type == "cuda",
             )
 
-    def epoch(self, epoch: int, first: int) -> Iterator[Packed | Tensor | list[Tensor]]:
-        """Batches of an epoch, from batch `first` on, for `views`.
+    def epoch(self, epoch: int, first: int) -> Iterator[tuple[Packed | Tensor | list[Tensor], Tensor]]:
+        """Batches of an epoch, from batch `first` on: images for `views`, and their labels, on the device.
 
         Raises:
             ValueError: An image cannot be read; the message names its path.
         """
+        rest = self.indices.epoch(epoch)[first:]
+        yield from zip(self._images(rest, epoch, first), self.labels[rest.to(self.device)], strict=True)
+
+    def _images(self, rest: Tensor, epoch: int, first: int) -> Iterator[Packed | Tensor | list[Tensor]]:
         if self.resident is not None:
-            for chosen in self.indices.epoch(epoch)[first:]:
+            for chosen in rest:
                 if isinstance(self.resident, Tensor):
                     yield self.resident[chosen.to(self.device)]
                 else:
@@ -128,7 +133,7 @@ class Batches:
             raise ValueError(str(error).rstrip().splitlines()[-1].removeprefix("ValueError: ")) from error
 
     def views(self, batch: Packed | Tensor | list[Tensor]) -> list[Tensor]:
-        """Draws the views of a batch from torch's global generator, the same ones however the images were decoded."""
+        """Draws the views of images from torch's global generator, the same ones however the images were decoded."""
         if isinstance(batch, tuple):
             flat, shapes = batch
             parts = flat.to(self.device, non_blocking=True).split([math.prod(shape) for shape in shapes])
