@@ -113,16 +113,16 @@ class Batches:
             ValueError: An image cannot be read; the message names its path.
         """
         rest = self.indices.epoch(epoch)[first:]
-        yield from zip(self._images(rest, epoch, first), self.labels[rest.to(self.device)], strict=True)
+        there = rest.to(self.device, non_blocking=True)  # one copy for all batches, for which the host does not wait
+        if isinstance(self.resident, Tensor):
+            images = (self.resident[chosen] for chosen in there)
+        elif self.resident is not None:
+            images = ([self.resident[i] for i in chosen] for chosen in rest.tolist())
+        else:
+            images = self._loaded(epoch, first)
+        yield from zip(images, self.labels[there], strict=True)
 
-    def _images(self, rest: Tensor, epoch: int, first: int) -> Iterator[Packed | Tensor | list[Tensor]]:
-        if self.resident is not None:
-            for chosen in rest:
-                if isinstance(self.resident, Tensor):
-                    yield self.resident[chosen.to(self.device)]
-                else:
-                    yield [self.resident[i] for i in chosen.tolist()]
-            return
+    def _loaded(self, epoch: int, first: int) -> Iterator[Packed]:
         self._rest.epoch, self._rest.first = epoch, first
         try:
             yield from self.loader
