@@ -32,9 +32,10 @@ from ssl_gradmix import gradmix as gradmix_module
 from ssl_gradmix.data.augmentation import Views
 from ssl_gradmix.methods.byol import BYOL
 from ssl_gradmix.methods.simclr import SimCLR
+from ssl_gradmix.methods.supcon import SupCon
 from ssl_gradmix.settings import Augmentation
 
-METHODS = {"simclr": SimCLR, "byol": BYOL}
+METHODS = {"simclr": SimCLR, "byol": BYOL, "supcon": SupCon}
 PARTS = ("views", "forward", "attribution", "mixing", "backward", "optimizer")
 
 
@@ -138,6 +139,7 @@ class Step:
         self.optimizer = torch.optim.SGD([p for p in self.method.parameters() if p.requires_grad], 0.01, momentum=0.9)
         images = torch.randn(n_views, options.batch, 3, options.size, options.size, device=options.device)
         self.views = [view.contiguous(memory_format=torch.channels_last) for view in images]
+        self.labels = torch.arange(options.batch, device=options.device) % 10  # for methods that take labels
         self.autocast = {
             "device_type": options.device.split(":")[0],
             "dtype": torch.bfloat16,
@@ -146,7 +148,7 @@ class Step:
 
     def forward(self):
         with torch.autocast(**self.autocast):
-            return self.method(self.views)
+            return self.method(self.views, self.labels)
 
     def __call__(self) -> None:
         self.optimizer.zero_grad()

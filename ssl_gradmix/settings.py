@@ -212,7 +212,41 @@ class BYOLSettings:
         _require_between("method", self, **widths, momentum=(0, 1), weight=(0, math.inf))
 
 
-METHODS = {"simclr": SimCLRSettings, "byol": BYOLSettings}
+@dataclass
+class SupConSettings:
+    """Settings of supervised contrast beside SimCLR.
+
+    Args:
+        name: Of the method, for whoever reads config.yaml.
+        temperature: Of both contrastive losses.
+        hidden_dim: Width of the projector's hidden layer; null takes the backbone's number of features.
+        output_dim: Width of the embeddings.
+        supervised: Factor on the loss of the labels.
+        self_supervised: Factor on the losses without labels, the third view's among them.
+        attributed_loss: Which loss GradMix attributes: the `self_supervised` one of the two views, or the `whole` one
+            of the two views, with that of the labels.
+        label_fraction: Share of each class that keeps its labels, at least one image and drawn by training.seed; the
+            other images serve the losses without labels.
+        allow_fewer_negatives: Accept gradient accumulation, under which each micro-batch contrasts with itself alone.
+    """
+
+    name: Literal["supcon"] = "supcon"
+    temperature: float = 0.05
+    hidden_dim: int | None = None
+    output_dim: int = 128
+    supervised: float = 1.0
+    self_supervised: float = 1.2
+    attributed_loss: Literal["self_supervised", "whole"] = "self_supervised"
+    label_fraction: float = 1.0
+    allow_fewer_negatives: bool = False
+
+    def __post_init__(self) -> None:
+        bounds = dict.fromkeys(("hidden_dim", "output_dim"), (1, WIDEST))
+        bounds |= dict.fromkeys(("supervised", "self_supervised"), (0, math.inf))
+        _require_between("method", self, temperature=(ABOVE_ZERO, math.inf), label_fraction=(ABOVE_ZERO, 1), **bounds)
+
+
+METHODS = {"simclr": SimCLRSettings, "byol": BYOLSettings, "supcon": SupConSettings}
 """The settings of each method, by `method.name`."""
 
 

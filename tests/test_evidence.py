@@ -72,10 +72,19 @@ class TestCells:
         assert train == (["python", "recipes/byol_gradmix.py", *options.split()], None)
         assert osr == (["python", "eval/osr.py", run], Path(run) / "eval/osr.json")
 
+    def test_labels_are_measured_by_more(self, grid):
+        commands = [step.command for step in steps(Cell("supcon", "gradmix", "known", 7), grid)]
+        assert [command[1] for command in commands] == [
+            *("recipes/supcon_gradmix.py", "eval/osr.py", "eval/osr.py", "eval/osr.py", "eval/corruption.py")
+        ]
+        assert commands[0][-2:] == ["--data.open_set", "cifar10:4"]
+        assert commands[2][-2:] == ["--feature", "projector"]
+
     @pytest.mark.parametrize("variant", VARIANTS)
     def test_the_recipe_reads_every_variant(self, variant, grid, capsys):
-        command = steps(Cell("simclr", variant, "two-cue", 0), grid)[0].command
-        command = command[command.index("recipes/simclr_gradmix.py") :]
+        method = "supcon" if variant == "supervised-only" else "simclr"
+        command = steps(Cell(method, variant, "two-cue", 0), grid)[0].command
+        command = command[command.index(f"recipes/{method}_gradmix.py") :]
         with pytest.raises(SystemExit) as done:
             load_script(command[0]).main([*command[1:], "--print_config"])
         assert done.value.code in (0, None)
@@ -473,6 +482,7 @@ def test_a_cell_of_each_kind_from_images_to_page(tmp_path):
     options = "--grid tiny --variants random-box --seeds 0 --images 100 --epochs 1 --batch 32 --corrupted 10 --jobs 2"
     data = ["--data", str(tmp_path / "cifar"), "--cache", str(tmp_path / "cache"), *shlex.split(options)]
     subprocess.run([*command, *data], check=True, timeout=600)
+    subprocess.run([*command, *data, "--methods", "supcon", "--kinds", "known"], check=True, timeout=600)
     found = rows.read(tmp_path / "rows.jsonl")
     of_stamps = {name for name, measure in rows.MEASURES.items() if measure.data == "stamps"}
     assert set(found.measure) == set(rows.MEASURES) - of_stamps - {"validation_linear"}

@@ -94,7 +94,7 @@ def test_a_folder_with_too_little_is_refused(content: str, tmp_path: Path, capsy
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("name", ["simclr", "byol"])
+@pytest.mark.parametrize("name", ["simclr", "byol", "supcon"])
 @pytest.mark.parametrize("extra_view", ["gradmix", "augmented", "none"])
 def test_trains_on_a_folder_and_answers_the_same_command_again(
     name: str, extra_view: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -108,8 +108,9 @@ def test_trains_on_a_folder_and_answers_the_same_command_again(
     (entry,) = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert entry["epoch"] == 1
     assert (entry["loss_mixed"] > 0) == (extra_view != "none")
+    assert ("loss_supervised" in entry) == (name == "supcon")
     assert 0.5 <= entry["lam"] <= 0.95 if extra_view == "gradmix" else entry["lam"] == (extra_view == "augmented")
-    rate = {"simclr": 0.2, "byol": 1.2}[name]
+    rate = {"simclr": 0.2, "byol": 1.2, "supcon": 0.2}[name]
     assert f"learning rate {rate * 8 / 256:.4g} (scaled by batch / 256)" in capsys.readouterr().out
 
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
@@ -143,6 +144,72 @@ def test_a_runs_config_runs_it_again(folder: Path, tmp_path: Path) -> None:
         for run in ("runs/byol", "again")
     )
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_labels_of_digits_are_those_of_known_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command_line.run(recipe("supcon").main, [*QUICK.split(), "--method.label_fraction", "0.1"]) == 0
+    told = "digits/train: 867 images of 6 classes (2, 3, 4, ...), 781 of them without labels"
+    assert told in capsys.readouterr().out
+    assert yaml.safe_load(Path("runs/supcon/config.yaml").read_text())["data"]["open_set"] == "random:6:0"
+
+
+LABELS = {
+    "none": (["train"], [], "folder:images/train has no labels, and this training needs them"),
+    "of one class": (["train/a"], [], "has images of the class 'a' alone, two are needed"),
+    "of a class in test alone": (
+        ["train/a", "train/b", "test/a", "test/b", "test/c"],
+        ["--data.classes", "[a, b, c]"],
+        r"differ: only in train/ are \[\], only in test/ are \['c'\]",
+    ),
+}
+
+
+@pytest.mark.parametrize(("folders", "arguments", "message"), LABELS.values(), ids=LABELS)
+def test_labels_that_will_not_do_are_one_line(
+    folders: list[str], arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_images(tmp_path / "images", folders, 12, size=20)
+    assert command_line.run(recipe("supcon").main, [*small(Path("images")), *arguments]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert re.search(message, line)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_known_class_whose_images_are_all_broken_is_missed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in write_images(tmp_path / "images", ["a", "b", "c"], 12, size=20).glob("b/*"):
+        path.write_bytes(b"broken")
+    arguments = [*small(Path("images")), "--data.broken", "skip"]
+    with pytest.warns(UserWarning, match="images cannot be read, left out"):
+        assert command_line.run(recipe("supcon").main, arguments) == 2
+    assert "has no image of the classes ['b']" in capsys.readouterr().err
+
+
+def test_a_run_starts_from_another_ones_weights(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A learning rate next to 0 shows what it starts from."""
+    assert command_line.run(recipe("simclr").main, small(folder)) == 0
+    main, arguments = recipe("supcon").main, [*small(folder), "--optimizer.lr", "1e-30", "--init", "runs/simclr"]
+    assert command_line.run(main, arguments) == 0
+    for part in ("backbone/model.safetensors", "projector.safetensors"):
+        before, after = (load_file(tmp_path / "runs" / run / part) for run in ("simclr", "supcon"))
+        weights = [name for name in before if "running" not in name and "num_batches" not in name]
+        assert len(weights) > 4
+        assert all(torch.equal(before[name], after[name]) for name in weights)
+    assert yaml.safe_load((tmp_path / "runs/supcon/config.yaml").read_text())["init"] == "runs/simclr"
+    capsys.readouterr()
+
+    for others, message in (
+        (["--init", "runs/none"], r"was started with other settings \(init was 'runs/simclr', now 'runs/none'\)"),
+        (["--init", "runs/none", "--run", "b"], "no run folder 'runs/none'"),
+        (["--backbone.name", "resnet18_small", "--run", "b"], "model.safetensors does not fit the model: "),
+    ):
+        assert command_line.run(main, [*arguments, *others]) == 2
+        assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "b").exists()
+    assert command_line.run(main, [*arguments, "--method.output_dim", "24", "--run", "c"]) == 0
 
 
 @pytest.mark.distributed

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-METHODS = ("simclr", "byol")
+METHODS = ("simclr", "byol", "supcon")
 DATA = ("all", "known", "two-cue")
 """All classes; the known classes of an open-set trial; two digits side by side."""
 
@@ -34,6 +34,7 @@ VARIANTS: dict[str, dict[str, str]] = {
     "plain": {"extra_view": "none"},
     "plain-temperature0.1": {"extra_view": "none", "method.temperature": "0.1"},
     "plain-temperature0.05": {"extra_view": "none", "method.temperature": "0.05"},
+    "supervised-only": {"extra_view": "none", "method.self_supervised": "0"},  # of supcon alone
     "plain-more-epochs": {"extra_view": "none"},  # half as many again: as many encoder passes as with a third view
     "third-view": {"extra_view": "augmented"},
     # The loss of a mixed view is weighted by its lam, 0.7 on average; that of a plain third view is not.
@@ -154,6 +155,11 @@ class Cell(NamedTuple):
         """Whether every view of the training bears a stamp of bits."""
         return STAMPED.get(self.data, {}).get("data.stamp_bits", 0) > 0
 
+    @property
+    def labeled(self) -> bool:
+        """Whether it learns the labels of known classes, and is measured by more than unlabeled training is."""
+        return self.method == "supcon" and self.data == "known"
+
     def run(self, grid: Grid) -> Path:
         """Its run folder."""
         return grid.cache / "runs" / grid.name / str(self).replace("/", "-")
@@ -208,6 +214,12 @@ def steps(cell: Cell, grid: Grid) -> list[Step]:
     # The last one counts where an option is there twice: a variant's own.
     train = Step(["python", *recipe, *grid.recipe, *_training(cell, grid)], None)
     rank = evaluate("benchmarks/evidence/rankme.py", "rankme.json")
+    ood = evaluate("eval/osr.py", "eval/ood.json", "--unknown", "[{name: digits}]")
+    judged = "--images", str(grid.corrupted), "--workers", str(grid.threads)
+    corruption = evaluate("eval/corruption.py", "eval/corruption.json", *judged)
+    if cell.labeled:
+        projector = evaluate("eval/osr.py", "eval/projector/osr.json", "--feature", "projector")
+        return [train, evaluate("eval/osr.py", "eval/osr.json"), projector, ood, corruption]
     if cell.data == "known":
         return [train, evaluate("eval/osr.py", "eval/osr.json")]
     if cell.data == "two-cue":
@@ -218,13 +230,12 @@ def steps(cell: Cell, grid: Grid) -> list[Step]:
         reliance = evaluate("eval/reliance.py", "eval/reliance.json", "--layers", "[layer3]")
         exchange = [evaluate("benchmarks/evidence/exchange.py", "exchange.json")] if cell.stamped else []
         return [train, linear, reliance, *exchange]
-    workers = str(grid.threads)
     return [
         train,
         evaluate("eval/linear_probe.py", "eval/linear_probe.json", "--label_fractions", "[0.01, 0.1]"),
         rank,
-        evaluate("eval/osr.py", "eval/ood.json", "--unknown", "[{name: digits}]"),
-        evaluate("eval/corruption.py", "eval/corruption.json", "--images", str(grid.corrupted), "--workers", workers),
+        ood,
+        corruption,
     ]
 
 

@@ -16,7 +16,10 @@ from evidence.rows import CHOSEN_BY, MEASURES, differences
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SHORT = ("linear", "knn", "corruption_error", "osr_auroc")
+SHORT = (
+    *("linear", "knn", "corruption_error", "osr_auroc"),
+    *("projector_auroc", "known_ood_auroc", "known_corruption_error"),  # of labels
+)
 """The measures of the summary and the figure."""
 
 REFERENCE = "third-view"

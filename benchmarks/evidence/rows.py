@@ -31,7 +31,7 @@ class Measure:
 
     Args:
         title: In tables.
-        data: The kind of data it belongs to.
+        data: The kind of data it belongs to; `labels` are known classes whose labels are trained on.
         file: In a run's `eval/`; empty where it is read otherwise.
         score: Of the rows in `file` whose mean it is.
         metric: Of them.
@@ -80,6 +80,14 @@ MEASURES = {
     "osr_oscr_logit": Measure("OSCR, maximum logit", "known", "osr.json", "max_logit", "oscr", _OSR),
     "osr_auroc_cosine": Measure("OSR AUROC, top-k cosine", "known", "osr.json", "top_k_cosine", "auroc", _OSR),
     "closed_set": Measure("accuracy, known classes", "known", "osr.json", "linear", "accuracy", _OSR),
+    "projector_auroc": Measure(
+        "OSR AUROC, top-k cosine of the projector", "labels", "projector/osr.json", "top_k_cosine", "auroc", _OSR
+    ),
+    "known_ood_auroc": Measure("OOD AUROC, kNN distance, known classes", "labels", "ood.json", "knn_distance", "auroc"),
+    "known_corruption_error": Measure(
+        "mean corruption error, known classes (less is better)", "labels", "corruption.json", "linear",
+        "mean_corruption_error", larger_is_better=False,
+    ),
     "usual_cue": Measure("two cues: the usual one", "two-cue", "usual/linear_probe.json", "linear", "top1"),
     "neglected_cue": Measure("two cues: the neglected one", "two-cue", "neglected/linear_probe.json", "linear", "top1"),
     "two_cue_rank": Measure("two cues: RankMe", "two-cue", percent=False),
@@ -122,7 +130,8 @@ def condense(cell: Cell, grid: Grid) -> list[dict[str, Any]]:
     cost = dict(zip(("passes", "attributions", "target_passes"), passes(cell, grid), strict=True))
     cost |= dict(seconds=round(_seconds(log, config["training"]["batch_size"]), 1), threads=grid.threads)
     origin = dict(commit=config["environment"]["commit"], settings=grid.settings())
-    wanted = {name: measure for name, measure in MEASURES.items() if measure.data == cell.kind}
+    kinds = (cell.kind, "labels") if cell.labeled else (cell.kind,)
+    wanted = {name: measure for name, measure in MEASURES.items() if measure.data in kinds}
     absent = {*EXCHANGED * (not cell.stamped), *["hit"] * ("hit" not in log[-1])}
     return [
         {**about, "measure": name, "value": _value(name, measure, run, log), **cost, **origin}

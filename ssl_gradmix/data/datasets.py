@@ -91,6 +91,11 @@ class ImageSet(torch.utils.data.Dataset):
             )
         return self.subset(kept)
 
+    def with_few_labels(self, fraction: float, seed: int) -> ImageSet:
+        """The same images: a share of each class, drawn and at least one, keeps its label, and the others get -1."""
+        kept = _held_out(self.labels, fraction, seed)
+        return replace(self, labels=np.where(kept, self.labels, -1))
+
     def describe(self) -> str:
         """One line for the user, such as `digits/train: 1,438 images of 10 classes (0, 1, 2, ...)`."""
         present = [self.classes[label] for label in np.unique(self.labels[self.labels >= 0])]

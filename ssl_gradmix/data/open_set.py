@@ -106,6 +106,7 @@ N_TRIALS = 5
 
 KNOWN_ONLY = "known classes only"
 ALL_CLASSES = "all classes, unlabeled"
+ALL_LABELED = "all classes, labeled"
 FURTHER_CLASSES = "known and further classes, none unknown"
 NOT_OUR_RUN = "unknown (not our run)"
 """What `pretraining` says."""
@@ -291,6 +292,30 @@ def load_known(data: Data, split: Literal["train", "test"]) -> ImageSet:
     return images if known is None else images.only(known)
 
 
+def load_labeled(data: Data, fraction: float = 1.0, seed: int = 0) -> ImageSet:
+    """As `load_known` of the training images, for a training on labels.
+
+    Args:
+        data: The settings.
+        fraction: Share of each class that keeps its labels, in (0, 1]; the others' are -1.
+        seed: Of the draw of those images.
+
+    Raises:
+        ValueError: As `load_known`; or no image has a label, all are of one class, or a known class has no image here.
+    """
+    images = load_known(data, "train")
+    if not (images.labels >= 0).any():
+        raise ValueError(f"{images.name} has no labels, and this training needs them: a folder has one a class folder")
+    present = np.unique(images.labels[images.labels >= 0])
+    missing = set(known_classes(data, images.classes) or range(len(images.classes))) - set(present.tolist())
+    if missing:
+        names = [images.classes[label] for label in sorted(missing)]
+        raise ValueError(f"{images.name} has no image of the classes {names}: add some, or name others as data.classes")
+    if len(present) < 2:
+        raise ValueError(f"{images.name} has images of the class {images.classes[present[0]]!r} alone, two are needed")
+    return images if fraction == 1 else images.with_few_labels(fraction, seed)
+
+
 def pretraining(
     config: Mapping[str, Any] | None,
     data: Data,
@@ -308,7 +333,8 @@ def pretraining(
         unknown: The unknown ones, where they are of the same data set.
 
     Returns:
-        `KNOWN_ONLY`, `ALL_CLASSES`, `FURTHER_CLASSES`, `NOT_OUR_RUN`, or `other data (NAME)`.
+        `KNOWN_ONLY`, `ALL_CLASSES`, `ALL_LABELED`, `FURTHER_CLASSES`, `NOT_OUR_RUN`, or `other data (NAME)`. Of a run
+        that began from another one's weights, which may have seen anything, it says so.
 
     Raises:
         ValueError: If it saw part of this data set's classes, and they are not the known ones: the trial is another
@@ -318,14 +344,18 @@ def pretraining(
         return NOT_OUR_RUN
     given = {name: config["data"].get(name) for name in ("name", "root", "classes", "open_set")}
     of_run = replace(data, download=False, **given)
+    after = f", begun from {config['init']}" if config.get("init") else ""
     if data_name(of_run) != data_name(data):
-        return f"other data ({data_name(of_run)})"
+        return f"other data ({data_name(of_run)}){after}"
     seen = known_classes(of_run, classes)
     seen = range(len(classes)) if seen is None else seen
     if set(seen) == set(known):
-        return KNOWN_ONLY
+        return f"{KNOWN_ONLY}{after}"
     if set(seen) >= {*known, *unknown}:
-        return ALL_CLASSES if unknown else FURTHER_CLASSES
+        method = config.get("method")
+        labeled = isinstance(method, dict) and method.get("name") == "supcon"
+        all_classes = ALL_LABELED if labeled else ALL_CLASSES
+        return f"{all_classes if unknown else FURTHER_CLASSES}{after}"
     raise ValueError(
         f"the run was pretrained on the classes {sorted(seen)} alone, but known are {sorted(known)}: evaluate it on "
         "its own trial, as is done where no other is asked for, or take a run that was pretrained on all classes"

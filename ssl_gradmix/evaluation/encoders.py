@@ -128,6 +128,27 @@ def load_encoder(
     return _with_projector(encoder) if feature == "projector" else encoder
 
 
+def start_from(method: nn.Module, run: str | Path) -> None:
+    """Gives a method the weights of another run's backbone and, where it is of the same shape, of its projector.
+
+    Raises:
+        FileNotFoundError: There is no such run, or it has no weights yet.
+        ValueError: Its backbone is another one, or a file is damaged.
+    """
+    run = Path(run).expanduser()
+    _check_is_run(run)
+    _load(method.backbone, run / "backbone" / "model.safetensors")
+    weights, wanted = _read_safetensors(run / "projector.safetensors"), method.projector.state_dict()
+    fits = _kinds(weights) == _kinds(wanted)
+    if fits:
+        method.projector.load_state_dict(weights)
+    logger.info("starts from the backbone%s of %s", " and the projector" if fits else ", not the projector,", run)
+
+
+def _kinds(weights: Mapping[str, Tensor]) -> dict[str, tuple]:
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in weights.items()}
+
+
 def _with_projector(encoder: Encoder) -> Encoder:
     """The encoder followed by the projection head of its run, built as for the training."""
     path, config = encoder.run / "projector.safetensors", encoder.run / "config.yaml"
@@ -137,8 +158,8 @@ def _with_projector(encoder: Encoder) -> Encoder:
     name = described.get("name") if isinstance(described, dict) else None
     if name not in METHODS:
         raise ValueError(
-            f"{config} does not say what was trained: add a line `name: simclr` (or byol) to its section method, as "
-            f"runs of now have; got {name!r}"
+            f"{config} does not say what was trained: add a line `name: simclr` (or byol, supcon) to its section "
+            f"method, as runs of now have; got {name!r}"
         )
     try:
         settings = METHODS[name](**described)
@@ -147,8 +168,7 @@ def _with_projector(encoder: Encoder) -> Encoder:
     with torch.device("meta"):  # takes no memory, whatever the settings ask for
         projector = methods.create(settings, encoder.model).projector
     wanted, weights = projector.state_dict(), _read_safetensors(path)
-    fitting, found = ({key: (each.shape, each.dtype) for key, each in of.items()} for of in (wanted, weights))
-    if fitting != found:
+    if _kinds(wanted) != _kinds(weights):
         raise ValueError(f"{path} does not fit: it is no {name} projector of the widths in {config} for this backbone")
     projector.load_state_dict(weights, assign=True)
     return replace(encoder, model=nn.Sequential(encoder.model, projector), feature="projector")

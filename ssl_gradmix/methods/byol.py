@@ -55,11 +55,12 @@ class BYOL(nn.Module):
         self.gradmix = gradmix
         self.weight = weight
 
-    def forward(self, views: list[Tensor]) -> Losses:
+    def forward(self, views: list[Tensor], labels: Tensor | None = None) -> Losses:
         """Losses of a batch.
 
         Args:
             views: Two, or three with a plain third one (only without `gradmix`), each (N, C, H, W).
+            labels: Not used.
         """
         targets = self._target(views[:2])
         if self.gradmix is None:
@@ -76,7 +77,7 @@ class BYOL(nn.Module):
         total = loss_views + self.weight * lam * loss_mixed
         return Losses(total, loss_views.detach(), loss_mixed.detach(), lam.detach(), embedding_std(targets[0]), flat)
 
-    def mixed_views(self, views: list[Tensor]) -> MixedViews:
+    def mixed_views(self, views: list[Tensor], labels: Tensor | None = None) -> MixedViews:
         """The views that GradMix would add to this batch, to be looked at; `gradmix` must be set."""
         return self._mix(views, self._target(views))[1]
 

@@ -11,7 +11,7 @@ class Losses(NamedTuple):
     """Scalar tensors of one step, on the device.
 
     Attributes:
-        total: What is differentiated: `loss_views + weight * lam * loss_mixed`.
+        total: What is differentiated: `loss_views + weight * lam * loss_mixed`, in SupCon with the supervised loss.
         loss_views: Loss of the two views.
         loss_mixed: Loss of the third view, mixed or plain, not weighted; zero where there is none.
         lam: Share of the image that the third view keeps: 1 for a plain one, 0 where there is none.
@@ -19,6 +19,7 @@ class Losses(NamedTuple):
             the root of their number: about 1 for embeddings spread over the sphere, 0 for a collapsed encoder.
         flat: Share of images whose map was flat or not finite, so that the mixed region lies at random; zero without
             maps.
+        loss_supervised: Loss of the labels, not weighted; None where the method takes none.
     """
 
     total: Tensor
@@ -27,6 +28,7 @@ class Losses(NamedTuple):
     lam: Tensor
     embedding_std: Tensor
     flat: Tensor
+    loss_supervised: Tensor | None = None
 
 
 def embedding_std(embeddings: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The contrastive loss of SimCLR."""
+"""The contrastive loss of SimCLR, and the similarities in it, which supervised contrast reads too."""
 
 from __future__ import annotations
 
@@ -26,13 +26,23 @@ def nt_xent(z0: Tensor, z1: Tensor, temperature: float) -> Tensor:
         batch.
     """
     with torch.autocast(z0.device.type, enabled=False):  # which would take the product in half precision
-        z0, z1 = F.normalize(z0, dim=1), F.normalize(z1, dim=1)
-        everyone = torch.cat([*_gathered(z0), *_gathered(z1)])
-        mine = torch.arange(len(z0), device=z0.device) + dist.rank() * len(z0)
-        same, partner = torch.cat([mine, mine + len(everyone) // 2]), torch.cat([mine + len(everyone) // 2, mine])
-        logits = torch.cat([z0, z1]) @ everyone.T / temperature
-        return F.cross_entropy(logits.scatter(1, same[:, None], -torch.inf), partner)
+        logits, myself = similarities(z0, z1, temperature)
+        half = logits.shape[1] // 2
+        return F.cross_entropy(logits.scatter(1, myself[:, None], -torch.inf), (myself + half) % (2 * half))
 
 
-def _gathered(z: Tensor) -> tuple[Tensor, ...]:
-    return dist.gather(z) if dist.world_size() > 1 else (z,)
+def similarities(z0: Tensor, z1: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Cosines over T of the 2N embeddings of this process with the 2M of all, and where in those it stands itself.
+
+    Returns:
+        (2N, 2M): rows are z0, then z1; columns are z0 of all processes, then z1. And int64 (2N,), columns.
+    """
+    z0, z1 = F.normalize(z0, dim=1), F.normalize(z1, dim=1)
+    everyone = torch.cat([*gathered(z0), *gathered(z1)])
+    mine = torch.arange(len(z0), device=z0.device) + dist.rank() * len(z0)
+    return torch.cat([z0, z1]) @ everyone.T / temperature, torch.cat([mine, mine + len(everyone) // 2])
+
+
+def gathered(values: Tensor) -> tuple[Tensor, ...]:
+    """Values of the same shape of all processes, in their order; gradients go back to where they came from."""
+    return dist.gather(values) if dist.world_size() > 1 else (values,)

@@ -45,12 +45,13 @@ class SimCLR(nn.Module):
         self.gradmix = gradmix
         self.weight = weight
 
-    def forward(self, views: list[Tensor]) -> Losses:
+    def forward(self, views: list[Tensor], labels: Tensor | None = None) -> Losses:
         """Losses of a batch.
 
         Args:
             views: Two, or three with a plain third one (only without `gradmix`), each (N, C, H, W). N must be the same
                 on all processes.
+            labels: Not used.
         """
         if self.gradmix is None:
             z = self._embed(torch.cat(views)).chunk(len(views))
@@ -66,7 +67,7 @@ class SimCLR(nn.Module):
         total = loss_views + self.weight * lam * loss_mixed
         return Losses(total, loss_views.detach(), loss_mixed.detach(), lam.detach(), embedding_std(z[0]), flat)
 
-    def mixed_views(self, views: list[Tensor]) -> MixedViews:
+    def mixed_views(self, views: list[Tensor], labels: Tensor | None = None) -> MixedViews:
         """The views that GradMix would add to this batch, to be looked at; `gradmix` must be set."""
         return self._mix(views)[2]
 

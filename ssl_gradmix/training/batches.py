@@ -82,6 +82,7 @@ class Batches:
         device: torch.device,
     ) -> None:
         self.make_views, self.indices, self.n_views, self.device = make_views.to(device), indices, n_views, device
+        self.labels = torch.from_numpy(images.labels).to(device)
         self.resident: Tensor | list[Tensor] | None = None
         if decode != "workers":
             # It lies in the memory of the machine first, for each process.
@@ -107,19 +108,23 @@ class Batches:
                 pin_memory=device.type == "cuda",
             )
 
-    def epoch(self, epoch: int, first: int) -> Iterator[Packed | Tensor | list[Tensor]]:
-        """Batches of an epoch, from batch `first` on, for `views`.
+    def epoch(self, epoch: int, first: int) -> Iterator[tuple[Packed | Tensor | list[Tensor], Tensor]]:
+        """Batches of an epoch, from batch `first` on: images for `views`, and their labels, on the device.
 
         Raises:
             ValueError: An image cannot be read; the message names its path.
         """
-        if self.resident is not None:
-            shares = self.indices.epoch(epoch)[first:]
-            if isinstance(self.resident, Tensor):  # one copy for all batches, for which the host does not wait
-                yield from (self.resident[chosen] for chosen in shares.to(self.device, non_blocking=True))
-            else:
-                yield from ([self.resident[i] for i in chosen] for chosen in shares.tolist())
-            return
+        rest = self.indices.epoch(epoch)[first:]
+        there = rest.to(self.device, non_blocking=True)  # one copy for all batches, for which the host does not wait
+        if isinstance(self.resident, Tensor):
+            images = (self.resident[chosen] for chosen in there)
+        elif self.resident is not None:
+            images = ([self.resident[i] for i in chosen] for chosen in rest.tolist())
+        else:
+            images = self._loaded(epoch, first)
+        yield from zip(images, self.labels[there], strict=True)
+
+    def _loaded(self, epoch: int, first: int) -> Iterator[Packed]:
         self._rest.epoch, self._rest.first = epoch, first
         try:
             yield from self.loader
@@ -130,7 +135,7 @@ class Batches:
             raise ValueError(str(error).rstrip().splitlines()[-1].removeprefix("ValueError: ")) from error
 
     def views(self, batch: Packed | Tensor | list[Tensor]) -> list[Tensor]:
-        """Draws the views of a batch from torch's global generator, the same ones however the images were decoded."""
+        """Draws the views of images from torch's global generator, the same ones however the images were decoded."""
         if isinstance(batch, tuple):
             flat, shapes = batch
             parts = flat.to(self.device, non_blocking=True).split([math.prod(shape) for shape in shapes])

@@ -26,6 +26,7 @@ READINGS = {
     "loss": "loss {:.4f}",
     "loss_views": "views {:.4f}",
     "loss_mixed": "mixed {:.4f}",
+    "loss_supervised": "supervised {:.4f}",
     "embedding_std": "embedding_std {:.2f}",
     "flat": "flat {:.0%}",
     "lr": "lr {:.4f}",

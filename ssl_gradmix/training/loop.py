@@ -58,8 +58,9 @@ def check_images(method: nn.Module, size: int, device: torch.device) -> list[str
     try:
         views = [torch.randn(4, 3, size, size, device=device) for _ in range(2)]
         with torch.enable_grad():
-            method(views)
-            return [] if method.gradmix is None else list(method.mixed_views(views).layers)
+            labels = torch.arange(4, device=device) % 2
+            method(views, labels)
+            return [] if method.gradmix is None else list(method.mixed_views(views, labels).layers)
     except (AssertionError, RuntimeError) as error:
         raise ValueError(
             f"data.size, backbone.name: the method does not run on images of {size}x{size} ({error}); "
@@ -78,9 +79,9 @@ class Trainer:
     """Trains a method on images and leaves a run folder; goes on where an earlier training in that folder was stopped.
 
     Args:
-        method: Module with `forward(views) -> Losses`, a timm `backbone`, a `projector`, a `gradmix` (or None) and,
-            where it has a target network, `update_target(step, steps)`.
-        images: To train on; their labels serve the kNN reading alone.
+        method: Module with `forward(views, labels) -> Losses`, a timm `backbone`, a `projector`, a `gradmix` (or None)
+            and, where it has a target network, `update_target(step, steps)`.
+        images: To train on; their labels serve the kNN reading, and methods that take labels.
         folder: Where everything is written, started by the main process.
         accelerator: From `processes.create_accelerator`.
         size: Side of the views in pixels.
@@ -219,7 +220,7 @@ class Trainer:
             leave=False,
         )
         for batch in self.source.epoch(self.epoch, self.batch):
-            unread.append(torch.stack([value.detach() for value in self._step(batch)]))
+            unread.append(torch.stack([value.detach() for value in self._step(batch) if value is not None]))
             self.batch += 1
             seen += self.source.indices.micro
             bar.update()
@@ -251,10 +252,11 @@ class Trainer:
             group["lr"] = self._rate(step)
         place = self.training.seed, self.epoch, self.batch
         batches.seed_step(*place)  # views are those of the whole batch, on every process
-        views = [view.contiguous(memory_format=torch.channels_last) for view in self.source.views(batch)]
+        images, labels = batch
+        views = [view.contiguous(memory_format=torch.channels_last) for view in self.source.views(images)]
         batches.seed_step(*place, self.accelerator.process_index)  # donors, lam and dropout are each process's own
         with self.accelerator.accumulate(self.method):
-            losses = self.method(views)
+            losses = self.method(views, labels)
             self.accelerator.backward(losses.total)
             if self.settings.clip is not None and self.accelerator.sync_gradients:
                 self.accelerator.clip_grad_norm_(self.method.parameters(), self.settings.clip)
@@ -290,7 +292,8 @@ class Trainer:
             )
         self.save_due = unsaved >= SAVE_SECONDS
         self.read_every = max(1, min(READ_EVERY, int(READ_SECONDS * len(unread) / max(waited, 1e-6))))
-        names, sums = ("loss", *Losses._fields[1:], "read"), [*values.double().sum(0).tolist(), len(unread)]
+        names = "loss", *Losses._fields[1 : values.shape[1]], "read"
+        sums = [*values.double().sum(0).tolist(), len(unread)]
         self.totals = {name: self.totals.get(name, 0) + total for name, total in zip(names, sums, strict=True)}
         unread.clear()
         self.last_read = time.perf_counter()
@@ -339,8 +342,9 @@ class Trainer:
         """Mixes a few images with a copy of the method, on all processes because the loss gathers, and draws them."""
         batches.seed_step(self.training.seed, 0, 0)
         method = copy.deepcopy(self.bare)
-        views = [view[:SAMPLED].clone() for view in self.source.views(next(iter(self.source.epoch(0, 0))))[:2]]
-        mixed = method.mixed_views(views)
+        images, labels = next(iter(self.source.epoch(0, 0)))
+        views = [view[:SAMPLED].clone() for view in self.source.views(images)[:2]]
+        mixed = method.mixed_views(views, labels[:SAMPLED])
         if self.accelerator.is_main_process:
             path = self.folder.samples / f"epoch-{self.epoch:05d}.png"
             with self._writing():

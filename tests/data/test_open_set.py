@@ -13,6 +13,7 @@ from ssl_gradmix import command_line
 from ssl_gradmix.data.datasets import load
 from ssl_gradmix.data.open_set import (
     ALL_CLASSES,
+    ALL_LABELED,
     DATASETS,
     FURTHER_CLASSES,
     KNOWN_ONLY,
@@ -305,6 +306,13 @@ def test_classes_that_look_like_numbers(given: str, by: str, tmp_path: Path):
 def test_pretraining_is_named_by_the_runs_config(of_run, unknown, expected):
     config = None if of_run is None else {"data": of_run, "method": {}}
     assert pretraining(config, Data(), DIGITS, [0, 1, 2, 3, 4, 5], unknown) == expected
+
+
+def test_labels_and_an_earlier_run_are_told_of():
+    labeled = {"data": {"name": "digits"}, "method": {"name": "supcon"}, "init": "runs/first"}
+    assert pretraining(labeled, Data(), DIGITS, [0, 1], [2]) == f"{ALL_LABELED}, begun from runs/first"
+    known = labeled | {"data": {"name": "digits", "classes": [0, 1]}}
+    assert pretraining(known, Data(), DIGITS, [0, 1], [2]) == f"{KNOWN_ONLY}, begun from runs/first"
 
 
 def test_a_run_of_all_classes_has_known_ones_only_where_all_are_known():

@@ -14,17 +14,18 @@ from ssl_gradmix import backbones
 from ssl_gradmix.evaluation.encoders import load_encoder
 from ssl_gradmix.methods.byol import BYOL
 from ssl_gradmix.methods.simclr import SimCLR
+from ssl_gradmix.methods.supcon import SupCon
 
 IMAGES = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(params=[SimCLR, BYOL])
+@pytest.fixture(params=[SimCLR, BYOL, SupCon])
 def method(request) -> nn.Module:
     """Of other widths than the defaults, and with statistics as training leaves them."""
     torch.manual_seed(0)
     method = request.param(backbones.create("resnet10_tiny"), 128, hidden_dim=40, output_dim=24)
     for _ in range(3):
-        method([torch.rand(6, 3, 32, 32), torch.rand(6, 3, 32, 32)])
+        method([torch.rand(6, 3, 32, 32), torch.rand(6, 3, 32, 32)], torch.arange(6) // 2)
     return method.eval()
 
 
@@ -34,9 +35,7 @@ def run(tmp_path, method) -> Path:
     described = {"name": type(method).__name__.lower(), "hidden_dim": 40, "output_dim": 24}
     backbones.save(method.backbone, folder / "backbone", image_size=32)
     save_file(method.projector.state_dict(), folder / "projector.safetensors")
-    (folder / "config.yaml").write_text(
-        yaml.safe_dump({"data": {"name": "digits"}, "method": {**described, "weight": 1.0}})
-    )
+    (folder / "config.yaml").write_text(yaml.safe_dump({"data": {"name": "digits"}, "method": described}))
     return folder
 
 
@@ -102,14 +101,16 @@ def as_convolution(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def test_other_weights_are_refused(run, method, change):
     weights = {name: tensor.contiguous() for name, tensor in change(method.projector.state_dict()).items()}
     save_file(weights, run / "projector.safetensors")
-    with pytest.raises(ValueError, match=r"projector.safetensors does not fit: it is no (simclr|byol) projector"):
+    with pytest.raises(
+        ValueError, match=r"projector.safetensors does not fit: it is no (simclr|byol|supcon) projector"
+    ):
         load_encoder(run, feature="projector")
 
 
 @pytest.mark.parametrize(
     ("described", "message"),
     [
-        ({"output_dim": 24}, r"does not say what was trained: add a line `name: simclr` \(or byol\)"),
+        ({"output_dim": 24}, r"does not say what was trained: add a line `name: simclr` \(or byol, supcon\)"),
         ("byol", "does not say what was trained"),
         ({"name": "dino"}, "does not say what was trained.*got 'dino'"),
         ({"name": "byol", "widths": 3}, "config.yaml is damaged: .*widths"),

@@ -1,4 +1,4 @@
-"""SimCLR and BYOL against their formulas, and the invariants of mixing inside one forward."""
+"""SimCLR and BYOL against their formulas, and the invariants of mixing inside one forward, SupCon's too."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ from ssl_gradmix import GradMix
 from ssl_gradmix.methods.byol import BYOL
 from ssl_gradmix.methods.losses import embedding_std
 from ssl_gradmix.methods.simclr import SimCLR
+from ssl_gradmix.methods.supcon import SupCon
 
 METHODS = {
     "simclr": lambda **kwargs: SimCLR(Stage(), 8, hidden_dim=16, output_dim=6, **kwargs),
     "byol": lambda **kwargs: BYOL(Stage(), 8, hidden_dim=16, output_dim=6, **kwargs),
+    "supcon": lambda **kwargs: SupCon(Stage(), 8, hidden_dim=16, output_dim=6, **kwargs),
 }
+LABELS = torch.tensor([0, 0, 1, 1, -1, 2])
 
 
 def method(name: str, **kwargs) -> nn.Module:
@@ -87,10 +90,11 @@ def test_the_target_network_follows_a_cosine_momentum_and_gets_no_gradient() -> 
 @pytest.mark.parametrize("name", METHODS)
 def test_mixing_adds_the_mixed_views_loss_and_leaves_the_two_views_gradient(name: str) -> None:
     """With weight 0 the gradient is the plain method's, bit for bit: the attribution leaves no trace."""
-    plain, mixing = method(name), method(name, gradmix=GradMix(layers=["stage"]), weight=0.0)
+    factor = {"self_supervised": 0.0} if name == "supcon" else {"weight": 0.0}
+    plain, mixing = method(name, **factor), method(name, gradmix=GradMix(layers=["stage"]), **factor)
     for each in (plain, mixing):
         each.eval()  # or the mixed pass would move BatchNorm's statistics
-        each(views(2)).total.backward()
+        each(views(2), LABELS).total.backward()
     for (name_, one), two in zip(plain.named_parameters(), mixing.parameters(), strict=True):
         if one.requires_grad:
             torch.testing.assert_close(one.grad, two.grad, msg=name_)
@@ -101,13 +105,16 @@ def test_the_mixed_view_is_the_third_view(name: str) -> None:
     """The same loss as the control's, had it been given the mixed images as its third view."""
     mixing, control = method(name, gradmix=GradMix(layers=["stage"])).eval(), method(name).eval()
     torch.manual_seed(3)
-    mixed = mixing.mixed_views(views(2))
+    mixed = mixing.mixed_views(views(2), LABELS)
     torch.manual_seed(3)
-    losses = mixing(views(2))
-    expected = control([*views(2), mixed.images])
+    losses = mixing(views(2), LABELS)
+    expected = control([*views(2), mixed.images], LABELS)
     torch.testing.assert_close(losses.loss_mixed, expected.loss_mixed)
     torch.testing.assert_close(losses.loss_views, expected.loss_views)
-    torch.testing.assert_close(losses.total, losses.loss_views + mixed.lam * losses.loss_mixed)
+    total = losses.loss_views + mixed.lam * losses.loss_mixed
+    if name == "supcon":
+        total = losses.loss_supervised + 1.2 * total
+    torch.testing.assert_close(losses.total, total)
     assert losses.lam == mixed.lam
     assert losses.flat == 0
 
@@ -118,8 +125,8 @@ def test_the_share_of_flat_maps_is_told(name: str) -> None:
     net.gradmix.attribution = lambda activation, gradient: activation.sum(1)
     first, second = views(2)
     first[:2] = torch.nan  # of six images
-    assert net([first, second]).flat.item() == pytest.approx(2 / 6)
-    assert method(name)(views(3)).flat == 0
+    assert net([first, second], LABELS).flat.item() == pytest.approx(2 / 6)
+    assert method(name)(views(3), LABELS).flat == 0
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -127,7 +134,7 @@ def test_no_gradient_exists_before_backward_and_flags_stay(name: str) -> None:
     net = method(name, gradmix=GradMix(layers=["stage"]))
     net.backbone.stage[1].eval()
     training = [module.training for module in net.modules()]
-    losses = net(views(2))
+    losses = net(views(2), LABELS)
     assert all(parameter.grad is None for parameter in net.parameters())
     assert [module.training for module in net.modules()] == training
     assert all(not module._forward_hooks for module in net.modules())

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from lightly.loss import NTXentLoss
 
 from ssl_gradmix.methods.nt_xent import nt_xent
+from ssl_gradmix.methods.supcon import supcon
 
 
 def naive(z0: torch.Tensor, z1: torch.Tensor, temperature: float) -> float:
@@ -32,11 +34,12 @@ def test_equals_the_formula_and_lightly(temperature: float, count: int) -> None:
         torch.testing.assert_close(mine, other)
 
 
-def test_autocast_takes_nothing_from_its_precision() -> None:
+@pytest.mark.parametrize("loss", [nt_xent, lambda z0, z1, t: supcon(z0, z1, torch.arange(16) // 3, t)])
+def test_autocast_takes_nothing_from_its_precision(loss: Callable[..., torch.Tensor]) -> None:
     z = torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    expected = nt_xent(*z, 0.05)
+    expected = loss(*z, 0.05)
     with torch.autocast("cpu", torch.bfloat16):
-        under = nt_xent(*z, 0.05)
+        under = loss(*z, 0.05)
     assert torch.equal(under, expected)
     assert torch.equal(torch.autograd.grad(under, z)[0], torch.autograd.grad(expected, z)[0])
 

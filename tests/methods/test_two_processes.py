@@ -11,7 +11,7 @@ def test_invariants_of_mixing_inside_one_forward(script) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
         f"{method} {holds}"
-        for method in ("SimCLR", "BYOL")
+        for method in ("SimCLR", "BYOL", "SupCon")
         for holds in (
             "gradient of two processes equals that of the global batch",
             "gradients accumulate",

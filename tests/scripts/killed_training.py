@@ -21,6 +21,7 @@ from training_support import TIMED, TRAINING, trainer
 
 from ssl_gradmix.methods.byol import BYOL
 from ssl_gradmix.methods.simclr import SimCLR
+from ssl_gradmix.methods.supcon import SupCon
 from ssl_gradmix.run_folder import RunFolder
 from ssl_gradmix.settings import Optimizer
 from ssl_gradmix.training import loop
@@ -29,13 +30,14 @@ from ssl_gradmix.training.loop import Trainer
 torch.set_num_threads(1)
 loop.SAVE_SECONDS = 0.0  # a checkpoint wherever there may be one: at the end of an epoch, and after its first step
 STEPS, EPOCHS = 4, 3
+KINDS = {"SimCLR": SimCLR, "BYOL": BYOL, "SupCon": SupCon}
 Kind = tuple[str, str, int, str]
 
 
 def kinds(draw: random.Random) -> Iterator[Kind]:
     """Every pair of method and way to decode in turn, with an optimizer."""
     while True:
-        pairs = [(name, *at) for name in ("SimCLR", "BYOL") for at in (("once", 0), ("workers", 0), ("workers", 2))]
+        pairs = [(name, *at) for name in KINDS for at in (("once", 0), ("workers", 0), ("workers", 2))]
         for pair in draw.sample(pairs, len(pairs)):
             yield (*pair, draw.choice(["sgd", "lars", "adamw"]))
 
@@ -43,7 +45,7 @@ def kinds(draw: random.Random) -> Iterator[Kind]:
 def create(folder: Path, kind: Kind) -> Trainer:
     name, decode, workers, optimizer = kind
     training = replace(TRAINING, epochs=EPOCHS, decode=decode, workers=workers)
-    return trainer(folder, {"SimCLR": SimCLR, "BYOL": BYOL}[name], training, optimizer=Optimizer(optimizer))
+    return trainer(folder, KINDS[name], training, optimizer=Optimizer(optimizer))
 
 
 def file_operations(folder: Path, act: Callable[[int], None]) -> None:

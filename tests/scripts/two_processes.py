@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from ssl_gradmix import GradMix, mixing
 from ssl_gradmix.methods.byol import BYOL
 from ssl_gradmix.methods.simclr import SimCLR
+from ssl_gradmix.methods.supcon import SupCon
 
 COUNT = 8
+LABELS = torch.tensor([0, 1, 2, 0, 1, -1, -1, -1])  # one process has more of them than the other
 # The donor of an image must not depend on who its neighbors in the process are, to compare with one process.
 mixing.derangement = lambda count, device, generator=None: torch.arange(count, device=device)
 
@@ -49,18 +51,18 @@ def close(ours: list[Tensor], theirs: list[Tensor]) -> None:
 
 def global_batch_gradient(kind: type) -> list[Tensor]:
     method = create(kind).eval()
-    method(batch(1)).total.backward()
+    method(batch(1), LABELS).total.backward()
     return gradients(method)
 
 
 def check(kind: type, accelerator: Accelerator, expected: list[Tensor]) -> None:
     share = COUNT // 2
     mine = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
-    own = [view[mine] for view in batch(1)]
+    own, labels = [view[mine] for view in batch(1)], LABELS[mine]
 
     method = accelerator.prepare(create(kind))
     method.eval()  # BatchNorm's batch statistics are those of one process on a CPU
-    accelerator.backward(method(own).total)
+    accelerator.backward(method(own, labels).total)
     bare = accelerator.unwrap_model(method)
     assert bare.gradmix.grads
     assert all(gradient is None for gradient in bare.gradmix.grads)
@@ -71,12 +73,12 @@ def check(kind: type, accelerator: Accelerator, expected: list[Tensor]) -> None:
     apart = []
     for micro in (first, second):
         method.zero_grad()
-        accelerator.backward(method(micro).total)
+        accelerator.backward(method(micro, labels).total)
         apart.append(gradients(bare))
     method.zero_grad()
     with accelerator.no_sync(method):
-        accelerator.backward(method(first).total)
-    accelerator.backward(method(second).total)
+        accelerator.backward(method(first, labels).total)
+    accelerator.backward(method(second, labels).total)
     close(gradients(bare), [one + two for one, two in zip(*apart, strict=True)])
     accelerator.print(kind.__name__, "gradients accumulate")
 
@@ -84,7 +86,7 @@ def check(kind: type, accelerator: Accelerator, expected: list[Tensor]) -> None:
     optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], 0.1)
     for step in range(4):
         optimizer.zero_grad()
-        accelerator.backward(method([view[mine] for view in batch(10 + step)]).total)
+        accelerator.backward(method([view[mine] for view in batch(10 + step)], labels).total)
         optimizer.step()
         if hasattr(bare, "update_target"):
             bare.update_target(step, 4)
@@ -96,10 +98,10 @@ def check(kind: type, accelerator: Accelerator, expected: list[Tensor]) -> None:
 
 
 def main() -> None:
-    expected = {kind: global_batch_gradient(kind) for kind in (SimCLR, BYOL)}  # before there is a process group
+    expected = {kind: global_batch_gradient(kind) for kind in (SimCLR, BYOL, SupCon)}  # before there is a process group
     accelerator = Accelerator(cpu=True)
     assert accelerator.num_processes == 2
-    for kind in (SimCLR, BYOL):
+    for kind in (SimCLR, BYOL, SupCon):
         check(kind, accelerator, expected[kind])
     accelerator.end_training()
 

@@ -52,28 +52,30 @@ def test_micro_batches_cut_the_same_batches() -> None:
 
 @pytest.mark.parametrize(("decode", "workers"), [("once", 0), ("workers", 0), ("workers", 2)])
 def test_an_epoch_entered_in_its_middle_gives_the_same_views(decode: str, workers: int) -> None:
-    def views(epoch: int, first: int) -> list[list[torch.Tensor]]:
+    def views_and_labels(epoch: int, first: int) -> list[list[torch.Tensor]]:
         source = create(image_set(20), decode, workers)
         made = []
-        for step, batch in enumerate(source.epoch(epoch, first), first):
+        for step, (pixels, labels) in enumerate(source.epoch(epoch, first), first):
             torch.rand(step + 7)  # whatever else draws from the generator
             batches.seed_step(5, epoch, step, 0)
-            made.append(source.views(batch))
+            made.append([*source.views(pixels), labels])
         return made
 
-    whole, rest = views(1, 0), views(1, 3)
+    whole, rest = views_and_labels(1, 0), views_and_labels(1, 3)
     assert len(whole) == 5
     assert len(rest) == 2
     for one, two in zip(whole[3:], rest, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
-    assert not torch.equal(whole[0][0], views(2, 0)[0][0])
+    assert not torch.equal(whole[0][0], views_and_labels(2, 0)[0][0])
+    for first, _, labels in whole:  # bright images are of class 1
+        assert torch.equal(first.mean((1, 2, 3)) > 0.45, labels == 1)
 
 
 def test_workers_that_outlive_an_epoch_know_the_next_one() -> None:
     images = image_set(20)
     source = create(images, "workers", workers=1)
     for epoch in (0, 1):
-        for chosen, (flat, shapes) in zip(source.indices.epoch(epoch), source.epoch(epoch, 0), strict=True):
+        for chosen, ((flat, shapes), _) in zip(source.indices.epoch(epoch), source.epoch(epoch, 0), strict=True):
             assert shapes == [(3, 16, 16)] * 4
             expected = torch.from_numpy(images.images[chosen.numpy()]).permute(0, 3, 1, 2)
             assert torch.equal(flat.view(4, 3, 16, 16), expected)
@@ -115,9 +117,9 @@ def test_views_are_of_the_whole_photograph_and_the_same_however_it_was_decoded(
     def views(decode: str, workers: int) -> torch.Tensor:
         source = create(images, decode, workers, batch=4, size=64)
         made = []
-        for step, batch in enumerate(source.epoch(0, 0)):
+        for step, (pixels, _) in enumerate(source.epoch(0, 0)):
             batches.seed_step(5, 0, step)
-            made += source.views(batch)
+            made += source.views(pixels)
         return torch.cat(made)
 
     once = views("once", 0)

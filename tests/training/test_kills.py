@@ -18,7 +18,9 @@ def check(script: Script, folder: Path, seed: int, kills: int) -> None:
     lines = done.stdout.splitlines()
     assert len(lines) == kills
     for line in lines:
-        assert re.fullmatch(r"(SimCLR|BYOL) (once 0|workers [02]) (sgd|lars|adamw) killed at .* same", line), line
+        assert re.fullmatch(r"(SimCLR|BYOL|SupCon) (once 0|workers [02]) (sgd|lars|adamw) killed at .* same", line), (
+            line
+        )
 
 
 def test_three_kills(script: Script, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from ssl_gradmix.evaluation.rank import rankme
 from ssl_gradmix.methods.byol import BYOL
 from ssl_gradmix.methods.losses import Losses
 from ssl_gradmix.methods.simclr import SimCLR
+from ssl_gradmix.methods.supcon import SupCon
 from ssl_gradmix.mixing import crop
 from ssl_gradmix.run_folder import RunFolder
 from ssl_gradmix.settings import Optimizer
@@ -37,6 +38,7 @@ from ssl_gradmix.training.processes import create_accelerator
         (SimCLR, "workers", signal.SIGINT),
         (BYOL, "once", signal.SIGINT),
         (BYOL, "workers", signal.SIGTERM),
+        (SupCon, "workers", signal.SIGTERM),
     ],
 )
 def test_stopped_by_a_signal_mid_epoch_it_ends_with_the_same_weights(
@@ -300,15 +302,15 @@ def test_trackers_get_name_settings_readings_and_pictures(tmp_path: Path) -> Non
     (_, settings), *rest = noted.got
     assert settings == {"optimizer.lr": 0.1, "gradmix.layers": "['layer2']", "run": "None"}
     assert [entry[:2] for entry in rest] == [("log", 1), ("images", 2), ("log", 2)]
-    assert {"loss", *Losses._fields[1:], "lr", *TIMED} <= rest[0][2]
+    assert {"loss", *Losses._fields[1:], "lr", *TIMED} - {"loss_supervised"} <= rest[0][2]
     assert rest[1][2:] == (3, np.uint8)
 
 
 def test_stamps_of_the_images_are_in_the_views(tmp_path: Path) -> None:
     made = trainer(tmp_path / "run", images=replace(image_set(), stamps=Stamps(4)))
-    batch = next(iter(made.source.epoch(0, 0)))
-    views = made.source.views(batch)
-    boxes = Stamps(4).boxes(name(batch), (16, 16))
+    pixels, _ = next(iter(made.source.epoch(0, 0)))
+    views = made.source.views(pixels)
+    boxes = Stamps(4).boxes(name(pixels), (16, 16))
     first, second = (crop(view, boxes, (2, 2)) for view in views)
     assert first.equal(second)
     assert len(first.unique()) == 2 * 3  # black and white, normalized by channel
