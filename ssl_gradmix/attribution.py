@@ -9,11 +9,13 @@ import difflib
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.autograd.graph import Node
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
@@ -261,12 +263,23 @@ def attribute(
         raise ValueError(f"target must be 'agreement' or 'loss', got {target!r}")
     if not callable(attribution) and attribution not in METHODS:
         raise ValueError(f"attribution must be one of {', '.join(METHODS)} or a function, got {attribution!r}")
-    function = attribution if callable(attribution) else METHODS[attribution]
     for name in activations if isinstance(activations, Observed) else ():
         if problem := activations.problem(name):
             raise ValueError(problem)
     outputs = {name: first_images(name, passes, count) for name, passes in activations.items()}
-    taken = gradients(loss, outputs, sign=1 if target == "loss" else -1)
+    return summed_maps(outputs, gradients(loss, outputs)[0], size, count, attribution, target)
+
+
+def summed_maps(
+    outputs: Mapping[str, Sequence[Tensor]],
+    taken: Mapping[str, Sequence[Tensor | None]],
+    size: tuple[int, int],
+    count: int | None,
+    attribution: str | AttributionFunction,
+    target: Target,
+) -> Tensor:
+    """The maps of `attribute` (N, H, W) from the layers' outputs and the loss's gradients there."""
+    function = attribution if callable(attribution) else METHODS[attribution]
     total = 0
     for name, passes in outputs.items():
         if all(part is None for part in taken[name]):
@@ -279,7 +292,7 @@ def attribute(
         activation, gradient = (
             spatial(name, torch.cat(tensors)[:count].detach(), size).float() for tensors in (passes, parts)
         )
-        maps = function(activation, gradient)
+        maps = function(activation, gradient if target == "loss" else -gradient)
         if maps.shape != (expected := (activation.shape[0], *activation.shape[2:])):
             raise ValueError(
                 f"attribution: {attribution!r} must return maps of shape {expected}, got {tuple(maps.shape)}"
@@ -289,9 +302,11 @@ def attribute(
 
 
 def gradients(
-    loss: Tensor, outputs: Mapping[str, Sequence[Tensor]], sign: float = 1.0
-) -> dict[str, list[Tensor | None]]:
-    """The gradient of `sign * loss`, times `SCALE`, with respect to each output; None where it does not reach it.
+    loss: Tensor, outputs: Mapping[str, Sequence[Tensor]], leaves: Sequence[Tensor] = ()
+) -> tuple[dict[str, list[Tensor | None]], tuple[Tensor | None, ...]]:
+    """The gradients of the loss, times `SCALE`, at each output and at each leaf; None where it does not depend on it.
+
+    The graph is kept, unless there are leaves.
 
     Raises:
         ValueError: A loss that is no scalar, whose gradient reaches none of the outputs, or that went backwards
@@ -311,20 +326,56 @@ def gradients(
     try:
         with torch.autocast(loss.device.type, enabled=False):  # backward passes do not belong under it
             taken = torch.autograd.grad(
-                loss, reached, torch.full_like(loss, sign * SCALE), retain_graph=True, allow_unused=True
+                loss, [*reached, *leaves], torch.full_like(loss, SCALE), retain_graph=not leaves, allow_unused=True
             )
     except RuntimeError as error:
         for part, message in GRAPH_ERRORS.items():
             if part in str(error):
                 raise ValueError(message) from error
         raise
-    if all(gradient is None for gradient in taken):
+    at_outputs, at_leaves = taken[: len(reached)], taken[len(reached) :]
+    if all(gradient is None for gradient in at_outputs):
         raise ValueError(
             f"loss does not depend on the observed layers {_last(outputs)}; compute it from what this encoder gave "
             "inside `observe`, and do not compile the whole step, which hides them"
         )
-    found = dict(zip(map(id, reached), taken, strict=True))
-    return {name: [found.get(id(output)) for output in passes] for name, passes in outputs.items()}
+    found = dict(zip(map(id, reached), at_outputs, strict=True))
+    return {name: [found.get(id(output)) for output in passes] for name, passes in outputs.items()}, at_leaves
+
+
+def leaves_of(loss: Tensor) -> list[Tensor]:
+    """The parameters, and other leaves, that a backward pass from the loss reaches."""
+    found, seen, ahead = [], set(), [loss.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if isinstance(node, torch._C._functions.AccumulateGrad):
+            found.append(node.variable)
+        ahead += [following for following, _ in node.next_functions]
+    return found
+
+
+class EarlyLoss(torch.autograd.Function):
+    """A loss that was differentiated already: backward hands out its gradients, times the incoming one."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, nodes: list[Node], scaled: list[Tensor], *leaves: Tensor) -> Tensor:
+        """The detached loss; `scaled` are its gradients at the leaves, times `SCALE`, `nodes` some of its graph."""
+        ctx.nodes = nodes
+        ctx.save_for_backward(*scaled)
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
+        if any(torch._C._will_engine_execute_node(node) for node in ctx.nodes):
+            raise ValueError(
+                "loss: the mixed views' loss sends a gradient into the graph of the first loss, which gradmix.early(...) "
+                "has freed; detach what it takes from there, or use gradmix(...)"
+            )
+        return None, None, None, *torch._foreach_mul(ctx.saved_tensors, incoming / SCALE)
 
 
 GRAPH_ERRORS = {
