@@ -345,24 +345,22 @@ def gradients(
 
 def leaves_of(loss: Tensor) -> list[Tensor]:
     """The parameters, and other leaves, that a backward pass from the loss reaches."""
-    found, seen, ahead = [], set(), [loss.grad_fn]
+    seen, ahead = dict.fromkeys([None]), [loss.grad_fn]  # in place of a set, whose order varies
     while ahead:
-        node = ahead.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if isinstance(node, torch._C._functions.AccumulateGrad):
-            found.append(node.variable)
-        ahead += [following for following, _ in node.next_functions]
-    return found
+        if (node := ahead.pop()) not in seen:
+            seen[node] = None
+            ahead += [following for following, _ in node.next_functions]
+    return [node.variable for node in seen if isinstance(node, torch._C._functions.AccumulateGrad)]
 
 
 class EarlyLoss(torch.autograd.Function):
-    """A loss that was differentiated already: backward hands out its gradients, times the incoming one."""
+    """A detached loss whose backward hands out gradients at leaves that were taken before, times `SCALE`.
+
+    `nodes` are some of the graph that is gone: a mixed loss may not go backwards through it.
+    """
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, nodes: list[Node], scaled: list[Tensor], *leaves: Tensor) -> Tensor:
-        """The detached loss; `scaled` are its gradients at the leaves, times `SCALE`, `nodes` some of its graph."""
+    def forward(ctx: Any, loss: Tensor, nodes: Sequence[Node], scaled: Sequence[Tensor], *leaves: Tensor) -> Tensor:
         ctx.nodes = nodes
         ctx.save_for_backward(*scaled)
         return loss.clone()
@@ -372,8 +370,8 @@ class EarlyLoss(torch.autograd.Function):
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
         if any(torch._C._will_engine_execute_node(node) for node in ctx.nodes):
             raise ValueError(
-                "loss: the mixed views' loss sends a gradient into the graph of the first loss, which gradmix.early(...) "
-                "has freed; detach what it takes from there, or use gradmix(...)"
+                "loss: the mixed views' loss sends a gradient into the graph that gradmix.early(...) has freed; detach "
+                "what it takes from there, or use gradmix(...)"
             )
         return None, None, None, *torch._foreach_mul(ctx.saved_tensors, incoming / SCALE)
 

@@ -178,32 +178,29 @@ class GradMix:
     def early(
         self, images: Tensor, loss: Tensor, observed: Observed, donors: Tensor | None = None
     ) -> tuple[Tensor, MixedViews]:
-        """Mixes as a call does, and differentiates the loss at once, so that attribution costs nothing.
+        """Mixes as a call does and runs the loss's own backward pass at once, whose part the attribution is.
 
-        The map comes out of the loss's own backward pass, whose graph is gone before the mixed views' forward pass: the
-        price is one copy of the parameters' gradients. It is exact where the mixed views' loss sends no gradient into
-        that graph, as with targets that have none: BYOL, SimSiam, MoCo, DINO.
+        That frees the graph before the mixed views' forward pass, for one copy of the parameters' gradients. Only for
+        mixed losses that send no gradient into that graph: BYOL, SimSiam, MoCo, DINO, whose targets have none.
 
             loss, mixed = gradmix.early(x0, loss, observed, donors=x1)
             loss = loss + mixed.lam * criterion(head(encoder(mixed.images)), targets)
             loss.backward()
 
         Returns:
-            The loss, whose backward pass now hands the gradients out, and the mixed views. A control differentiates
-            nothing and returns the loss as it is.
+            The loss, whose backward pass hands out the gradients that were taken, and the mixed views. A control needs
+            no gradient and returns the loss as it is.
 
         Raises:
-            ValueError: As a call does, and in the backward pass where the mixed views' loss sends a gradient into the
-                graph of `loss` after all.
+            ValueError: As a call does, and in the backward pass where the mixed loss does send a gradient there.
         """
         if self.region in CONTROLS:
             return loss, self(images, loss, observed, donors)
         leaves, nodes = leaves_of(loss), [output.grad_fn for output in chain(*observed.values()) if output.grad_fn]
         mixed, gradients = self._mix(images, loss, observed, donors, leaves)
         observed.clear()  # activations that nobody needs any more
-        known = [(leaf, gradient) for leaf, gradient in zip(leaves, gradients, strict=True) if gradient is not None]
-        leaves, gradients = zip(*known, strict=True)
-        loss = EarlyLoss.apply(loss.detach(), nodes, gradients, *leaves)
+        known = {leaf: gradient for leaf, gradient in zip(leaves, gradients, strict=True) if gradient is not None}
+        loss = EarlyLoss.apply(loss.detach(), nodes, list(known.values()), *known)
         # First of all in the backward pass, or parameters would wait for it, and DistributedDataParallel for them.
         loss.grad_fn._set_sequence_nr(2**63 - 1)
         return loss, mixed
