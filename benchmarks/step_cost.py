@@ -1,9 +1,9 @@
 """What GradMix costs: a training step against the same step with a plain third view, with as many encoder passes.
 
 Steps are timed in turn, on views that stay the same. Making views is left out, in the plain third view's favor: it
-would have to be augmented, while the mixed view is not. FLOPs, operations (views of tensors left out) and the most
-bytes of tensors alive are counted in a further step and repeat exactly. On a GPU the step runs once under
-`torch.cuda.set_sync_debug_mode("error")`, which raises wherever the host waits for the device.
+would have to be augmented, while the mixed view is not. FLOPs, operations (views of tensors left out) and the peak of
+memory, beside parameters, optimizer state and views, are counted in a further step and repeat exactly. On a GPU the
+step runs once under `torch.cuda.set_sync_debug_mode("error")`, which raises wherever the host waits for the device.
 
     python benchmarks/step_cost.py
     python benchmarks/step_cost.py --backbone resnet50_small --batch 16
@@ -20,7 +20,7 @@ import json
 import time
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from typing import NamedTuple
@@ -140,7 +140,7 @@ def profile(kind: type[nn.Module], options: argparse.Namespace) -> str:
 
 
 class Counts(NamedTuple):
-    """Of a step: FLOPs of its convolutions and matrix products, operations, and the most bytes of tensors alive."""
+    """Of a step: FLOPs of convolutions and matrix products, operations, and the most bytes that its tensors take."""
 
     flops: int
     operations: int
@@ -148,21 +148,21 @@ class Counts(NamedTuple):
 
 
 class Meter(TorchDispatchMode):
-    """Counts operations, and the bytes of tensors noted or made until they are freed."""
+    """Counts operations, and the bytes of tensors that are made until they are freed; some are there before."""
 
-    def __init__(self) -> None:
+    def __init__(self, before: Iterable[Tensor]) -> None:
         super().__init__()
         self.operations = self.peak = self._bytes = 0
-        self._alive: set[int] = set()
+        self._alive = {tensor.untyped_storage()._cdata for tensor in before}
 
     def __torch_dispatch__(self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
         made = func(*args, **(kwargs or {}))
         self.operations += not func.is_view
         for each in tree_leaves(made):
-            self.note(each)
+            self._note(each)
         return made
 
-    def note(self, tensor: object) -> None:
+    def _note(self, tensor: object) -> None:
         if isinstance(tensor, Tensor) and (key := (storage := tensor.untyped_storage())._cdata) not in self._alive:
             self._alive.add(key)
             self._bytes += storage.nbytes()
@@ -203,10 +203,9 @@ class Step:
     def counts(self) -> Counts:
         """What a step takes, once its optimizer has a state."""
         self.optimizer.zero_grad()
-        with FlopCounterMode(display=False) as counter, Meter() as meter:
-            state = tree_leaves(list(self.optimizer.state.values()))
-            for tensor in (*self.method.parameters(), *self.method.buffers(), *self.views, *state):
-                meter.note(tensor)
+        state = tree_leaves(list(self.optimizer.state.values()))
+        before = (*self.method.parameters(), *self.method.buffers(), *self.views, *state)
+        with FlopCounterMode(display=False) as counter, Meter(before) as meter:
             self()
         return Counts(counter.get_total_flops(), meter.operations, meter.peak)
 
