@@ -132,7 +132,8 @@ def observe(encoder: nn.Module, layers: Sequence[str] | None = None) -> Iterator
     An encoder that `torch.compile` compiled as a whole runs eagerly here, as its graph hides inner activations from
     autograd. With BatchNorm in training mode its pass of the mixed views then belongs inside the context too. Compiled
     stages can be observed as they are (`encoder.layer3 = torch.compile(encoder.layer3)`); those behind an observed
-    layer go backwards twice, for which `torch._functorch.config.donated_buffer = False` is set before the first pass.
+    layer go backwards twice, but by `GradMix.early`, for which `torch._functorch.config.donated_buffer = False` is set
+    before the first pass.
 
     Args:
         encoder: The module whose layers are observed; may be wrapped by DistributedDataParallel or `torch.compile`.
@@ -379,7 +380,7 @@ class EarlyLoss(torch.autograd.Function):
 GRAPH_ERRORS = {
     "a second time": "loss: it went backwards already, which frees its graph; call gradmix(...) before loss.backward()",
     "donated buffer": "encoder: a stage behind an observed layer was compiled in a way that allows a single backward "
-    "pass; set torch._functorch.config.donated_buffer = False before its first forward pass",
+    "pass; set torch._functorch.config.donated_buffer = False before its first forward pass, or use gradmix.early(...)",
 }
 """What to do about torch's errors of a graph, by a part of their text."""
 

@@ -180,8 +180,9 @@ class GradMix:
     ) -> tuple[Tensor, MixedViews]:
         """Mixes as a call does and runs the loss's own backward pass at once, whose part the attribution is.
 
-        That frees the graph before the mixed views' forward pass, for one copy of the parameters' gradients. Only for
-        mixed losses that send no gradient into that graph: BYOL, SimSiam, MoCo, DINO, whose targets have none.
+        That frees the graph, and empties `observed`, before the mixed views' forward pass, for one copy of the
+        parameters' gradients. Only for mixed losses that send no gradient into that graph, as those of BYOL, SimSiam,
+        MoCo and DINO, whose targets have none.
 
             loss, mixed = gradmix.early(x0, loss, observed, donors=x1)
             loss = loss + mixed.lam * criterion(head(encoder(mixed.images)), targets)

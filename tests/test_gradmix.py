@@ -322,6 +322,17 @@ def test_only_the_first_call_for_an_encoder_reads_from_the_device(monkeypatch: p
             assert bool(reads) == first
 
 
+def test_early_lets_an_encoder_that_is_compiled_as_a_whole_take_the_mixed_pass_outside_observe() -> None:
+    torch._dynamo.reset()
+    net = torch.compile(Stage(), backend="aot_eager")
+    gradmix, images, target = GradMix(), torch.rand(4, 3, 16, 16), torch.rand(4, 8)
+    with gradmix.observe(net) as observed:
+        loss = agreement_loss(net(images), target)
+    loss, mixed = gradmix.early(images, loss, observed)
+    (loss + mixed.lam * agreement_loss(net(mixed.images), target)).backward()
+    assert net._orig_mod.stage[0].weight.grad.any()
+
+
 @pytest.mark.parametrize("inside", [True, False])
 def test_an_encoder_compiled_as_a_whole_wants_the_mixed_pass_inside_observe(inside: bool) -> None:
     """As docs/torch-compile.md says; where it is outside, there is a warning ahead of torch's error."""
