@@ -198,9 +198,9 @@ class GradMix:
         if self.region in CONTROLS:
             return loss, self(images, loss, observed, donors)
         leaves, nodes = leaves_of(loss), [output.grad_fn for output in chain(*observed.values()) if output.grad_fn]
-        mixed, gradients = self._mix(images, loss, observed, donors, leaves)
+        mixed, at_leaves = self._mix(images, loss, observed, donors, leaves)
         observed.clear()  # activations that nobody needs any more
-        known = {leaf: gradient for leaf, gradient in zip(leaves, gradients, strict=True) if gradient is not None}
+        known = {leaf: gradient for leaf, gradient in zip(leaves, at_leaves, strict=True) if gradient is not None}
         loss = EarlyLoss.apply(loss.detach(), nodes, list(known.values()), *known)
         # First of all in the backward pass, or parameters would wait for it, and DistributedDataParallel for them.
         loss.grad_fn._set_sequence_nr(2**63 - 1)
