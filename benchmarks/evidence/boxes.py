@@ -1,4 +1,4 @@
-"""Runs a recipe on planted stamps, logs which share of them GradMix's boxes hit, and puts boxes elsewhere if asked.
+"""Runs the SimCLR recipe on planted stamps, logs the share of them that GradMix's boxes hit; puts boxes elsewhere if asked.
 
     python benchmarks/evidence/boxes.py attributed recipes/simclr_gradmix.py --data.stamp_bits 9
 
@@ -49,15 +49,15 @@ def report_hits(self: Trainer, entry: dict) -> None:
     hits.clear()
 
 
-def on_the_stamp(self: GradMix, loss: Tensor, observed: object, images: Tensor) -> tuple[tuple[str, ...], Tensor]:
-    layers, maps = anywhere(self, loss, observed, images)
+def on_the_stamp(self: GradMix, loss: Tensor, observed: object, images: Tensor, leaves: object) -> tuple:
+    layers, maps, at_leaves = anywhere(self, loss, observed, images, leaves)
     for x0, y0, x1, y1 in (each[: len(images)].unbind(1) for each in stamps):  # none in the recipe's trial on noise
         maps[torch.arange(len(images)), (y0 + y1) // 2, (x0 + x1) // 2] = 1
-    return layers, maps
+    return layers, maps, at_leaves
 
 
-def anywhere(self: GradMix, loss: Tensor, observed: object, images: Tensor) -> tuple[tuple[str, ...], Tensor]:
-    return (), torch.zeros(len(images), *images.shape[2:], device=images.device)  # a flat map: boxes lie at random
+def anywhere(self: GradMix, loss: Tensor, observed: object, images: Tensor, leaves: object) -> tuple:
+    return (), torch.zeros(len(images), *images.shape[2:], device=images.device), ()  # flat maps: boxes lie at random
 
 
 PLACES = {"attributed": GradMix._attribute, "stamp": on_the_stamp, "anywhere": anywhere}
