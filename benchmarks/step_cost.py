@@ -1,8 +1,9 @@
 """What GradMix costs: a training step against the same step with a plain third view, with as many encoder passes.
 
 Steps are timed in turn, on views that stay the same. Making views is left out, in the plain third view's favor: it
-would have to be augmented, while the mixed view is not. On a GPU the step runs once under
-`torch.cuda.set_sync_debug_mode("error")`, which raises wherever the host waits for the device.
+would have to be augmented, while the mixed view is not. FLOPs, operations (views of tensors left out) and the peak of
+memory, beside parameters, optimizer state and views, are counted in a further step and repeat exactly. On a GPU the
+step runs once under `torch.cuda.set_sync_debug_mode("error")`, which raises wherever the host waits for the device.
 
     python benchmarks/step_cost.py
     python benchmarks/step_cost.py --backbone resnet50_small --batch 16
@@ -17,14 +18,18 @@ import argparse
 import itertools
 import json
 import time
+import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import wraps
+from typing import NamedTuple
 
 import timing
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from ssl_gradmix import GradMix, attribution, backbones
@@ -79,7 +84,7 @@ def ratios(kind: type[nn.Module], options: argparse.Namespace) -> str:
         f"GradMix, {first} and {second}": Step(kind, GradMix(layers=[first, second]), 2, options),
     }
     taken = timing.take_turns(steps, options.rounds, options.device)
-    flops = {name: step.flops() for name, step in steps.items()}
+    counts = {name: step.counts() for name, step in steps.items()}
     if options.device.startswith("cuda"):
         for step in steps.values():
             step.without_waiting()
@@ -89,16 +94,22 @@ def ratios(kind: type[nn.Module], options: argparse.Namespace) -> str:
             timing.median_ms(times.wall),
             timing.ratio(times.wall, taken[third].wall),
             timing.ratio(times.processor, taken[third].processor),
-            f"{flops[name] / flops[third]:.4f}",
+            f"{counts[name].flops / 1e9:,.1f}",
+            f"{counts[name].flops / counts[third].flops:.4f}",
+            f"{counts[name].operations:,}",
+            f"{counts[name].peak / 2**20:,.0f}",
+            f"{counts[name].peak / counts[third].peak:.3f}",
         ]
         for name, times in taken.items()
     ]
-    return timing.table(["step", "ms", "ratio, wall", "ratio, processor", "ratio, FLOPs"], rows)
+    header = ["step", "ms", "ratio, wall", "ratio, processor", "GFLOP", "ratio", "operations", "peak, MiB", "ratio"]
+    return timing.table(header, rows)
 
 
 def profile(kind: type[nn.Module], options: argparse.Namespace) -> str:
     """Share of each part in a step with GradMix; views are made on the device. A GPU is waited for after each part."""
     step = Step(kind, GradMix(layers=options.layers[:1]), 2, options)
+    taking = "backward" if kind is BYOL else "attribution"  # BYOL's pair goes backwards once, and early
     parts = Parts(options.device)
     make_views = Views(Augmentation(), options.size, (0.5,) * 3, (0.25,) * 3).to(options.device)
     images = torch.randint(256, (options.batch, 3, options.size, options.size), dtype=torch.uint8).to(options.device)
@@ -116,16 +127,52 @@ def profile(kind: type[nn.Module], options: argparse.Namespace) -> str:
 
     once()
     step.method.gradmix._mix_box = parts.watch("mixing", step.method.gradmix._mix_box)
-    gradmix_module.attribute = parts.watch("attribution", attribution.attribute)
+    gradmix_module.gradients = parts.watch(taking, attribution.gradients)
+    gradmix_module.summed_maps = parts.watch("attribution", attribution.summed_maps)
     try:
         parts.spent.clear()
         for _ in range(options.rounds):
             once()
     finally:
-        gradmix_module.attribute = attribution.attribute
+        gradmix_module.gradients, gradmix_module.summed_maps = attribution.gradients, attribution.summed_maps
     total = sum(parts.spent.values())
     rows = [[p, f"{parts.spent[p] / options.rounds * 1e3:,.1f}", f"{parts.spent[p] / total:.1%}"] for p in PARTS]
     return timing.table([f"part, GradMix at {options.layers[0]}", "ms", "share"], rows)
+
+
+class Counts(NamedTuple):
+    """Of a step: FLOPs of convolutions and matrix products, operations, and the most bytes that its tensors take."""
+
+    flops: int
+    operations: int
+    peak: int
+
+
+class Meter(TorchDispatchMode):
+    """Counts operations, and the bytes of tensors that are made until they are freed; some are there before."""
+
+    def __init__(self, before: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.operations = self.peak = self._bytes = 0
+        self._alive = {tensor.untyped_storage()._cdata for tensor in before}
+
+    def __torch_dispatch__(self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
+        made = func(*args, **(kwargs or {}))
+        self.operations += not func.is_view
+        for each in tree_leaves(made):
+            self._note(each)
+        return made
+
+    def _note(self, tensor: object) -> None:
+        if isinstance(tensor, Tensor) and (key := (storage := tensor.untyped_storage())._cdata) not in self._alive:
+            self._alive.add(key)
+            self._bytes += storage.nbytes()
+            self.peak = max(self.peak, self._bytes)
+            weakref.finalize(storage, self._free, key, storage.nbytes())
+
+    def _free(self, key: int, size: int) -> None:
+        self._alive.remove(key)
+        self._bytes -= size
 
 
 class Step:
@@ -155,11 +202,14 @@ class Step:
         self.forward().total.backward()
         self.optimizer.step()
 
-    def flops(self) -> int:
-        """Operations of a step's convolutions and matrix products, which repeat exactly where times do not."""
-        with FlopCounterMode(display=False) as counter:
+    def counts(self) -> Counts:
+        """What a step takes, once its optimizer has a state."""
+        self.optimizer.zero_grad()
+        state = tree_leaves(list(self.optimizer.state.values()))
+        before = (*self.method.parameters(), *self.method.buffers(), *self.views, *state)
+        with FlopCounterMode(display=False) as counter, Meter(before) as meter:
             self()
-        return counter.get_total_flops()
+        return Counts(counter.get_total_flops(), meter.operations, meter.peak)
 
     def without_waiting(self) -> None:
         """Raises where the host waits for the GPU."""

@@ -9,11 +9,13 @@ import difflib
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.autograd.graph import Node
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
@@ -130,7 +132,8 @@ def observe(encoder: nn.Module, layers: Sequence[str] | None = None) -> Iterator
     An encoder that `torch.compile` compiled as a whole runs eagerly here, as its graph hides inner activations from
     autograd. With BatchNorm in training mode its pass of the mixed views then belongs inside the context too. Compiled
     stages can be observed as they are (`encoder.layer3 = torch.compile(encoder.layer3)`); those behind an observed
-    layer go backwards twice, for which `torch._functorch.config.donated_buffer = False` is set before the first pass.
+    layer go backwards twice, but by `GradMix.early`, for which `torch._functorch.config.donated_buffer = False` is set
+    before the first pass.
 
     Args:
         encoder: The module whose layers are observed; may be wrapped by DistributedDataParallel or `torch.compile`.
@@ -261,12 +264,23 @@ def attribute(
         raise ValueError(f"target must be 'agreement' or 'loss', got {target!r}")
     if not callable(attribution) and attribution not in METHODS:
         raise ValueError(f"attribution must be one of {', '.join(METHODS)} or a function, got {attribution!r}")
-    function = attribution if callable(attribution) else METHODS[attribution]
     for name in activations if isinstance(activations, Observed) else ():
         if problem := activations.problem(name):
             raise ValueError(problem)
     outputs = {name: first_images(name, passes, count) for name, passes in activations.items()}
-    taken = gradients(loss, outputs, sign=1 if target == "loss" else -1)
+    return summed_maps(outputs, gradients(loss, outputs)[0], size, count, attribution, target)
+
+
+def summed_maps(
+    outputs: Mapping[str, Sequence[Tensor]],
+    taken: Mapping[str, Sequence[Tensor | None]],
+    size: tuple[int, int],
+    count: int | None,
+    attribution: str | AttributionFunction,
+    target: Target,
+) -> Tensor:
+    """The maps of `attribute` (N, H, W) from the layers' outputs and the loss's gradients there."""
+    function = attribution if callable(attribution) else METHODS[attribution]
     total = 0
     for name, passes in outputs.items():
         if all(part is None for part in taken[name]):
@@ -279,7 +293,7 @@ def attribute(
         activation, gradient = (
             spatial(name, torch.cat(tensors)[:count].detach(), size).float() for tensors in (passes, parts)
         )
-        maps = function(activation, gradient)
+        maps = function(activation, gradient if target == "loss" else -gradient)
         if maps.shape != (expected := (activation.shape[0], *activation.shape[2:])):
             raise ValueError(
                 f"attribution: {attribution!r} must return maps of shape {expected}, got {tuple(maps.shape)}"
@@ -289,9 +303,11 @@ def attribute(
 
 
 def gradients(
-    loss: Tensor, outputs: Mapping[str, Sequence[Tensor]], sign: float = 1.0
-) -> dict[str, list[Tensor | None]]:
-    """The gradient of `sign * loss`, times `SCALE`, with respect to each output; None where it does not reach it.
+    loss: Tensor, outputs: Mapping[str, Sequence[Tensor]], leaves: Sequence[Tensor] = ()
+) -> tuple[dict[str, list[Tensor | None]], tuple[Tensor | None, ...]]:
+    """The gradients of the loss, times `SCALE`, at each output and at each leaf; None where it does not depend on it.
+
+    The graph is kept, unless there are leaves.
 
     Raises:
         ValueError: A loss that is no scalar, whose gradient reaches none of the outputs, or that went backwards
@@ -311,26 +327,60 @@ def gradients(
     try:
         with torch.autocast(loss.device.type, enabled=False):  # backward passes do not belong under it
             taken = torch.autograd.grad(
-                loss, reached, torch.full_like(loss, sign * SCALE), retain_graph=True, allow_unused=True
+                loss, [*reached, *leaves], torch.full_like(loss, SCALE), retain_graph=not leaves, allow_unused=True
             )
     except RuntimeError as error:
         for part, message in GRAPH_ERRORS.items():
             if part in str(error):
                 raise ValueError(message) from error
         raise
-    if all(gradient is None for gradient in taken):
+    at_outputs, at_leaves = taken[: len(reached)], taken[len(reached) :]
+    if all(gradient is None for gradient in at_outputs):
         raise ValueError(
             f"loss does not depend on the observed layers {_last(outputs)}; compute it from what this encoder gave "
             "inside `observe`, and do not compile the whole step, which hides them"
         )
-    found = dict(zip(map(id, reached), taken, strict=True))
-    return {name: [found.get(id(output)) for output in passes] for name, passes in outputs.items()}
+    found = dict(zip(map(id, reached), at_outputs, strict=True))
+    return {name: [found.get(id(output)) for output in passes] for name, passes in outputs.items()}, at_leaves
+
+
+def leaves_of(loss: Tensor) -> list[Tensor]:
+    """The parameters, and other leaves, that a backward pass from the loss reaches."""
+    seen, ahead = dict.fromkeys([None]), [loss.grad_fn]  # in place of a set, whose order varies
+    while ahead:
+        if (node := ahead.pop()) not in seen:
+            seen[node] = None
+            ahead += [following for following, _ in node.next_functions]
+    return [node.variable for node in seen if isinstance(node, torch._C._functions.AccumulateGrad)]
+
+
+class EarlyLoss(torch.autograd.Function):
+    """A detached loss whose backward hands out gradients at leaves that were taken before, times `SCALE`.
+
+    `nodes` are some of the graph that is gone: a mixed loss may not go backwards through it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, nodes: Sequence[Node], scaled: Sequence[Tensor], *leaves: Tensor) -> Tensor:
+        ctx.nodes = nodes
+        ctx.save_for_backward(*scaled)
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
+        if any(torch._C._will_engine_execute_node(node) for node in ctx.nodes):
+            raise ValueError(
+                "loss: the mixed views' loss sends a gradient into the graph that gradmix.early(...) has freed; detach "
+                "what it takes from there, or use gradmix(...)"
+            )
+        return None, None, None, *torch._foreach_mul(ctx.saved_tensors, incoming / SCALE)
 
 
 GRAPH_ERRORS = {
     "a second time": "loss: it went backwards already, which frees its graph; call gradmix(...) before loss.backward()",
     "donated buffer": "encoder: a stage behind an observed layer was compiled in a way that allows a single backward "
-    "pass; set torch._functorch.config.donated_buffer = False before its first forward pass",
+    "pass; set torch._functorch.config.donated_buffer = False before its first forward pass, or use gradmix.early(...)",
 }
 """What to do about torch's errors of a graph, by a part of their text."""
 

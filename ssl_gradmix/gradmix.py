@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import warnings
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Literal, get_args
 from weakref import WeakKeyDictionary
 
@@ -19,13 +21,15 @@ from ssl_gradmix.attribution import (
     METHODS,
     NOTHING_RAN,
     AttributionFunction,
+    EarlyLoss,
     Observed,
     Target,
-    attribute,
     first_images,
     gradients,
+    leaves_of,
     observe,
     spatial,
+    summed_maps,
 )
 
 logger = logging.getLogger("ssl_gradmix")
@@ -147,7 +151,6 @@ class GradMix:
         """
         return nullcontext(Observed()) if self.region in CONTROLS else observe(encoder, self.layers)
 
-    @torch.no_grad()
     def __call__(self, images: Tensor, loss: Tensor, observed: Observed, donors: Tensor | None = None) -> MixedViews:
         """Mixes the attributed region out of the images.
 
@@ -164,6 +167,50 @@ class GradMix:
                 for all images is looked at in the first call for an encoder and image size, the only one in which the
                 host waits for the device.
         """
+        if observed.fails_outside:
+            warnings.warn(
+                "encoder: compiled as a whole, it ran eagerly inside `observe`; with BatchNorm in training mode, "
+                "loss.backward() fails unless its pass of the mixed views is inside too, see docs/torch-compile.md",
+                stacklevel=2,
+            )
+        return self._mix(images, loss, observed, donors)[0]
+
+    def early(
+        self, images: Tensor, loss: Tensor, observed: Observed, donors: Tensor | None = None
+    ) -> tuple[Tensor, MixedViews]:
+        """Mixes as a call does and runs the loss's own backward pass at once, whose part the attribution is.
+
+        That frees the graph, and empties `observed`, before the mixed views' forward pass, for one copy of the
+        parameters' gradients. Only for mixed losses that send no gradient into that graph, as those of BYOL, SimSiam,
+        MoCo and DINO, whose targets have none.
+
+            loss, mixed = gradmix.early(x0, loss, observed, donors=x1)
+            loss = loss + mixed.lam * criterion(head(encoder(mixed.images)), targets)
+            loss.backward()
+
+        Returns:
+            The loss, whose backward pass hands out the gradients that were taken, and the mixed views. A control needs
+            no gradient and returns the loss as it is.
+
+        Raises:
+            ValueError: As a call does, and in the backward pass where the mixed loss does send a gradient there.
+        """
+        if self.region in CONTROLS:
+            return loss, self(images, loss, observed, donors)
+        leaves, nodes = leaves_of(loss), [output.grad_fn for output in chain(*observed.values()) if output.grad_fn]
+        mixed, at_leaves = self._mix(images, loss, observed, donors, leaves)
+        observed.clear()  # activations that nobody needs any more
+        known = {leaf: gradient for leaf, gradient in zip(leaves, at_leaves, strict=True) if gradient is not None}
+        loss = EarlyLoss.apply(loss.detach(), nodes, list(known.values()), *known)
+        # First of all in the backward pass, or parameters would wait for it, and DistributedDataParallel for them.
+        loss.grad_fn._set_sequence_nr(2**63 - 1)
+        return loss, mixed
+
+    @torch.no_grad()
+    def _mix(
+        self, images: Tensor, loss: Tensor, observed: Observed, donors: Tensor | None, leaves: Sequence[Tensor] = ()
+    ) -> tuple[MixedViews, tuple[Tensor | None, ...]]:
+        """The mixed views, and the loss's scaled gradients at the leaves."""
         donors = images if donors is None else donors
         if images.ndim != 4 or not images.is_floating_point():
             raise ValueError(f"images must be floating point (N, C, H, W), got {images.dtype} {tuple(images.shape)}")
@@ -172,17 +219,12 @@ class GradMix:
                 f"donors must match the images ({images.dtype} {tuple(images.shape)}), "
                 f"got {donors.dtype} {tuple(donors.shape)}"
             )
-        if observed.fails_outside:
-            warnings.warn(
-                "encoder: compiled as a whole, it ran eagerly inside `observe`; with BatchNorm in training mode, "
-                "loss.backward() fails unless its pass of the mixed views is inside too, see docs/torch-compile.md",
-                stacklevel=3,
-            )
+        at_leaves = ()
         if self.region in CONTROLS:
             names, attribution = (), images.new_zeros((len(images), *images.shape[2:]), dtype=torch.float32)
             flat = torch.zeros(len(images), dtype=torch.bool, device=images.device)
         else:
-            names, attribution = self._attribute(loss, observed, images)
+            names, attribution, at_leaves = self._attribute(loss, observed, images, leaves)
             flat = attribution.amax((1, 2)) == 0
         lam = mixing.draw_lam(self.alpha, tuple(self.lam_range), self.generator)
         index = None
@@ -191,30 +233,35 @@ class GradMix:
             donors = donors[index]
         mix = self._mix_mask if self.region == "mask" else self._mix_box
         mixed, kept, boxes = mix(images, donors, attribution, lam)
-        return MixedViews(mixed, torch.full((), kept, device=images.device), boxes, attribution, index, flat, names)
+        lam = torch.full((), kept, device=images.device)
+        return MixedViews(mixed, lam, boxes, attribution, index, flat, names), at_leaves
 
-    def _attribute(self, loss: Tensor, observed: Observed, images: Tensor) -> tuple[tuple[str, ...], Tensor]:
+    def _attribute(
+        self, loss: Tensor, observed: Observed, images: Tensor, leaves: Sequence[Tensor]
+    ) -> tuple[tuple[str, ...], Tensor, tuple[Tensor | None, ...]]:
         count, size = len(images), (images.shape[2], images.shape[3])
         encoder = observed.encoder and observed.encoder()
         settled = {} if encoder is None else self._settled.setdefault(encoder, {})
-        observed.check_images(images, values=size not in settled or images.device.type == "cpu")
+        first = size not in settled
+        observed.check_images(images, values=first or images.device.type == "cpu")
         if self.layers:
             names = tuple(self.layers)
             for name in names:
                 if problem := observed.problem(name):
                     raise ValueError(problem)
-            if size not in settled:
-                _refuse_dead(loss, observed, names, count, size)
-        elif size in settled and _fits(observed, *settled[size], size):
+        elif not first and _fits(observed, *settled[size], size):
             names = settled[size]
         else:
             names = (_deepest(loss, observed, size),)
             if (names, size) not in self._told:  # copies of a method choose again
                 self._told.add((names, size))
                 logger.info("GradMix attributes at layer %s for images of %dx%d", *names, *size)
+        outputs = {name: first_images(name, observed[name], count) for name in names}
+        taken, at_leaves = gradients(loss, outputs, leaves)
+        if self.layers and first:
+            _refuse_dead(taken, observed.modules(), size)
         settled[size] = names
-        chosen = {name: observed[name] for name in names}
-        return names, attribute(loss, chosen, size, count, self.attribution, self.target)
+        return names, summed_maps(outputs, taken, size, count, self.attribution, self.target), at_leaves
 
     def _mix_box(self, images: Tensor, donors: Tensor, attribution: Tensor, lam: float) -> tuple[Tensor, float, Tensor]:
         size = (images.shape[2], images.shape[3])
@@ -274,7 +321,7 @@ def _deepest(loss: Tensor, observed: Observed, size: tuple[int, int]) -> str:
         coarser = sum(name.startswith(f"{each}.") and extents[each] < extents[name] for each in blocks)
         return coarser, next(modules.get(name, nn.Module()).children(), None) is None
 
-    found = gradients(loss, roomy or maps)
+    found, _ = gradients(loss, roomy or maps)
     for name in sorted((name for name in reversed(roomy) if not observed.problem(name)), key=rank):
         (gradient,) = found[name]
         if gradient is not None and spatial(name, gradient, size).any():
@@ -301,10 +348,11 @@ def _extent(name: str, output: Tensor, size: tuple[int, int]) -> int:
         return 1 if output.ndim == 4 else 0
 
 
-def _refuse_dead(loss: Tensor, observed: Observed, names: tuple[str, ...], count: int, size: tuple[int, int]) -> None:
+def _refuse_dead(
+    taken: Mapping[str, Sequence[Tensor | None]], modules: dict[str, nn.Module], size: tuple[int, int]
+) -> None:
     """Looks, on the host, whether the gradient at a layer is zero for all images."""
-    outputs = {name: first_images(name, observed[name], count) for name in names}
-    for name, found in gradients(loss, outputs).items():
+    for name, found in taken.items():
         parts = [part for part in found if part is not None]
         if not parts or any(spatial(name, part, size).any() for part in parts):
             continue
@@ -313,7 +361,7 @@ def _refuse_dead(loss: Tensor, observed: Observed, names: tuple[str, ...], count
                 f"layers: the loss's gradient at {name!r} is zero for all images; does a head start at zeros, or is "
                 "this branch multiplied by zero? initialize it otherwise, or name another layer"
             )
-        earlier = _before(name, observed.modules())
+        earlier = _before(name, modules)
         raise ValueError(
             f"layers: the loss's gradient is zero at all places of {name!r}, as in the last block of a transformer "
             f"read at its class token; name {repr(earlier) if earlier else 'an earlier block'}, or leave layers out"

@@ -146,7 +146,7 @@ def test_boxes_and_the_share_of_the_stamps_they_hit(place, monkeypatch):
     encoder, gradmix = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1)), GradMix(layers=["0"], lam_range=(0.85, 0.85))
     with gradmix.observe(encoder) as observed:
         loss = encoder(first).square().mean()
-    mixed = boxes.mix_noted(gradmix, first, loss, observed, donors=second)
+    mixed, _ = boxes.mix_noted(gradmix, first, loss, observed, second)
     stamps = Stamps(9).boxes(planted.name(pixels), (32, 32))
     hit = torch.zeros(300)
     for i, ((x0, y0, x1, y1), (a, b, c, d)) in enumerate(zip(stamps.tolist(), mixed.boxes.tolist(), strict=True)):

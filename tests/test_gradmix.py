@@ -208,7 +208,10 @@ def test_layers_none_chooses_anew_when_the_layer_is_frozen() -> None:
     ],
 )
 def test_layers_none_passes_over(net: tuple[nn.Module, ...], expected: str) -> None:
-    assert mix(GradMix(), torch.rand(2, 3, 32, 32), net=nn.Sequential(*net, nn.Flatten())).layers == (expected,)
+    net = nn.Sequential(*net, nn.Flatten())
+    for parameter in net.parameters():
+        parameter.data.abs_()  # no ReLU is dead
+    assert mix(GradMix(), torch.rand(2, 3, 32, 32), net=net).layers == (expected,)
 
 
 def test_what_is_remembered_of_an_encoder_goes_with_it_and_is_not_pickled() -> None:
@@ -319,6 +322,17 @@ def test_only_the_first_call_for_an_encoder_reads_from_the_device(monkeypatch: p
             assert bool(reads) == first
 
 
+def test_early_lets_an_encoder_that_is_compiled_as_a_whole_take_the_mixed_pass_outside_observe() -> None:
+    torch._dynamo.reset()
+    net = torch.compile(Stage(), backend="aot_eager")
+    gradmix, images, target = GradMix(), torch.rand(4, 3, 16, 16), torch.rand(4, 8)
+    with gradmix.observe(net) as observed:
+        loss = agreement_loss(net(images), target)
+    loss, mixed = gradmix.early(images, loss, observed)
+    (loss + mixed.lam * agreement_loss(net(mixed.images), target)).backward()
+    assert net._orig_mod.stage[0].weight.grad.any()
+
+
 @pytest.mark.parametrize("inside", [True, False])
 def test_an_encoder_compiled_as_a_whole_wants_the_mixed_pass_inside_observe(inside: bool) -> None:
     """As docs/torch-compile.md says; where it is outside, there is a warning ahead of torch's error."""
@@ -340,6 +354,127 @@ def test_an_encoder_compiled_as_a_whole_wants_the_mixed_pass_inside_observe(insi
     else:
         loss.backward()
     assert mixed.layers == ("stage",)
+
+
+def distance(z: Tensor, target: Tensor) -> Tensor:
+    return -torch.cosine_similarity(z, target.detach()).mean()
+
+
+def simsiam(net: nn.Module, views: Tensor) -> tuple[Tensor, Tensor]:
+    """The pair's loss, and the second view's embedding; the mixed views are to be drawn to that."""
+    z0, z1 = net(views[0]), net(views[1])
+    return distance(z0 @ net.predictor, z1) + distance(z1 @ net.predictor, z0), z1
+
+
+def vit() -> nn.Module:
+    return timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32, patch_size=8, depth=2)
+
+
+def checkpointed() -> nn.Module:
+    net = vit()
+    net.set_grad_checkpointing()
+    return net
+
+
+def compiled() -> nn.Module:
+    net = nn.Sequential(Stage().stage, nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU()), nn.Flatten())
+    net[1].compile(backend="aot_eager")
+    return net
+
+
+def frozen() -> nn.Module:
+    net = encoder()
+    net[1][0].bias.requires_grad_(False)
+    return net
+
+
+@pytest.mark.parametrize(
+    ("make", "layers"),
+    [(Stage, None), (frozen, ["0", "1"]), (vit, ["blocks.0"]), (checkpointed, ["blocks.0"]), (compiled, ["0"])],
+)
+def test_early_gradients_are_those_of_one_graph(make: Callable[[], nn.Module], layers: list[str] | None) -> None:
+    """Of two scaled micro-batches that accumulate; BatchNorm sees each view once."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    net = make().double()
+    views = torch.rand(2, 2, 4, 3, 32, 32, dtype=torch.float64)
+    net.predictor = nn.Parameter(torch.randn([net(views[0, 0]).shape[1]] * 2, dtype=torch.float64))
+    alone, gradmix = copy.deepcopy(net), GradMix(layers=layers)
+    for batch in views:
+        with gradmix.observe(net) as observed:
+            loss, z1 = simsiam(net, batch)
+        expected = loss.item()
+        loss, mixed = gradmix.early(batch[0], loss, observed, donors=batch[1])
+        assert loss.item() == expected
+        assert mixed.layers == tuple(layers or ["stage"])
+        (1000 / 3 * (loss + mixed.lam * distance(net(mixed.images) @ net.predictor, z1))).backward()
+        loss, z1 = simsiam(alone, batch)
+        (1000 / 3 * (loss + mixed.lam * distance(alone(mixed.images) @ alone.predictor, z1))).backward()
+    for (name, ours), theirs in zip(net.named_parameters(), alone.parameters(), strict=True):
+        assert (ours.grad is None) == (theirs.grad is None) == (not ours.requires_grad), name
+        if ours.requires_grad:
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-12, atol=1e-10, msg=name)
+    assert all(map(torch.equal, net.buffers(), alone.buffers()))
+
+
+def test_early_mixes_as_a_call_does() -> None:
+    net, views = encoder(), torch.rand(2, 4, 3, 16, 16)
+    found = []
+    for early in (True, False):
+        gradmix = GradMix(generator=torch.Generator().manual_seed(0))
+        with gradmix.observe(net) as observed:
+            loss = agreement_loss(net(views[0]), net(views[1]))
+        found.append(gradmix.early(views[0], loss, observed)[1] if early else gradmix(views[0], loss, observed))
+        assert all(parameter.grad is None for parameter in net.parameters())
+        assert any(observed.values()) != early  # activations are let go of
+    assert torch.equal(found[0].attribution, found[1].attribution)
+    assert torch.equal(found[0].images, found[1].images)
+
+
+def test_early_gradients_come_first_in_the_backward_pass() -> None:
+    """Or each parameter would wait for them until the end, and DistributedDataParallel with its exchange."""
+    net, images = nn.Sequential(*encoder(), nn.Linear(8, 8)), torch.rand(4, 3, 16, 16)
+    gradmix, done = GradMix(layers=["1"]), []
+    with gradmix.observe(net) as observed:
+        loss = net(images).square().mean()
+    loss, mixed = gradmix.early(images, loss, observed)
+    net[4].weight.register_post_accumulate_grad_hook(lambda _: done.append("head"))
+    net[0][0].register_full_backward_hook(lambda *_: done.append("first convolution"))
+    (loss + net(mixed.images.requires_grad_()).square().mean()).backward()
+    assert done == ["head", "first convolution"]
+
+
+def test_early_losses_under_half_precision_do_not_underflow() -> None:
+    """Gradients of 5e-9 where half precision lies on their way, whose smallest number is 6e-8."""
+    net, images = encoder(), torch.rand(4, 3, 16, 16)
+    (expected,) = torch.autograd.grad(1e-5 * net(images).mean(), [net[0][0].weight])
+    gradmix = GradMix(layers=["1"])
+    with gradmix.observe(net) as observed:
+        loss = 1e-5 * net[2:](net[:2](images).half().float()).mean()
+    early, _ = gradmix.early(images, loss, observed)
+    early.backward()
+    torch.testing.assert_close(net[0][0].weight.grad, expected, rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("backward", ["in place of the loss", "beside it"])
+def test_early_refuses_a_mixed_loss_that_depends_on_the_pairs_graph(backward: str) -> None:
+    net, (x0, x1) = encoder(), torch.rand(2, 4, 3, 16, 16)
+    gradmix = GradMix(layers=["1"])
+    with gradmix.observe(net) as observed:
+        z1 = net(x1)
+        pair = agreement_loss(net(x0), z1)
+    loss, mixed = gradmix.early(x1, pair, observed)
+    with pytest.raises(ValueError, match=r"loss: the mixed views' loss sends a gradient into .* detach .* or use"):
+        (loss + mixed.lam * (agreement_loss(net(mixed.images), z1) if backward == "beside it" else pair)).backward()
+
+
+@pytest.mark.parametrize("region", ["random", "center"])
+def test_early_leaves_a_control_its_loss(region: str) -> None:
+    net, images = encoder(), torch.rand(4, 3, 16, 16)
+    gradmix = GradMix(region=region)
+    with gradmix.observe(net) as observed:
+        loss = net(images).mean()
+    assert gradmix.early(images, loss, observed)[0] is loss
 
 
 def test_autocast_maps_are_close_to_float32_ones() -> None:

@@ -8,16 +8,18 @@ In place of `attributed`, `stamp` centers the boxes on the stamps, which is what
 
 import runpy
 import sys
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ssl_gradmix import GradMix, MixedViews
+from ssl_gradmix.attribution import Observed
 from ssl_gradmix.data import planted
 from ssl_gradmix.data.augmentation import Views
 from ssl_gradmix.training.loop import Trainer
 
-forward, mix, report = Views.forward, GradMix.__call__, Trainer._report
+forward, mix, attribute, report = Views.forward, GradMix._mix, GradMix._attribute, Trainer._report
 stamps: list[Tensor] = []
 """Boxes (N, 4) of the stamps in the views that were made last."""
 hits: list[Tensor] = []
@@ -29,11 +31,11 @@ def views_noted(self: Views, images: Tensor, n_views: int) -> list[Tensor]:
     return forward(self, images, n_views)
 
 
-def mix_noted(self: GradMix, images: Tensor, *others: object, **named: object) -> MixedViews:
-    mixed = mix(self, images, *others, **named)
-    if stamps and len(stamps[0]) == len(images) and mixed.boxes is not None:  # not the recipe's trial on noise
+def mix_noted(self: GradMix, images: Tensor, *others: object) -> tuple[MixedViews, object]:
+    mixed, gradients = mix(self, images, *others)
+    if stamps and len(stamps[0]) == len(images) and mixed.boxes is not None:  # not the recipe's trial, nor the monitor
         hits.append(covered(stamps[0], mixed.boxes).mean())
-    return mixed
+    return mixed, gradients
 
 
 def covered(boxes: Tensor, by: Tensor) -> Tensor:
@@ -49,24 +51,25 @@ def report_hits(self: Trainer, entry: dict) -> None:
     hits.clear()
 
 
-def on_the_stamp(self: GradMix, loss: Tensor, observed: object, images: Tensor) -> tuple[tuple[str, ...], Tensor]:
-    layers, maps = anywhere(self, loss, observed, images)
-    for x0, y0, x1, y1 in (each[: len(images)].unbind(1) for each in stamps):  # none in the recipe's trial on noise
+def anywhere(self: GradMix, loss: Tensor, observed: Observed, images: Tensor, leaves: Sequence[Tensor]) -> tuple:
+    layers, maps, gradients = attribute(self, loss, observed, images, leaves)
+    return layers, torch.zeros_like(maps), gradients  # a flat map: boxes lie at random
+
+
+def on_the_stamp(self: GradMix, loss: Tensor, observed: Observed, images: Tensor, leaves: Sequence[Tensor]) -> tuple:
+    layers, maps, gradients = anywhere(self, loss, observed, images, leaves)
+    for x0, y0, x1, y1 in (each.unbind(1) for each in stamps if len(each) == len(images)):
         maps[torch.arange(len(images)), (y0 + y1) // 2, (x0 + x1) // 2] = 1
-    return layers, maps
+    return layers, maps, gradients
 
 
-def anywhere(self: GradMix, loss: Tensor, observed: object, images: Tensor) -> tuple[tuple[str, ...], Tensor]:
-    return (), torch.zeros(len(images), *images.shape[2:], device=images.device)  # a flat map: boxes lie at random
-
-
-PLACES = {"attributed": GradMix._attribute, "stamp": on_the_stamp, "anywhere": anywhere}
+PLACES = {"attributed": attribute, "stamp": on_the_stamp, "anywhere": anywhere}
 
 
 def main() -> None:
     _, place, *sys.argv = sys.argv
     GradMix._attribute = PLACES[place]
-    Views.forward, GradMix.__call__, Trainer._report = views_noted, mix_noted, report_hits
+    Views.forward, GradMix._mix, Trainer._report = views_noted, mix_noted, report_hits
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 

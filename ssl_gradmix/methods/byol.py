@@ -97,7 +97,7 @@ class BYOL(nn.Module):
         with self.gradmix.observe(self.backbone) as observed:
             predicted = self._predict(torch.cat([first, second])).chunk(2)
         loss = self._distance(predicted[0], targets[1]) + self._distance(predicted[1], targets[0])
-        return loss, self.gradmix(first, loss, observed, donors=second)
+        return self.gradmix.early(first, loss, observed, donors=second)
 
     def _predict(self, images: Tensor) -> Tensor:
         return self.predictor(self.projector(self.backbone(images))).float()

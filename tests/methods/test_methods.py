@@ -100,6 +100,30 @@ def test_mixing_adds_the_mixed_views_loss_and_leaves_the_two_views_gradient(name
             torch.testing.assert_close(one.grad, two.grad, msg=name_)
 
 
+def test_byols_gradient_is_that_of_one_graph() -> None:
+    """Though the pair is differentiated before the mixed view exists."""
+    byol = method("byol", gradmix=GradMix(layers=["stage"]), weight=0.7).double()
+    x0, x1 = (view.double() for view in views(2))
+    other = copy.deepcopy(byol)
+    torch.manual_seed(3)
+    mixed = copy.deepcopy(byol).mixed_views([x0, x1])
+    torch.manual_seed(3)
+    byol([x0, x1]).total.backward()
+
+    t0, t1 = other.target_projector(other.target_backbone(torch.cat([x0, x1]))).float().chunk(2)
+    p0, p1 = other.predictor(other.projector(other.backbone(torch.cat([x0, x1])))).float().chunk(2)
+    p2 = other.predictor(other.projector(other.backbone(mixed.images))).float()
+    similarity = torch.cosine_similarity
+    loss = 4 - 2 * similarity(p0, t1).mean() - 2 * similarity(p1, t0).mean()
+    loss = loss + 0.7 * mixed.lam * (4 - 2 * similarity(p2, t0).mean() - 2 * similarity(p2, t1).mean())
+    loss.backward()
+    for (name, one), two in zip(byol.named_parameters(), other.parameters(), strict=True):
+        assert one.requires_grad == (one.grad is not None), name
+        if one.requires_grad:
+            torch.testing.assert_close(one.grad, two.grad, rtol=1e-5, atol=1e-7, msg=name)
+    assert all(map(torch.equal, byol.buffers(), other.buffers()))
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_the_mixed_view_is_the_third_view(name: str) -> None:
     """The same loss as the control's, had it been given the mixed images as its third view."""

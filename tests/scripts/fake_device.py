@@ -25,6 +25,7 @@ from ssl_gradmix.data.planted import Stamps
 from ssl_gradmix.gradmix import Region
 from ssl_gradmix.methods.byol import BYOL
 from ssl_gradmix.methods.simclr import SimCLR
+from ssl_gradmix.methods.supcon import SupCon
 from ssl_gradmix.settings import Augmentation, Optimizer
 from ssl_gradmix.training import optimizers
 from ssl_gradmix.training.loop import Trainer
@@ -135,7 +136,7 @@ def main(folder: Path) -> None:
     augmentation, images = Augmentation(blur=0.5, solarize=0.5), replace(image_set(), stamps=Stamps(4))
     packed = torch.zeros(3 * 16 * 16 + 3 * 20 * 24, dtype=torch.uint8), [(3, 16, 16), (3, 20, 24)]
     # Each method and encoder meets all regions, fills and optimizers, and each region all fills.
-    for i, (kind, (name, arguments)) in enumerate(itertools.product((SimCLR, BYOL), ENCODERS.items())):
+    for i, (kind, (name, arguments)) in enumerate(itertools.product((SimCLR, BYOL, SupCon), ENCODERS.items())):
         backbone = backbones.create(name, **arguments)
         training = trainer(folder / str(i), kind, backbone=backbone, augmentation=augmentation, images=images)
         training.settings = Optimizer(clip=1.0)
