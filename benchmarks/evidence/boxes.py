@@ -1,4 +1,4 @@
-"""Runs the SimCLR recipe on planted stamps, logs the share of them that GradMix's boxes hit; puts boxes elsewhere if asked.
+"""Runs the SimCLR recipe on planted stamps, logs the share of them that boxes hit, and puts boxes elsewhere if asked.
 
     python benchmarks/evidence/boxes.py attributed recipes/simclr_gradmix.py --data.stamp_bits 9
 
