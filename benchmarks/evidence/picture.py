@@ -96,7 +96,8 @@ def accuracy_by_bits(found: pd.DataFrame) -> Figure:
             axes.errorbar(seeds.index, seeds["mean"], seeds["std"].fillna(0), label=title, **marks)
     axes.axhline(10, color="0.5", linewidth=0.8, linestyle=":")
     axes.set(xlabel="bits of the stamp (0: no stamp)", ylabel="linear probe without stamps, %", xticks=(0, 4, 9, 16))
-    axes.legend(frameon=False, fontsize=8)
+    if axes.containers:
+        axes.legend(frameon=False, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     return figure
 

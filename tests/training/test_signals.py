@@ -26,10 +26,11 @@ def test_signals_are_collected_and_handlers_restored() -> None:
 
 
 def test_a_closed_terminal_is_a_signal_too_unless_nohup_has_it_ignored() -> None:
-    with signals.collected() as received:
-        os.kill(os.getpid(), signal.SIGHUP)
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup themselves
     try:
+        with signals.collected() as received:
+            os.kill(os.getpid(), signal.SIGHUP)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         with signals.collected() as ignoring:
             os.kill(os.getpid(), signal.SIGHUP)
     finally:
