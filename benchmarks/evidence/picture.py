@@ -74,9 +74,7 @@ def draw(before: np.ndarray, mixed: MixedViews, after: np.ndarray, measured: pd.
         color, ink = (plots.COLORS[0], "white") if name == "gradmix" else ("0.75", "black")
         axes.barh(-y, seeds.mean(), height=0.62, color=color)
         axes.plot(seeds, np.full(len(seeds), -y), "|", color="0.25", markersize=8)
-        axes.text(
-            1, -y, f"{seeds.mean():.0f}%", va="center", fontsize=9, color="white" if name == "gradmix" else "black"
-        )
+        axes.text(1, -y, f"{seeds.mean():.0f}%", va="center", fontsize=9, color=ink)
     axes.set_yticks([-y for y in range(len(TITLES))], TITLES.values(), fontsize=9)
     for reference in (10, clean):
         axes.axvline(reference, color="0.4", linewidth=0.8, linestyle=":")
