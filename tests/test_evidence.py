@@ -394,8 +394,18 @@ class TestPage:
         text = (BENCHMARKS / "EVIDENCE.md").read_text()
         cpu = found[found.grid == "cpu"]
         quoted = [line for line in text.splitlines() if line.startswith("|")]
-        assert len(quoted) == 10
-        assert set(quoted) <= set(page.summary(cpu))
+        shortcuts, plain = quoted[:7], quoted[7:]
+        assert len(plain) == 7
+        assert set(plain) <= set(page.summary(cpu))
+        stamps = rows.read(BENCHMARKS / "results/shortcuts.jsonl").query("method == 'simclr' and data == 'stamps-9'")
+        probe = 100 * stamps[stamps.measure == "unstamped_linear"].pivot(index="seed", columns="variant", values="value")
+        for line, name in zip(shortcuts[2:], ("plain", "third-view", "random-box", "gradmix", "oracle"), strict=True):
+            mean, std, *beyond = [float(found.replace("−", "-")) for found in re.findall(r"[+−]?\d+\.\d", line)]
+            assert [mean, std] == pytest.approx([probe[name].mean(), probe[name].std()], abs=0.0501)
+            if name != "gradmix":
+                paired = ttest_rel(probe.gradmix, probe[name], nan_policy="omit").confidence_interval(0.95)
+                difference = (probe.gradmix - probe[name]).mean()
+                assert beyond == pytest.approx([difference, *paired], abs=0.0501)
         number = r"([+−]\d+\.\d)"
         prose = re.sub(r"^\|.*$", "", text, flags=re.MULTILINE)
         claims = re.findall(rf"{number}\s+\[{number}, {number}\]", prose)
