@@ -38,7 +38,27 @@ VARIANTS = (
 )
 OTHERS = ("gradmix-mask", "gradmix-layer4", "gradmix-lam0.5-0.9", "gradmix-donor-positive", "gradmix-attract")
 REFERENCES = ("random-box", "third-view", "plain")
-MEASURES = ("unstamped_linear", "unstamped_knn", "stamped_linear", "other_image", "reliance", "hit")
+PRIMARY = "unstamped_linear"
+OTHER_MEASURES = (
+    *("unstamped_knn", "stamped_linear", "same_stamp", "other_bits", "other_place", "other_image", "reliance", "hit"),
+    "stamps_validation_loss",
+)
+
+INTRODUCTION = """# Tables of the planted shortcuts
+
+Written by `python benchmarks/shortcuts.py --report` from the rows in `shortcuts.jsonl`, which say the commit of each.
+`--print` prints the commands of each cell.
+
+The linear probe is of the class on test images without stamps, in percent, the primary measure: mean and standard
+deviation over (seeds), then paired differences in percentage points with 95% t intervals over seeds; one seed has none.
+Nothing is corrected for the number of comparisons. `random-box` lies anywhere inside the image, all places alike;
+`random-center-box` is centered on any pixel and shifted inside; `oracle` has its box on the stamp.
+
+In the second tables, shares and cosines are in percent. Cosines are of two views' embeddings, with the second one's
+stamp or image exchanged; reliance is attributed at layer3 of the backbone, a tenth of the image; the probe's loss is of
+held-out training images, by which settings are chosen.
+
+![Linear probe by bits of the stamp](shortcuts.png)"""
 
 RECIPE = ("--gradmix.lam_range", "[0.8, 0.9]", "--optimizer.lr", "0.4", "--optimizer.warmup_epochs", "1")
 """Of all cells. A box of a tenth to a fifth of the image covers a stamp, and at a random place seldom."""
@@ -79,9 +99,10 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     options = parser().parse_args(argv)
     if options.report:
-        found = rows.read(options.results)
-        plots.write(options.results.with_suffix(".png"), picture.accuracy_by_bits(found[found.grid == options.grid]))
-        return print(*report(found), sep="\n")
+        found, page = rows.read(options.results), options.results.with_suffix(".md")
+        plots.write(page.with_suffix(".png"), picture.accuracy_by_bits(found[found.grid == options.grid]))
+        page.write_text("\n".join([INTRODUCTION, *report(found), ""]))
+        return print(page)
     if options.data is None:
         raise ValueError("--data is missing: CIFAR-10 as a folder with train/ and test/ in it")
     threads = max(1, len(os.sched_getaffinity(0)) // options.jobs)
@@ -109,36 +130,43 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def report(found: pd.DataFrame) -> Iterator[str]:
-    """Tables of each grid, method and number of bits: means over seeds, and differences with 95% t intervals."""
+    """Two tables of each grid, method and data: the primary measure with its differences, and the other measures."""
     for (grid, method, data), part in found.groupby(["grid", "method", "data"], sort=False):
-        yield f"\n### {method}, grid {grid}, {data}\n"
-        values = part.groupby(["variant", "measure"])["value"].agg(["mean", "std", "count"])
-        differences = {name: rows.differences(part, name) for name in REFERENCES if name in set(part.variant)}
-        lines = []
-        measures = [measure for measure in MEASURES if measure in set(part.measure)]
-        for variant in (name for name in (*VARIANTS, *OTHERS) if name in set(part.variant)):
-            found = (values.loc[variant].reindex(measures)).itertuples(index=False)
-            cells = ["" if pd.isna(mean) else _percent(mean, std, seeds) for mean, std, seeds in found]
-            for compared in differences.values():
-                key = (MEASURES[0], variant)
-                cells.append(_interval(*compared.loc[key, ["mean", "low", "high"]]) if key in compared.index else "")
-            lines.append([variant, *cells])
-        header = [rows.MEASURES[measure].title for measure in measures]
-        yield from table(["variant", *header, *(f"probe, minus {name}" for name in differences)], lines)
+        values = part.groupby(["measure", "variant"])["value"].agg(["mean", "std", "count"])
+        variants = [name for name in (*VARIANTS, *OTHERS) if name in set(part.variant)]
+        compared = {name: rows.differences(part, name) for name in REFERENCES if name in variants}
+
+        def mean(measure: str, variant: str, values: pd.DataFrame = values) -> str:
+            return _mean(measure, *values.loc[measure, variant]) if (measure, variant) in values.index else ""
+
+        def difference(variant: str, found: pd.DataFrame) -> str:
+            key = PRIMARY, variant
+            return _interval(*found.loc[key, ["mean", "low", "high"]]) if key in found.index else ""
+
+        yield f"\n## {method}, grid {grid}, {data}\n"
+        lines = [
+            [name, mean(PRIMARY, name), *(difference(name, each) for each in compared.values())] for name in variants
+        ]
+        yield from table(["variant", "linear probe", *(f"minus {name}" for name in compared)], lines)
         yield from recovered(part)
+        yield ""
+        measures = [measure for measure in OTHER_MEASURES if measure in set(part.measure)]
+        header = [rows.MEASURES[measure].title for measure in measures]
+        yield from table(["variant", *header], [[name, *(mean(each, name) for each in measures)] for name in variants])
 
 
 def recovered(part: pd.DataFrame) -> Iterator[str]:
     """The share of the oracle's gain over plain views that GradMix has, seed by seed, with its 95% t interval."""
-    probe = part[part.measure == MEASURES[0]].pivot(index="seed", columns="variant", values="value")
+    probe = part[part.measure == PRIMARY].pivot(index="seed", columns="variant", values="value")
     if {"plain", "gradmix", "oracle"} <= set(probe.columns):
         shares = ((probe.gradmix - probe.plain) / (probe.oracle - probe.plain)).dropna().tolist()
         mean, low, high = rows.paired_interval(shares)
         yield f"\nGradMix has {mean:.0%} [{low:.0%}, {high:.0%}] of what the oracle gains over plain views."
 
 
-def _percent(mean: float, std: float, seeds: float) -> str:
-    return f"{100 * mean:.1f}" + (f" ± {100 * std:.1f} ({seeds:.0f})" if seeds > 1 else "")
+def _mean(measure: str, mean: float, std: float, seeds: float) -> str:
+    scale, digits = (100, 1) if rows.MEASURES[measure].percent else (1, 2)
+    return f"{scale * mean:.{digits}f}" + (f" ± {scale * std:.{digits}f} ({seeds:.0f})" if seeds > 1 else "")
 
 
 def _interval(mean: float, low: float, high: float) -> str:

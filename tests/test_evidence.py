@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -120,7 +121,7 @@ class TestCells:
         assert passes(Cell(*cell.split("/"), 0), grid) == expected
 
 
-def test_the_tables_of_shortcuts(tmp_path, capsys):
+def test_the_tables_of_shortcuts(tmp_path):
     values = {"random-box": [0.23, 0.21, 0.24], "gradmix": [0.39, 0.38, 0.35]}
     path = tmp_path / "rows.jsonl"
     for variant, of_seeds in values.items():
@@ -131,8 +132,10 @@ def test_the_tables_of_shortcuts(tmp_path, capsys):
     load_script("benchmarks/shortcuts.py").main(["--report", "--results", str(path)])
     paired = ttest_rel(values["gradmix"], values["random-box"])
     low, high = (100 * end for end in paired.confidence_interval(0.95))
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| gradmix ")]
-    assert line == f"| gradmix | 37.3 ± 2.1 (3) | 20.0 ± 0.0 (3) | 50.0 ± 0.0 (3) | +14.7 [{low:+.1f}, {high:+.1f}] |"
+    first, second = [line for line in path.with_suffix(".md").read_text().splitlines() if line.startswith("| gradmix ")]
+    assert first == f"| gradmix | 37.3 ± 2.1 (3) | +14.7 [{low:+.1f}, {high:+.1f}] |"
+    assert second == "| gradmix | 20.0 ± 0.0 (3) | 50.0 ± 0.0 (3) |"
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("place", ["stamp", "anywhere", "attributed"])
@@ -391,6 +394,9 @@ class TestPage:
         found = rows.read(BENCHMARKS / "results/evidence.jsonl")
         written = page.write(found, tmp_path / "evidence.md")
         assert written[0].read_text() == (BENCHMARKS / "results/evidence.md").read_text()
+        copied = shutil.copy(BENCHMARKS / "results/shortcuts.jsonl", tmp_path)
+        load_script("benchmarks/shortcuts.py").main(["--report", "--results", copied])
+        assert (tmp_path / "shortcuts.md").read_text() == (BENCHMARKS / "results/shortcuts.md").read_text()
         text = (BENCHMARKS / "EVIDENCE.md").read_text()
         cpu = found[found.grid == "cpu"]
         quoted = [line for line in text.splitlines() if line.startswith("|")]
@@ -398,7 +404,9 @@ class TestPage:
         assert len(plain) == 7
         assert set(plain) <= set(page.summary(cpu))
         stamps = rows.read(BENCHMARKS / "results/shortcuts.jsonl").query("method == 'simclr' and data == 'stamps-9'")
-        probe = 100 * stamps[stamps.measure == "unstamped_linear"].pivot(index="seed", columns="variant", values="value")
+        probe = 100 * stamps[stamps.measure == "unstamped_linear"].pivot(
+            index="seed", columns="variant", values="value"
+        )
         for line, name in zip(shortcuts[2:], ("plain", "third-view", "random-box", "gradmix", "oracle"), strict=True):
             mean, std, *beyond = [float(found.replace("−", "-")) for found in re.findall(r"[+−]?\d+\.\d", line)]
             assert [mean, std] == pytest.approx([probe[name].mean(), probe[name].std()], abs=0.0501)

@@ -91,19 +91,19 @@ MEASURES = {
     "usual_cue": Measure("two cues: the usual one", "two-cue", "usual/linear_probe.json", "linear", "top1"),
     "neglected_cue": Measure("two cues: the neglected one", "two-cue", "neglected/linear_probe.json", "linear", "top1"),
     "two_cue_rank": Measure("two cues: RankMe", "two-cue", percent=False),
-    "unstamped_linear": Measure("linear probe, images without stamps", "stamps", "linear_probe.json", "linear", "top1"),
-    "unstamped_knn": Measure("kNN, images without stamps", "stamps", "linear_probe.json", "knn", "top1"),
-    "stamped_linear": Measure("linear probe, images with stamps", "stamps"),
+    "unstamped_linear": Measure("linear probe, without stamps", "stamps", "linear_probe.json", "linear", "top1"),
+    "unstamped_knn": Measure("kNN, without stamps", "stamps", "linear_probe.json", "knn", "top1"),
+    "stamped_linear": Measure("linear probe, with stamps", "stamps"),
     "same_stamp": Measure("cosine of two views", "stamps"),
-    "other_bits": Measure("cosine where the stamp has another's bits", "stamps"),
-    "other_place": Measure("cosine where the stamp lies at another's place", "stamps"),
-    "other_image": Measure("cosine where the image is another (less is better)", "stamps", larger_is_better=False),
+    "other_bits": Measure("cosine, stamp of other bits", "stamps"),
+    "other_place": Measure("cosine, stamp elsewhere", "stamps"),
+    "other_image": Measure("cosine, other image (less is better)", "stamps", larger_is_better=False),
     "hit": Measure("share of the stamp in the box, last epoch", "stamps"),
     "stamps_validation_loss": Measure(
         "linear probe's loss, held-out images (less is better)", "stamps", larger_is_better=False, percent=False
     ),
     "reliance": Measure(
-        "agreement lost with a tenth of the image (less is better)", "stamps", "reliance.json", "attributed",
+        "reliance (less is better)", "stamps", "reliance.json", "attributed",
         "reliance", larger_is_better=False,
     ),
 }  # fmt: skip
