@@ -401,7 +401,7 @@ class TestPage:
         cpu = found[found.grid == "cpu"]
         quoted = [line for line in text.splitlines() if line.startswith("|")]
         shortcuts, plain = quoted[:7], quoted[7:]
-        assert len(plain) == 7
+        assert len(plain) == 6
         assert set(plain) <= set(page.summary(cpu))
         stamps = rows.read(BENCHMARKS / "results/shortcuts.jsonl").query("method == 'simclr' and data == 'stamps-9'")
         probe = 100 * stamps[stamps.measure == "unstamped_linear"].pivot(
