@@ -33,8 +33,8 @@ def views_noted(self: Views, images: Tensor, n_views: int) -> list[Tensor]:
 
 def mix_noted(self: GradMix, images: Tensor, *others: object) -> tuple[MixedViews, object]:
     mixed, gradients = mix(self, images, *others)
-    if stamps and len(stamps[0]) == len(images) and mixed.boxes is not None:  # not the recipe's trial, nor the monitor
-        hits.append(covered(stamps[0], mixed.boxes).mean())
+    if stamps and len(stamps[0]) == len(images) and mixed.boxes is not None:  # not the recipe's trial, nor a picture
+        hits.append(covered(stamps.pop(), mixed.boxes).mean())  # once: the monitor mixes views of its own afterwards
     return mixed, gradients
 
 
