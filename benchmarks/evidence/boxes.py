@@ -19,7 +19,7 @@ from ssl_gradmix.data import planted
 from ssl_gradmix.data.augmentation import Views
 from ssl_gradmix.training.loop import Trainer
 
-forward, mix, attribute, report = Views.forward, GradMix._mix, GradMix._attribute, Trainer._report
+forward, mix, attribute, look = Views.forward, GradMix._mix, GradMix._attribute, Trainer._look
 stamps: list[Tensor] = []
 """Boxes (N, 4) of the stamps in the views that were made last."""
 hits: list[Tensor] = []
@@ -34,7 +34,7 @@ def views_noted(self: Views, images: Tensor, n_views: int) -> list[Tensor]:
 def mix_noted(self: GradMix, images: Tensor, *others: object) -> tuple[MixedViews, object]:
     mixed, gradients = mix(self, images, *others)
     if stamps and len(stamps[0]) == len(images) and mixed.boxes is not None:  # not the recipe's trial, nor a picture
-        hits.append(covered(stamps.pop(), mixed.boxes).mean())  # once: the monitor mixes views of its own afterwards
+        hits.append(covered(stamps[0], mixed.boxes).mean())
     return mixed, gradients
 
 
@@ -44,11 +44,11 @@ def covered(boxes: Tensor, by: Tensor) -> Tensor:
     return shared.prod(1) / (boxes[:, 2:] - boxes[:, :2]).prod(1)
 
 
-def report_hits(self: Trainer, entry: dict) -> None:
+def look_noted(self: Trainer, entry: dict) -> None:
     if hits:
         entry["hit"] = torch.stack(hits).mean().item()
-    report(self, entry)
-    hits.clear()
+    look(self, entry)
+    hits.clear()  # the monitor has mixed stamped views too
 
 
 def anywhere(self: GradMix, loss: Tensor, observed: Observed, images: Tensor, leaves: Sequence[Tensor]) -> tuple:
@@ -69,7 +69,7 @@ PLACES = {"attributed": attribute, "stamp": on_the_stamp, "anywhere": anywhere}
 def main() -> None:
     _, place, *sys.argv = sys.argv
     GradMix._attribute = PLACES[place]
-    Views.forward, GradMix._mix, Trainer._report = views_noted, mix_noted, report_hits
+    Views.forward, GradMix._mix, Trainer._look = views_noted, mix_noted, look_noted
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
