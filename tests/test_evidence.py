@@ -403,7 +403,8 @@ class TestPage:
         shortcuts, plain = quoted[:7], quoted[7:]
         assert len(plain) == 6
         assert set(plain) <= set(page.summary(cpu))
-        stamps = rows.read(BENCHMARKS / "results/shortcuts.jsonl").query("method == 'simclr' and data == 'stamps-9'")
+        stamps = rows.read(BENCHMARKS / "results/shortcuts.jsonl")
+        stamps = stamps.query("grid == 'cpu' and method == 'simclr' and data == 'stamps-9'")
         probe = 100 * stamps[stamps.measure == "unstamped_linear"].pivot(
             index="seed", columns="variant", values="value"
         )

@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path(__file__).parents[1] / "results" / "shortcuts.jsonl")
     parser.add_argument("--out", type=Path, required=True, help="PNG to write")
     given = parser.parse_args()
-    usual = "method == 'simclr' and measure == 'unstamped_linear'"
+    usual = "grid == 'cpu' and method == 'simclr' and measure == 'unstamped_linear'"
     plots.write(given.out, draw(*mixed_views(given.run), rows.read(given.results).query(usual)))
 
 
