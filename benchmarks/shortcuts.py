@@ -74,14 +74,10 @@ def parser() -> argparse.ArgumentParser:
     add("--data", type=Path, help="CIFAR-10 as a folder: train/<class>/*, test/<class>/*")
     add("--grid", default="cpu", help="its name, in rows and paths (default: %(default)s)")
     add("--method", choices=METHODS, default="simclr")
-    chosen = {"choices": (*VARIANTS, *OTHERS), "metavar": "VARIANT", "default": VARIANTS}
-    add(
-        "--variants",
-        nargs="+",
-        help=f"of {', '.join((*VARIANTS, *OTHERS))} (default: all but the last five)",
-        **chosen,
-    )
-    add("--planted", nargs="+", choices=tuple(STAMPED), default=["stamps-9"], metavar="DATA", help="of %(choices)s")
+    known, text = (*VARIANTS, *OTHERS), "of %(choices)s (default: all but the last five)"
+    add("--variants", nargs="+", choices=known, metavar="VARIANT", default=VARIANTS, help=text)
+    text = "of %(choices)s (default: stamps-9)"
+    add("--planted", nargs="+", choices=tuple(STAMPED), metavar="DATA", default=["stamps-9"], help=text)
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(default: 0 1 2)")
     add("--images", type=int, default=5000, help="training images (default: %(default)s)")
     add("--epochs", type=int, default=8, help="(default: %(default)s)")

@@ -132,7 +132,9 @@ def condense(cell: Cell, grid: Grid) -> list[dict[str, Any]]:
     origin = dict(commit=config["environment"]["commit"], settings=grid.settings())
     kinds = (cell.kind, "labels") if cell.labeled else (cell.kind,)
     wanted = {name: measure for name, measure in MEASURES.items() if measure.data in kinds}
-    absent = {*EXCHANGED * (not cell.stamped), *["hit"] * ("hit" not in log[-1])}
+    absent = set() if cell.stamped else set(EXCHANGED)
+    if "hit" not in log[-1]:
+        absent.add("hit")
     return [
         {**about, "measure": name, "value": _value(name, measure, run, log), **cost, **origin}
         for name, measure in wanted.items()

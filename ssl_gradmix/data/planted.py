@@ -5,8 +5,9 @@ bits; 2 px at 32 px), at a place of the image's own, in the corner, or again and
 of day in digits. Every view of an image bears the same stamp at the same place, so that a contrastive loss can be had
 from it alone, as soon as there are more codes than images in a batch.
 
-Stamps are in views alone. What is evaluated, and the monitor of a training, sees the images without them. A stamp put
-in before the augmentation is cropped and resampled with the image, and hardly a shortcut at 32 px.
+Stamps are in views alone: those of a training, and those that reliance is read from. All else that is evaluated, a
+monitor's kNN too, sees the images without them. A stamp put in before the augmentation is cropped and resampled with
+the image, and hardly a shortcut at 32 px.
 
 - [0]: Chen, Luo, Li, Intriguing Properties of Contrastive Losses, 2021, https://arxiv.org/abs/2011.02803
 """
@@ -96,7 +97,7 @@ def _cells(codes: Tensor, bits: int, size: tuple[int, int]) -> Tensor:
 
 def _time(codes: Tensor, size: tuple[int, int]) -> Tensor:
     pixels = torch.arange(14, -1, -1, device=codes.device)
-    digits = torch.stack([(pixels * 0 + digit) >> pixels & 1 for digit in DIGITS]).view(10, 5, 3).float()
+    digits = torch.stack([torch.full_like(pixels, digit) >> pixels & 1 for digit in DIGITS]).view(10, 5, 3).float()
     seconds = codes % 86400
     numbers = torch.stack([seconds // 3600, seconds // 60 % 60, seconds % 60], 1)
     shown = digits[torch.stack([numbers // 10, numbers % 10], 2).flatten(1)]  # (N, 6, 5, 3)
