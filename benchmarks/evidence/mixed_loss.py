@@ -34,7 +34,7 @@ def main() -> None:
     _, name, *sys.argv = sys.argv
     chosen = {"donor": donor, "attract": attract}[name]
 
-    def forward(self: SimCLR, views: list[Tensor]) -> Losses:
+    def forward(self: SimCLR, views: list[Tensor], labels: Tensor) -> Losses:
         z, loss_views, mixed = self._mix(views)
         third = chosen(self._embed(mixed.images), *z, mixed.lam, mixed.donor_index, self.temperature)
         losses = (loss_views + self.weight * third, loss_views.detach(), third.detach(), mixed.lam.detach())
