@@ -189,6 +189,29 @@ def test_other_losses_of_mixed_views():
     assert losses.donor(u, z0, z1, lam, index, heat) == pytest.approx(expected, abs=1e-9)
 
 
+@pytest.mark.parametrize("name", ["donor", "attract"])
+def test_the_recipe_trains_with_another_loss_of_mixed_views(name, tmp_path, monkeypatch):
+    losses, seen = load_script("benchmarks/evidence/mixed_loss.py"), []
+    chosen = getattr(losses, name)
+
+    def noted(*given):
+        seen.append(chosen(*given))
+        return seen[-1]
+
+    monkeypatch.setattr(losses, name, noted)
+    monkeypatch.setattr(losses.SimCLR, "forward", losses.SimCLR.forward)  # put back afterwards
+    quick = "--training.epochs 1 --training.batch_size 512 --training.knn_every 0 --training.samples_every 0"
+    arguments = f"{quick} --training.threads 1 --run {tmp_path / 'run'}".split()
+    monkeypatch.setattr(sys, "argv", ["", name, str(ROOT / "recipes/simclr_gradmix.py"), *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        losses.main()
+    assert stopped.value.code == 0
+    entry = json.loads((tmp_path / "run/log.jsonl").read_text())
+    *_, first, second = seen  # one before was the trial of the recipe
+    assert entry["loss_mixed"] == pytest.approx((first + second).item() / 2, abs=1e-4)
+    assert entry["loss"] == pytest.approx(entry["loss_views"] + entry["loss_mixed"], abs=1e-4)
+
+
 def test_exchanged_stamps(tmp_path):
     """Of an encoder that sees the stamp's corner alone: bits decide, in cosines that can be counted."""
     exchange = load_script("benchmarks/evidence/exchange.py")
