@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -31,8 +30,6 @@ from ssl_gradmix.attribution import (
     spatial,
     summed_maps,
 )
-
-logger = logging.getLogger("ssl_gradmix")
 
 Region = Literal["peak", "max_mean", "mask", "random", "center"]
 
@@ -111,7 +108,6 @@ class GradMix:
     region: Region = "peak"
     generator: Generator | None = None
     _settled: WeakKeyDictionary = field(default_factory=WeakKeyDictionary, init=False, repr=False, compare=False)
-    _told: set[tuple] = field(default_factory=set, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.layers, str) or self.layers == []:
@@ -253,9 +249,6 @@ class GradMix:
             names = settled[size]
         else:
             names = (_deepest(loss, observed, size),)
-            if (names, size) not in self._told:  # copies of a method choose again
-                self._told.add((names, size))
-                logger.info("GradMix attributes at layer %s for images of %dx%d", *names, *size)
         outputs = {name: first_images(name, observed[name], count) for name in names}
         taken, at_leaves = gradients(loss, outputs, leaves)
         if self.layers and first:

@@ -157,17 +157,6 @@ def test_layers_none_takes_the_deepest_whole_stage_or_block_with_room(name: str,
     assert mix(GradMix(), torch.rand(2, 3, size, size), net=net).layers == (expected,)
 
 
-def test_the_layer_that_layers_none_takes_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO", logger="ssl_gradmix")
-    gradmix = GradMix()
-    for mixer in (gradmix, copy.deepcopy(gradmix), gradmix):
-        mix(mixer, torch.rand(2, 3, 16, 16))
-    mix(copy.deepcopy(gradmix), torch.rand(2, 3, 16, 16))
-    assert [record.getMessage() for record in caplog.records] == [
-        "GradMix attributes at layer 1 for images of 16x16"
-    ] * 2  # by a copy made before, too
-
-
 def test_layers_none_goes_by_the_encoder_at_hand_not_by_names() -> None:
     gradmix, images = GradMix(), torch.rand(2, 3, 64, 64)
     fine, coarse = (timm.create_model("resnet18", num_classes=0) for _ in range(2))

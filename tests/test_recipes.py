@@ -97,7 +97,12 @@ def test_a_folder_with_too_little_is_refused(content: str, tmp_path: Path, capsy
 @pytest.mark.parametrize("name", ["simclr", "byol", "supcon"])
 @pytest.mark.parametrize("extra_view", ["gradmix", "augmented", "none"])
 def test_trains_on_a_folder_and_answers_the_same_command_again(
-    name: str, extra_view: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str,
+    extra_view: str,
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     main, arguments = recipe(name).main, [*small(folder), "--extra_view", extra_view]
     assert command_line.run(main, arguments) == 0
@@ -112,6 +117,7 @@ def test_trains_on_a_folder_and_answers_the_same_command_again(
     assert 0.5 <= entry["lam"] <= 0.95 if extra_view == "gradmix" else entry["lam"] == (extra_view == "augmented")
     rate = {"simclr": 0.2, "byol": 1.2, "supcon": 0.2}[name]
     assert f"learning rate {rate * 8 / 256:.4g} (scaled by batch / 256)" in capsys.readouterr().out
+    assert caplog.text.count("GradMix attributes at layer") == (extra_view == "gradmix")
 
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     assert command_line.run(main, arguments) == 0

@@ -45,7 +45,7 @@ SAMPLED = 8
 
 @torch.no_grad()
 def check_images(method: nn.Module, size: int, device: torch.device) -> list[str]:
-    """Runs a method once on noise, so that what does not fit is said before anything is written.
+    """Runs a method once on noise, so that what does not fit is said before anything is written; says GradMix's layers.
 
     Returns:
         The layers at which GradMix attributes, none without it.
@@ -60,7 +60,11 @@ def check_images(method: nn.Module, size: int, device: torch.device) -> list[str
         with torch.enable_grad():
             labels = torch.arange(4, device=device) % 2
             method(views, labels)
-            return [] if method.gradmix is None else list(method.mixed_views(views, labels).layers)
+            if method.gradmix is None:
+                return []
+            layers = list(method.mixed_views(views, labels).layers)
+            logger.info("GradMix attributes at %s", ", ".join(layers))
+            return layers
     except (AssertionError, RuntimeError) as error:
         raise ValueError(
             f"data.size, backbone.name: the method does not run on images of {size}x{size} ({error}); "

@@ -52,7 +52,6 @@ class Monitor:
         views: Views | None = None,
     ) -> None:
         self.views, self.watched = views, images.subset(np.random.default_rng(0).permutation(len(images))[:WATCHED])
-        self.layers: list[str] | None = None
         order = np.random.default_rng(0).permutation(len(images))[: bank + queries]
         labels = images.labels[order]
         queries = min(queries, len(order) // 5)
@@ -90,11 +89,10 @@ class Monitor:
     def _reliance(self, backbone: nn.Module) -> dict[str, float]:
         try:
             pairs = (pair for pair, _ in two_views(self.watched, self.views, WATCHED, 0))
-            (found,) = measure(backbone, pairs, self.layers)
+            (found,) = measure(backbone, pairs)
         except ValueError as error:  # what the encoder does not allow to be read is no reason to stop its training
             logger.info("reliance is not read: %s", error)
             return {}
-        self.layers = [found.layer]  # GradMix, which says what it takes, would say so again
         share = found.share("attributed")
         return {"reliance": float(share.value)} if share.high - share.low < WIDEST else {}
 
