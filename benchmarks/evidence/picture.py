@@ -91,7 +91,7 @@ def accuracy_by_bits(found: pd.DataFrame) -> Figure:
     """SimCLR's linear probe on images without stamps against the bits of the stamps, a line for each variant."""
     probe = found[(found.measure == "unstamped_linear") & (found.method == "simclr")]
     probe = probe.assign(bits=probe.data.map({f"stamps-{bits}": bits for bits in (0, 4, 9, 16)})).dropna()
-    figure = Figure(figsize=(5.6, 3.4), layout="constrained")
+    figure = Figure(figsize=(7, 3.2), layout="constrained")
     axes = figure.subplots()
     for i, (variant, title) in enumerate(TITLES.items()):
         seeds = probe[probe.variant == variant].groupby("bits")["value"].agg(["mean", "std"]) * 100
@@ -99,9 +99,10 @@ def accuracy_by_bits(found: pd.DataFrame) -> Figure:
             marks = {"marker": "o", "markersize": 4, "capsize": 2, "color": plots.COLORS[i % len(plots.COLORS)]}
             axes.errorbar(seeds.index, seeds["mean"], seeds["std"].fillna(0), label=title, **marks)
     axes.axhline(10, color="0.5", linewidth=0.8, linestyle=":")
+    axes.text(16, 10, "chance", ha="right", va="bottom", fontsize=8, color="0.4")
     axes.set(xlabel="bits of the stamp (0: no stamp)", ylabel="linear probe without stamps, %", xticks=(0, 4, 9, 16))
     if axes.containers:
-        axes.legend(frameon=False, fontsize=8)
+        figure.legend(loc="outside right center", frameon=False, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     return figure
 
