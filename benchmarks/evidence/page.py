@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
+import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -208,7 +209,8 @@ def forest(compared: pd.DataFrame) -> Figure | None:
             face = "white" if found.verdict == "open" else "C0"
             axes.plot(scale * found["mean"], y, "o", color="C0", markerfacecolor=face, markersize=4)
         axes.axvline(0, color="0.5", linewidth=0.8)
-        axes.set_title(MEASURES[measure].title, loc="left", fontsize=7)
+        axes.set_title(textwrap.fill(MEASURES[measure].title, 34), loc="left", fontsize=7)
+        axes.margins(y=0.15)
         axes.set_yticks([-i for i in range(len(variants))], variants)
         axes.tick_params(labelsize=7, length=0)
         axes.grid(axis="x", color="0.9")
