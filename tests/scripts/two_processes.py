@@ -33,9 +33,11 @@ def gradients(method: nn.Module) -> list[Tensor]:
 
 
 def close(ours: list[Tensor], theirs: list[Tensor]) -> None:
+    """To float32, whose rounding is that of the largest terms in the sums: some CPUs add in another order."""
     assert len(ours) == len(theirs) > 4
+    largest = max(each.abs().max().item() for each in theirs)
     for one, two in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(one, two, atol=2e-5 * largest, rtol=1e-4)
 
 
 def global_batch_gradient(kind: type) -> list[Tensor]:
