@@ -41,7 +41,7 @@ REFERENCES = ("random-box", "third-view", "plain")
 PRIMARY = "unstamped_linear"
 OTHER_MEASURES = (
     *("unstamped_knn", "stamped_linear", "same_stamp", "other_bits", "other_place", "other_image", "reliance", "hit"),
-    "stamps_validation_loss",
+    *("unstamped_corruption_error", "stamps_validation_loss"),
 )
 
 INTRODUCTION = """# Tables of the planted shortcuts
@@ -83,6 +83,8 @@ def parser() -> argparse.ArgumentParser:
     add("--epochs", type=int, default=8, help="(default: %(default)s)")
     add("--batch", type=int, default=256, help="(default: %(default)s)")
     add("--backbone", default="resnet10_tiny", help="(default: %(default)s)")
+    text = "test images that are corrupted (default: none, corruption error is not measured)"
+    add("--corrupted", type=int, default=0, help=text)
     add("--jobs", type=int, choices=(1, 2), default=1, help="cells at a time, which share the cores")
     add("--cache", type=Path, default=Path(".cache/shortcuts"), help="for images and runs (default: %(default)s)")
     add("--results", type=Path, default=RESULTS, help="file of rows")
@@ -102,17 +104,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.data is None:
         raise ValueError("--data is missing: CIFAR-10 as a folder with train/ and test/ in it")
     threads = max(1, len(os.sched_getaffinity(0)) // options.jobs)
-    common = {name: getattr(options, name) for name in ("images", "epochs", "batch", "backbone")}
-    places = options.data.absolute(), options.cache.absolute()
-    grid = Grid(
-        options.grid,
-        places[0],
-        **common,
-        corrupted=0,
-        recipe=(*RECIPE, *options.recipe),
-        cache=places[1],
-        threads=threads,
-    )
+    common = {name: getattr(options, name) for name in ("images", "epochs", "batch", "backbone", "corrupted")}
+    data, cache, recipe = options.data.absolute(), options.cache.absolute(), (*RECIPE, *options.recipe)
+    grid = Grid(options.grid, data, **common, recipe=recipe, cache=cache, threads=threads)
     # All variants of a seed before the next seed, so that what there is can be compared.
     cells = itertools.product(options.seeds, options.planted, options.variants)
     chosen = [Cell(options.method, variant, planted, seed) for seed, planted, variant in cells]

@@ -96,15 +96,18 @@ class TestCells:
         assert settings["training"]["epochs"] == (30 if variant == "plain-more-epochs" else 20)
 
     def test_stamps(self, grid):
-        train, probe, reliance, exchange = steps(Cell("simclr", "oracle", "stamps-16", 0), grid)
+        train, probe, reliance, exchange, corruption = steps(Cell("simclr", "oracle", "stamps-16", 0), grid)
         assert train.command[1:4] == ["benchmarks/evidence/boxes.py", "stamp", "recipes/simclr_gradmix.py"]
         assert train.command[train.command.index("--data.stamp_bits") + 1] == "16"
         assert [probe.command[1], reliance.command[1]] == ["eval/linear_probe.py", "eval/reliance.py"]
-        assert exchange.command[1] == "benchmarks/evidence/exchange.py"
+        assert [exchange.command[1], corruption.command[1]] == ["benchmarks/evidence/exchange.py", "eval/corruption.py"]
         other = steps(Cell("simclr", "gradmix-attract", "stamps-9", 0), grid)[0].command
         boxes, loss = ["benchmarks/evidence/boxes.py", "attributed"], ["benchmarks/evidence/mixed_loss.py", "attract"]
         assert other[1:6] == [*boxes, *loss, "recipes/simclr_gradmix.py"]
-        assert len(steps(Cell("simclr", "plain", "stamps-0", 0), grid)) == 3
+        assert len(steps(Cell("simclr", "plain", "stamps-0", 0), replace(grid, corrupted=0))) == 3
+        overlaid = steps(Cell("simclr", "plain", "overlaid-digits", 0), grid)
+        assert str(grid.cache / "data-100-digits") in overlaid[0].command
+        assert all(str(grid.subset) in step.command for step in (overlaid[1], overlaid[-1]))
 
     @pytest.mark.parametrize(
         ("cell", "expected"),

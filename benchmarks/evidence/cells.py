@@ -81,7 +81,7 @@ class Grid:
         epochs: Passes over them; `plain-more-epochs` makes more.
         batch: Images in a batch.
         backbone: Name of the encoder.
-        corrupted: Test images that are corrupted.
+        corrupted: Test images that are corrupted; with stamps, 0 measures no corruption.
         recipe: Further options of the recipes.
         cache: Folder for images and runs.
         threads: Of each command.
@@ -215,8 +215,9 @@ def steps(cell: Cell, grid: Grid) -> list[Step]:
     train = Step(["python", *recipe, *grid.recipe, *_training(cell, grid)], None)
     rank = evaluate("benchmarks/evidence/rankme.py", "rankme.json")
     ood = evaluate("eval/osr.py", "eval/ood.json", "--unknown", "[{name: digits}]")
+    clean = ["--data.root", str(grid.subset)] if cell.kind == "stamps" else []  # without overlaid digits
     judged = "--images", str(grid.corrupted), "--workers", str(grid.threads)
-    corruption = evaluate("eval/corruption.py", "eval/corruption.json", *judged)
+    corruption = evaluate("eval/corruption.py", "eval/corruption.json", *clean, *judged)
     if cell.labeled:
         projector = evaluate("eval/osr.py", "eval/projector/osr.json", "--feature", "projector")
         return [train, evaluate("eval/osr.py", "eval/osr.json"), projector, ood, corruption]
@@ -225,11 +226,10 @@ def steps(cell: Cell, grid: Grid) -> list[Step]:
     if cell.data == "two-cue":
         return [train, probe("usual"), probe("neglected"), rank]
     if cell.kind == "stamps":
-        clean = ["--data.root", str(grid.subset)]  # else the probe would be trained on what is overlaid
         linear = evaluate("eval/linear_probe.py", "eval/linear_probe.json", *clean)
         reliance = evaluate("eval/reliance.py", "eval/reliance.json", "--layers", "[layer3]")
         exchange = [evaluate("benchmarks/evidence/exchange.py", "exchange.json")] if cell.stamped else []
-        return [train, linear, reliance, *exchange]
+        return [train, linear, reliance, *exchange, *([corruption] if grid.corrupted else [])]
     return [
         train,
         evaluate("eval/linear_probe.py", "eval/linear_probe.json", "--label_fractions", "[0.01, 0.1]"),

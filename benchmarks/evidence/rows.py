@@ -102,6 +102,10 @@ MEASURES = {
     "stamps_validation_loss": Measure(
         "linear probe's loss, held-out images (less is better)", "stamps", larger_is_better=False, percent=False
     ),
+    "unstamped_corruption_error": Measure(
+        "mean corruption error, without stamps (less is better)", "stamps", "corruption.json", "linear",
+        "mean_corruption_error", larger_is_better=False,
+    ),
     "reliance": Measure(
         "reliance (less is better)", "stamps", "reliance.json", "attributed",
         "reliance", larger_is_better=False,
@@ -135,6 +139,8 @@ def condense(cell: Cell, grid: Grid) -> list[dict[str, Any]]:
     absent = set() if cell.stamped else set(EXCHANGED)
     if "hit" not in log[-1]:
         absent.add("hit")
+    if not grid.corrupted:
+        absent.add("unstamped_corruption_error")
     return [
         {**about, "measure": name, "value": _value(name, measure, run, log), **cost, **origin}
         for name, measure in wanted.items()
