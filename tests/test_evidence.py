@@ -320,7 +320,8 @@ class TestRows:
         (run / "rankme.json").write_text('{"rankme": 33.0}')
         config = {"training": {"batch_size": 32}, "environment": {"commit": "abc123"}}
         (run / "config.yaml").write_text(yaml.safe_dump(config))
-        log = [dict(step=3, images_per_second=32.0), dict(step=6, images_per_second=96.0, knn=0.4)]
+        resumed_at_its_end = dict(step=4)
+        log = [dict(step=3, images_per_second=32.0), resumed_at_its_end, dict(step=7, images_per_second=96.0, knn=0.4)]
         (run / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in log))
 
         rows.append(grid.cache / "rows.jsonl", rows.condense(Cell("simclr", "gradmix", "all", 3), grid))

@@ -172,9 +172,9 @@ def _value(name: str, measure: Measure, run: Path, log: list[dict]) -> float:
 
 
 def _seconds(log: list[dict], batch: int) -> float:
-    """How long training took: interruptions do not count, nor an epoch that was resumed at its very end, at rate 0."""
+    """How long training took: interruptions do not count, nor an epoch that was resumed at its very end, at no rate."""
     steps = np.diff([0, *(entry["step"] for entry in log)])
-    rates = (entry["images_per_second"] for entry in log)
+    rates = (entry.get("images_per_second") for entry in log)
     return float(sum(count * batch / rate for count, rate in zip(steps, rates, strict=True) if rate))
 
 
