@@ -17,16 +17,14 @@ What stands behind -- goes to the recipes.
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pandas as pd
-from evidence import picture, rows, runner
-from evidence.cells import METHODS, STAMPED, Cell, Grid, steps
+from evidence import command, picture, rows
+from evidence.cells import METHODS, STAMPED, Cell
 from evidence.page import table
 
 from ssl_gradmix.evaluation import plots
@@ -64,59 +62,24 @@ RECIPE = ("--gradmix.lam_range", "[0.8, 0.9]", "--optimizer.lr", "0.4", "--optim
 """Of all cells. A box of a tenth to a fifth of the image covers a stamp, and at a random place seldom."""
 
 
-def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="%(prog)s --data FOLDER [options] [-- RECIPE OPTIONS]",
-    )
-    add = made.add_argument
-    add("--data", type=Path, help="CIFAR-10 as a folder: train/<class>/*, test/<class>/*")
-    add("--grid", default="cpu", help="its name, in rows and paths (default: %(default)s)")
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = command.parser(__doc__, RESULTS, ".cache/shortcuts", images=5000, epochs=8, corrupted=0)
+    add, known = parser.add_argument, (*VARIANTS, *OTHERS)
     add("--method", choices=METHODS, default="simclr")
-    known, text = (*VARIANTS, *OTHERS), "of %(choices)s (default: all but the last five)"
+    text = "of %(choices)s (default: all but the last five)"
     add("--variants", nargs="+", choices=known, metavar="VARIANT", default=VARIANTS, help=text)
     text = "of %(choices)s (default: stamps-9)"
     add("--planted", nargs="+", choices=tuple(STAMPED), metavar="DATA", default=["stamps-9"], help=text)
-    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(default: 0 1 2)")
-    add("--images", type=int, default=5000, help="training images (default: %(default)s)")
-    add("--epochs", type=int, default=8, help="(default: %(default)s)")
-    add("--batch", type=int, default=256, help="(default: %(default)s)")
-    add("--backbone", default="resnet10_tiny", help="(default: %(default)s)")
-    text = "test images that are corrupted (default: none, corruption error is not measured)"
-    add("--corrupted", type=int, default=0, help=text)
-    add("--jobs", type=int, choices=(1, 2), default=1, help="cells at a time, which share the cores")
-    add("--cache", type=Path, default=Path(".cache/shortcuts"), help="for images and runs (default: %(default)s)")
-    add("--results", type=Path, default=RESULTS, help="file of rows")
-    add("--print", action="store_true", help="print the cells' commands")
-    add("--report", action="store_true", help="print tables of all rows")
-    add("recipe", nargs="*", help=argparse.SUPPRESS)
-    return made
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    options = parser().parse_args(argv)
+    options = parser.parse_args(argv)
     if options.report:
         found, page = rows.read(options.results), options.results.with_suffix(".md")
         plots.write(page.with_suffix(".png"), picture.accuracy_by_bits(found[found.grid == options.grid]))
         page.write_text("\n".join([INTRODUCTION, *report(found), ""]))
         return print(page)
-    if options.data is None:
-        raise ValueError("--data is missing: CIFAR-10 as a folder with train/ and test/ in it")
-    threads = max(1, len(os.sched_getaffinity(0)) // options.jobs)
-    common = {name: getattr(options, name) for name in ("images", "epochs", "batch", "backbone", "corrupted")}
-    data, cache, recipe = options.data.absolute(), options.cache.absolute(), (*RECIPE, *options.recipe)
-    grid = Grid(options.grid, data, **common, recipe=recipe, cache=cache, threads=threads)
     # All variants of a seed before the next seed, so that what there is can be compared.
-    cells = itertools.product(options.seeds, options.planted, options.variants)
-    chosen = [Cell(options.method, variant, planted, seed) for seed, planted, variant in cells]
-    chosen = [cell for cell in chosen if cell.variant != "oracle" or cell.stamped]
-    if options.print:
-        return print(*(step.shell(threads) for cell in chosen for step in steps(cell, grid)), sep="\n")
-    rows.finished(rows.read(options.results), grid)  # refuses another grid's name before anything runs
-    failed = runner.run(chosen, grid, options.results, options.jobs)
-    if failed:
-        raise ValueError(f"failed: {', '.join(map(str, failed))}; the same command tries them again")
+    chosen = itertools.product(options.seeds, options.planted, options.variants)
+    cells = [Cell(options.method, variant, planted, seed) for seed, planted, variant in chosen]
+    command.run(options, [cell for cell in cells if cell.variant != "oracle" or cell.stamped], RECIPE)
 
 
 def report(found: pd.DataFrame) -> Iterator[str]:
