@@ -109,11 +109,13 @@ def report(found: pd.DataFrame) -> Iterator[str]:
 
 
 def recovered(part: pd.DataFrame) -> Iterator[str]:
-    """The share of the oracle's gain over plain views that GradMix has, seed by seed, with its 95% t interval."""
+    """The share of the oracle's gain that GradMix has, seed by seed, with its 95% t interval, where there is a gain."""
     probe = part[part.measure == PRIMARY].pivot(index="seed", columns="variant", values="value")
     if {"plain", "gradmix", "oracle"} <= set(probe.columns):
-        shares = ((probe.gradmix - probe.plain) / (probe.oracle - probe.plain)).dropna().tolist()
-        mean, low, high = rows.paired_interval(shares)
+        gain = probe.oracle - probe.plain
+        if not rows.paired_interval(gain.dropna().tolist())[1] > 0:
+            return
+        mean, low, high = rows.paired_interval(((probe.gradmix - probe.plain) / gain).dropna().tolist())
         yield f"\nGradMix has {mean:.0%} [{low:.0%}, {high:.0%}] of what the oracle gains over plain views."
 
 

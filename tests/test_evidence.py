@@ -124,6 +124,24 @@ class TestCells:
         assert passes(Cell(*cell.split("/"), 0), grid) == expected
 
 
+@pytest.mark.parametrize(
+    ("oracle", "lines"),
+    [
+        ([0.5, 0.4, 0.6], ["GradMix has 73% [36%, 110%] of what the oracle gains over plain views."]),  # by hand
+        ([0.2, 0.1, 0.3], []),  # no gain to have a share of
+    ],
+)
+def test_the_share_of_what_the_oracle_gains(oracle, lines):
+    values = {"plain": [0.2, 0.2, 0.2], "gradmix": [0.4, 0.38, 0.45], "oracle": oracle}
+    made = [
+        row(variant, "unstamped_linear", value, seed, data="stamps-9")
+        for variant, of_seeds in values.items()
+        for seed, value in enumerate(of_seeds)
+    ]
+    found = load_script("benchmarks/shortcuts.py").recovered(pd.DataFrame(made))
+    assert [line.strip() for line in found] == lines
+
+
 def test_the_tables_of_shortcuts(tmp_path):
     values = {"random-box": [0.23, 0.21, 0.24], "gradmix": [0.39, 0.38, 0.35]}
     path = tmp_path / "rows.jsonl"
