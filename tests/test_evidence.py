@@ -148,8 +148,7 @@ def test_the_tables_of_shortcuts(tmp_path):
     for variant, of_seeds in values.items():
         for seed, value in enumerate(of_seeds):
             measured = {"unstamped_linear": value, "unstamped_knn": 0.2, "reliance": 0.5}
-            each = [row(variant, name, found, seed, data="stamps-9") for name, found in measured.items()]
-            rows.append(path, each)
+            rows.append(path, cell_line(variant, measured, seed, data="stamps-9"))
     load_script("benchmarks/shortcuts.py").main(["--report", "--results", str(path)])
     paired = ttest_rel(values["gradmix"], values["random-box"])
     low, high = (100 * end for end in paired.confidence_interval(0.95))
@@ -302,12 +301,18 @@ class TestImages:
         assert np.bincount((right - left)[left != right] % 10, minlength=10)[1:].min() > 150  # about 222 each
 
 
-def row(variant: str, measure: str, value: float, seed: int = 0, **others: object) -> dict:
+def cell_line(variant: str, measures: dict[str, float], seed: int = 0, **others: object) -> dict:
     settings = dict(data="data", images=100, epochs=20, batch=32, backbone="resnet10_tiny", corrupted=10)
     settings |= dict(recipe=[], ood=["digits"])
-    cell = dict(grid="tiny", method="simclr", variant=variant, data=rows.MEASURES[measure].data, seed=seed)
+    data = rows.MEASURES[next(iter(measures))].data
+    cell = dict(grid="tiny", method="simclr", variant=variant, data=data, seed=seed)
     cost = dict(passes=60, attributions=20, target_passes=0, seconds=100.0, threads=1, commit="abc123")
-    return {**cell, "measure": measure, "value": value, **cost, "settings": settings, **others}
+    return {**cell, **cost, "settings": settings, "measures": measures, **others}
+
+
+def row(variant: str, measure: str, value: float, seed: int = 0, **others: object) -> dict:
+    found = cell_line(variant, {measure: value}, seed, **others)
+    return {**{name: found[name] for name in rows.CELL}, "measure": measure, "value": value}
 
 
 def result(score: str, metric: str, value: float, **params: object) -> dict:
@@ -366,18 +371,19 @@ class TestRows:
 
     def test_appended_by_several_at_once(self, tmp_path):
         path = tmp_path / "rows.jsonl"
-        new = [[row("gradmix", "linear", 0.1, seed), row("gradmix", "knn", 0.2, seed)] for seed in range(8)]
+        new = [cell_line("gradmix", {"linear": 0.1, "knn": 0.2}, seed) for seed in range(8)]
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(lambda part: rows.append(path, part), new))
         assert sorted(rows.read(path).seed) == sorted([*range(8), *range(8)])
 
     def test_a_file_that_will_not_do_is_named(self, tmp_path):
         path = tmp_path / "rows.jsonl"
-        rows.append(path, [row("gradmix", "linear", 0.1), row("gradmix", "linear", 0.2)])
+        for value in (0.1, 0.2):
+            rows.append(path, cell_line("gradmix", {"linear": value}))
         with pytest.raises(ValueError, match=r"has linear of simclr/gradmix/all/0 in grid tiny twice"):
             rows.read(path)
         path.write_text(path.read_text().splitlines()[0] + '\n{"grid": "tin')
-        with pytest.raises(ValueError, match=r"rows.jsonl, line 2 is no row"):
+        with pytest.raises(ValueError, match=r"rows.jsonl, line 2 is no cell's"):
             rows.read(path)
 
 
@@ -481,8 +487,8 @@ class TestRunner:
 
     @pytest.fixture
     def run(self, grid, tmp_path, monkeypatch) -> Callable[..., list[Cell]]:
-        def made(cell: Cell, grid: Grid) -> list[dict]:
-            return [row(cell.variant, "usual_cue", 1.0, cell.seed, settings=grid.settings())]
+        def made(cell: Cell, grid: Grid) -> dict:
+            return cell_line(cell.variant, {"usual_cue": 1.0}, cell.seed, settings=grid.settings())
 
         monkeypatch.setattr(runner.images, "two_cues", lambda pairs, target: None)
         monkeypatch.setattr(runner.rows, "condense", made)

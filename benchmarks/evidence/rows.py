@@ -1,4 +1,4 @@
-"""Rows, one number of one cell each: read from a run folder, kept in a file, compared seed by seed."""
+"""Rows, one number of one cell each: read from a run folder, kept a line a cell, compared seed by seed."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from scipy.stats import ttest_1samp
 
 from evidence.cells import Cell, Grid, passes
 
-COLUMNS = (
-    *("grid", "method", "variant", "data", "seed", "measure", "value", "passes", "attributions", "target_passes"),
+CELL = (
+    *("grid", "method", "variant", "data", "seed", "passes", "attributions", "target_passes"),
     *("seconds", "threads", "commit", "settings"),
 )
-"""Of a row: which number, the passes of a training image as in `passes`, what training alone took, of which commit."""
+"""Of a cell: which one, the passes of a training image as in `passes`, what training alone took, of which commit."""
 
 
 @dataclass(frozen=True)
@@ -120,8 +120,8 @@ CHOSEN_BY = ("validation_knn", "validation_linear", "validation_loss", "stamps_v
 """Of held-out training images: settings are chosen by these alone, and verdicts do not count them."""
 
 
-def condense(cell: Cell, grid: Grid) -> list[dict[str, Any]]:
-    """The rows of a cell whose commands are done.
+def condense(cell: Cell, grid: Grid) -> dict[str, Any]:
+    """`CELL` of a cell whose commands are done, and its numbers as `measures`.
 
     Raises:
         FileNotFoundError: An evaluation has left no results.
@@ -141,11 +141,8 @@ def condense(cell: Cell, grid: Grid) -> list[dict[str, Any]]:
         absent.add("hit")
     if not grid.corrupted:
         absent.add("unstamped_corruption_error")
-    return [
-        {**about, "measure": name, "value": _value(name, measure, run, log), **cost, **origin}
-        for name, measure in wanted.items()
-        if name not in absent
-    ]
+    measures = {name: _value(name, measure, run, log) for name, measure in wanted.items() if name not in absent}
+    return {**about, **cost, **origin, "measures": measures}
 
 
 def _value(name: str, measure: Measure, run: Path, log: list[dict]) -> float:
@@ -178,29 +175,30 @@ def _seconds(log: list[dict], batch: int) -> float:
     return float(sum(count * batch / rate for count, rate in zip(steps, rates, strict=True) if rate))
 
 
-def append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Adds rows to the file in one write; other processes may do so at the same time."""
+def append(path: Path, line: Mapping[str, Any]) -> None:
+    """Adds what `condense` gave of a cell to the file; other processes may do so at the same time."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
     with path.open("ab", buffering=0) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        file.write(lines.encode())
+        file.write(f"{json.dumps(line, allow_nan=False)}\n".encode())
         os.fsync(file)
 
 
 def read(path: Path) -> pd.DataFrame:
-    """All rows of a file, none where there is no file.
+    """All rows of a file, with `CELL`, `measure` and `value`; none where there is no file.
 
     Raises:
-        ValueError: A line is no row, or a number is there twice.
+        ValueError: A line is no cell's, or a number is there twice.
     """
     rows = []
     for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], 1):
         try:
-            rows.append({name: json.loads(line)[name] for name in COLUMNS})
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}, line {number} is no row: {error!r}") from error
-    frame = pd.DataFrame(rows, columns=COLUMNS)
+            found = json.loads(line)
+            cell = [found[name] for name in CELL]
+            rows += [(*cell, measure, value) for measure, value in found["measures"].items()]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}, line {number} is no cell's: {error!r}") from error
+    frame = pd.DataFrame(rows, columns=(*CELL, "measure", "value"))
     twice = frame[frame.duplicated(["grid", *Cell._fields, "measure"])]
     if len(twice):
         row = twice.iloc[0]
