@@ -34,7 +34,10 @@ VARIANTS = (
     *("plain", "plain-temperature0.1", "plain-temperature0.05", "plain-more-epochs", "third-view"),
     *("random-box", "random-center-box", "center-box", "gradmix", "gradmix-loss", "oracle"),
 )
-OTHERS = ("gradmix-mask", "gradmix-layer4", "gradmix-lam0.5-0.9", "gradmix-donor-positive", "gradmix-attract")
+OTHERS = (
+    *("gradmix-mask", "gradmix-layer2", "gradmix-layer4"),
+    *("gradmix-lam0.5-0.9", "gradmix-donor-positive", "gradmix-attract"),
+)
 REFERENCES = ("random-box", "third-view", "plain")
 PRIMARY = "unstamped_linear"
 OTHER_MEASURES = (
@@ -66,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = command.parser(__doc__, RESULTS, ".cache/shortcuts", images=5000, epochs=8, corrupted=0)
     add, known = parser.add_argument, (*VARIANTS, *OTHERS)
     add("--method", choices=METHODS, default="simclr")
-    text = "of %(choices)s (default: all but the last five)"
+    text = "of %(choices)s (default: all but the last six)"
     add("--variants", nargs="+", choices=known, metavar="VARIANT", default=VARIANTS, help=text)
     text = "of %(choices)s (default: stamps-9)"
     add("--planted", nargs="+", choices=tuple(STAMPED), metavar="DATA", default=["stamps-9"], help=text)
