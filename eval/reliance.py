@@ -126,8 +126,7 @@ def evaluate(evaluation: cli.Evaluation, options: Options) -> None:
     layers = [{name: value for name, value in each.items() if name == "layer"} for each in measured["params"]]
     print(rows.console(measured.assign(params=layers)))
     share, at_random = (most.by_image(place).mean().item() for place in PLACES[:2])
-    print(verdict(share, at_random, options.part, most.layer))
-    print(f"Rows: {written}, picture: {written.with_suffix('.png')}")
+    print(f"{verdict(share, at_random, options.part)}\nRows: {written}, picture: {written.with_suffix('.png')}")
 
 
 def picture(found: Reliance, crops: Tensor, views: Views, title: str) -> Figure:

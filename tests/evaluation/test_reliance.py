@@ -205,10 +205,10 @@ def test_what_cannot_be_measured_is_said(model, given, layers, message) -> None:
 
 
 def test_the_sentence() -> None:
-    alarm = verdict(0.97, 0.13, 0.1, "layer3")
-    assert "loses 97% of its agreement with 10% of the image (13% with one at random), and those without" in alarm
-    assert alarm.endswith("training with GradMix at layer3 may loosen that")
-    assert verdict(0.14, -0.02, 0.1, "layer3").endswith(
+    assert "loses 97% of its agreement with 10% of the image (13% with one at random), and those without" in verdict(
+        0.97, 0.13, 0.1
+    )
+    assert verdict(0.14, -0.02, 0.1).endswith(
         "loses 14% of its agreement with 10% of the image, the part that matters most (0% with one at random)"
     )
-    assert "loses all of its agreement" in verdict(1.2, 0.1, 0.1, "layer3")
+    assert "loses all of its agreement" in verdict(1.2, 0.1, 0.1)
