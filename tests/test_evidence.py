@@ -247,6 +247,10 @@ def test_exchanged_stamps(tmp_path):
     assert found["other_bits"] == pytest.approx(expected.item(), abs=1e-5)
     for name in ("same_stamp", "other_place", "other_image"):
         assert found[name] == pytest.approx(1, abs=1e-6)
+    encoder.model = nn.Sequential(corner, nn.Unflatten(1, (3, 6, 6)), nn.AvgPool2d(2), nn.Flatten())
+    assert exchange.read_out(encoder, data)["first_bit"] == 1
+    encoder.model = nn.Sequential(nn.ZeroPad2d((0, -6, 0, -6)), nn.AvgPool2d(13), nn.Flatten())
+    assert exchange.read_out(encoder, data)["first_bit"] < 0.65  # of everything but the stamp
 
 
 class TestImages:

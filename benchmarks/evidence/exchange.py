@@ -2,7 +2,7 @@
 
 Two views of each training image are embedded, and the second one's cosine similarity to the first is read with the
 image's own stamp, with the bits or the place of another image's, and with its own stamp on another image. Beside those
-stands the linear probe of the class on whole images that bear their stamps.
+stand linear probes of the class, and of the first bit, on whole images that bear their stamps.
 
     python benchmarks/evidence/exchange.py runs/x
 """
@@ -27,12 +27,21 @@ IMAGES = 1024
 
 
 @torch.inference_mode()
-def features(encoder: Encoder, data: Data, split: str) -> tuple[Tensor, Tensor]:
-    """Of whole images that bear their stamps, (N, D), and labels (N,)."""
+def features(encoder: Encoder, data: Data, split: str) -> tuple[Tensor, dict[str, Tensor]]:
+    """Of whole images that bear their stamps, (N, D), and what probes read there, (N,) each."""
     images = load_known(data, split)
     views = Views(WHOLE, encoder.size, encoder.mean, encoder.std, stamps=images.stamps)
-    found = [encoder.model(views(part, 1)[0]) for part in images.originals(2**34).split(256)]
-    return torch.cat(found).clone(), torch.as_tensor(images.labels)
+    pixels = images.originals(2**34)
+    found = torch.cat([encoder.model(views(part, 1)[0]) for part in pixels.split(256)])
+    labels = {"stamped_linear": torch.as_tensor(images.labels), "first_bit": planted.name(pixels)[:, 0] & 1}
+    return found.clone(), {name: each.clone() for name, each in labels.items()}
+
+
+def read_out(encoder: Encoder, data: Data) -> dict[str, float]:
+    """Test accuracies of linear probes."""
+    (train, labels), (test, right) = (features(encoder, data, split) for split in ("train", "test"))
+    accurate = {name: linear_probe(train, labels[name]).accuracy(test, right[name]).top1 for name in labels}
+    return {name: each.double().mean().item() for name, each in accurate.items()}
 
 
 @torch.inference_mode()
@@ -67,8 +76,7 @@ def similarities(encoder: Encoder, data: Data, augmentation: Augmentation) -> di
 def main(run: str) -> None:
     encoder = load_encoder(run)
     data, augmentation = Data(**encoder.config["data"]), Augmentation(**encoder.config["augmentation"])
-    right = linear_probe(*features(encoder, data, "train")).accuracy(*features(encoder, data, "test")).top1
-    found = {"stamped_linear": right.double().mean().item()}
+    found = read_out(encoder, data)
     found |= similarities(load_encoder(run, feature="projector"), data, augmentation)
     Path(run, "exchange.json").write_text(json.dumps(found))
     print(", ".join(f"{name} {value:.3f}" for name, value in found.items()))

@@ -94,6 +94,7 @@ MEASURES = {
     "unstamped_linear": Measure("linear probe, without stamps", "stamps", "linear_probe.json", "linear", "top1"),
     "unstamped_knn": Measure("kNN, without stamps", "stamps", "linear_probe.json", "knn", "top1"),
     "stamped_linear": Measure("linear probe, with stamps", "stamps"),
+    "first_bit": Measure("linear probe of a bit (less is better)", "stamps", larger_is_better=False),
     "same_stamp": Measure("cosine of two views", "stamps"),
     "other_bits": Measure("cosine, stamp of other bits", "stamps"),
     "other_place": Measure("cosine, stamp elsewhere", "stamps"),
@@ -113,7 +114,7 @@ MEASURES = {
 }  # fmt: skip
 """By their names in rows, in the order of the tables."""
 
-EXCHANGED = ("stamped_linear", "same_stamp", "other_bits", "other_place", "other_image")
+EXCHANGED = ("stamped_linear", "first_bit", "same_stamp", "other_bits", "other_place", "other_image")
 """Read where all views bear stamps."""
 
 CHOSEN_BY = ("validation_knn", "validation_linear", "validation_loss", "stamps_validation_loss")
