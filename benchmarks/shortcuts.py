@@ -41,18 +41,8 @@ OTHERS = (
 REFERENCES = ("random-box", "third-view", "plain")
 PRIMARY = "unstamped_linear"
 OTHER_MEASURES = (
-    *(
-        "unstamped_knn",
-        "stamped_linear",
-        "first_bit",
-        "same_stamp",
-        "other_bits",
-        "other_place",
-        "other_image",
-        "reliance",
-        "hit",
-    ),
-    *("unstamped_corruption_error", "stamps_validation_loss"),
+    *("unstamped_knn", "stamped_linear", "first_bit", "same_stamp", "other_bits", "other_place", "other_image"),
+    *("reliance", "hit", "unstamped_corruption_error", "stamps_validation_loss"),
 )
 
 INTRODUCTION = """# Tables of the planted shortcuts

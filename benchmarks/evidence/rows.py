@@ -94,7 +94,7 @@ MEASURES = {
     "unstamped_linear": Measure("linear probe, without stamps", "stamps", "linear_probe.json", "linear", "top1"),
     "unstamped_knn": Measure("kNN, without stamps", "stamps", "linear_probe.json", "knn", "top1"),
     "stamped_linear": Measure("linear probe, with stamps", "stamps"),
-    "first_bit": Measure("linear probe of a bit (less is better)", "stamps", larger_is_better=False),
+    "first_bit": Measure("linear probe of a bit", "stamps"),
     "same_stamp": Measure("cosine of two views", "stamps"),
     "other_bits": Measure("cosine, stamp of other bits", "stamps"),
     "other_place": Measure("cosine, stamp elsewhere", "stamps"),
