@@ -25,7 +25,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from scipy.stats import ttest_rel
+from scipy.stats import ttest_1samp, ttest_rel
 from support import ROOT, load_script
 from torch import nn
 
@@ -405,6 +405,16 @@ def test_differences_equal_scipy_and_the_formula():
     alone = compared.loc["linear", "third-view"]
     assert (alone["mean"], alone.seeds, alone.verdict) == (pytest.approx(0.04), 1, "open")
     assert math.isnan(alone.low)
+
+
+def test_differences_of_one_trial_are_averaged_before_the_interval():
+    changes = {0: 0.01, 4: 0.03, 1: 0.05, 5: 0.07, 2: 0.02}  # seed s is of the trial s % 4
+    made = [row("plain", "osr_auroc", 0.5, seed) for seed in changes]
+    made += [row("gradmix", "osr_auroc", 0.5 + change, seed) for seed, change in changes.items()]
+    found = rows.differences(pd.DataFrame(made), "plain").loc["osr_auroc", "gradmix"]
+    expected = ttest_1samp([0.02, 0.06, 0.02], 0).confidence_interval(0.95)
+    assert tuple(found[["mean", "low", "high"]]) == pytest.approx((0.1 / 3, *expected))
+    assert found.seeds == 5
 
 
 @pytest.mark.parametrize(

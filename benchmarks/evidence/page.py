@@ -36,9 +36,9 @@ Written by `python benchmarks/evidence.py --report` from the rows in `evidence.j
 Encoders are frozen. Shares are in percent, their differences in percentage points; RankMe is that of the training
 images' features. A difference is the mean over seeds of one variant minus another at the same seed, with the 95% t
 interval of that mean (and the number of seeds): **bold** where the interval excludes 0 for the better, ***bold
-italics*** where for the worse. Nothing is corrected for the number of comparisons. Settings are chosen by the rows
-of held-out training images, which are held out from classifiers and neighbors, not from pretraining, and which the
-verdicts do not count.
+italics*** where for the worse. Seeds of one open-set trial are averaged first, so that the interval is over trials.
+Nothing is corrected for the number of comparisons. Settings are chosen by the rows of held-out training images, which
+are held out from classifiers and neighbors, not from pretraining, and which the verdicts do not count.
 
 Rows without `probe` in their settings are of earlier evaluations, which do not mix with today's: the commands of the
 grids `cpu...` need another name behind `--grid`.

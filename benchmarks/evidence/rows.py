@@ -16,7 +16,7 @@ import pandas as pd
 import yaml
 from scipy.stats import ttest_1samp
 
-from evidence.cells import Cell, Grid, passes
+from evidence.cells import TRIALS, Cell, Grid, passes
 
 CELL = (
     *("grid", "method", "variant", "data", "seed", "passes", "attributions", "target_passes"),
@@ -223,8 +223,9 @@ def finished(rows: pd.DataFrame, grid: Grid) -> set[Cell]:
 def differences(rows: pd.DataFrame, reference: str) -> pd.DataFrame:
     """Paired differences of all variants to one, with the 95% t interval of their mean.
 
-    Seeds pair because they share initialization, the order of images and, on known classes, the trial. The interval
-    speaks about further seeds (and trials), on the same images.
+    Seeds pair because they share initialization, the order of images and, on known classes, the trial. Differences of
+    one open-set trial are averaged first, as its seeds agree more with each other than trials do. The interval speaks
+    about further seeds, or trials, on the same images.
 
     Args:
         rows: Of one grid and method.
@@ -234,12 +235,15 @@ def differences(rows: pd.DataFrame, reference: str) -> pd.DataFrame:
         By measure and variant: `mean`, `low`, `high` (NaN where there is one seed), the number of `seeds` that both
         have, and the `verdict`: `better` or `worse` where the interval leaves 0 out, else `open`.
     """
-    numbers = rows.pivot(index=["measure", "seed"], columns="variant", values="value")
+    drawn = rows.seed.where(rows.data != "known", rows.seed % len(TRIALS))
+    numbers = rows.assign(drawn=drawn).pivot(index=["measure", "drawn", "seed"], columns="variant", values="value")
     subtracted = numbers.pop(reference) if reference in numbers else np.nan
     paired = numbers.sub(subtracted, axis=0).stack().dropna()
-    found = paired.groupby(["measure", "variant"], sort=False).agg(list)
+    seeds = paired.groupby(["measure", "variant"], sort=False).size()
+    found = paired.groupby(["measure", "drawn", "variant"], sort=False).mean()
+    found = found.groupby(["measure", "variant"], sort=False).agg(list)
     columns = ("mean", "low", "high", "seeds", "verdict")
-    summary = {key: (*paired_interval(values), len(values)) for key, values in found.items()}
+    summary = {key: (*paired_interval(values), seeds[key]) for key, values in found.items()}
     frame = pd.DataFrame.from_dict(
         {key: (*row, _verdict(*row[:3], MEASURES[key[0]])) for key, row in summary.items()}, "index", columns=columns
     )
