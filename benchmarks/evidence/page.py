@@ -217,5 +217,6 @@ def forest(compared: pd.DataFrame) -> Figure | None:
         axes.spines[["top", "right", "left"]].set_visible(False)
         if not MEASURES[measure].larger_is_better:
             axes.invert_xaxis()
-    figure.supxlabel(f"difference to {REFERENCE} in points, 95% interval over seeds, or open-set trials; right is better", fontsize=7)
+    over = "95% interval over seeds, or open-set trials"
+    figure.supxlabel(f"difference to {REFERENCE} in points, {over}; right is better", fontsize=7)
     return figure
