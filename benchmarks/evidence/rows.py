@@ -232,7 +232,7 @@ def differences(rows: pd.DataFrame, reference: str) -> pd.DataFrame:
         reference: The variant that is subtracted.
 
     Returns:
-        By measure and variant: `mean`, `low`, `high` (NaN where there is one seed), the number of `seeds` that both
+        By measure and variant: `mean`, `low`, `high` (NaN for one seed, or trial), the number of `seeds` that both
         have, and the `verdict`: `better` or `worse` where the interval leaves 0 out, else `open`.
     """
     drawn = rows.seed.where(rows.data != "known", rows.seed % len(TRIALS))
