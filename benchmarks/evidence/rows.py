@@ -235,12 +235,12 @@ def differences(rows: pd.DataFrame, reference: str) -> pd.DataFrame:
         By measure and variant: `mean`, `low`, `high` (NaN for one seed, or trial), the number of `seeds` that both
         have, and the `verdict`: `better` or `worse` where the interval leaves 0 out, else `open`.
     """
-    drawn = rows.seed.where(rows.data != "known", rows.seed % len(TRIALS))
-    numbers = rows.assign(drawn=drawn).pivot(index=["measure", "drawn", "seed"], columns="variant", values="value")
+    over = rows.seed.where(rows.data != "known", rows.seed % len(TRIALS))  # seeds, or trials, as in `cells`
+    numbers = rows.assign(over=over).pivot(index=["measure", "over", "seed"], columns="variant", values="value")
     subtracted = numbers.pop(reference) if reference in numbers else np.nan
     paired = numbers.sub(subtracted, axis=0).stack().dropna()
     seeds = paired.groupby(["measure", "variant"], sort=False).size()
-    found = paired.groupby(["measure", "drawn", "variant"], sort=False).mean()
+    found = paired.groupby(["measure", "over", "variant"], sort=False).mean()
     found = found.groupby(["measure", "variant"], sort=False).agg(list)
     columns = ("mean", "low", "high", "seeds", "verdict")
     summary = {key: (*paired_interval(values), seeds[key]) for key, values in found.items()}
