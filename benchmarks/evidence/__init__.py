@@ -1,1 +1,0 @@
-"""Controlled experiments, in the order things happen: images, cells, running, rows, page."""
