@@ -1,75 +1,115 @@
-"""Named data sets and image folders, as images in memory or paths on disk with labels."""
+"""Named data sets and image folders, as images in memory or paths on disk, with labels."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 import os
-import unicodedata
 import warnings
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
+from jsonargparse.typing import OpenUnitInterval, PositiveInt
 from PIL import Image
 
 from ssl_gradmix.data import images as image_files
-from ssl_gradmix.data.planted import Stamps, stamps_of
-from ssl_gradmix.files import printable
-from ssl_gradmix.settings import Data
 
 logger = logging.getLogger("ssl_gradmix")
 
-DIGITS = tuple("0123456789")
-
 MEMORY = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-"""Of the machine, in bytes."""
+"""Memory of this machine in bytes."""
 
-_SPLITS = {
-    "train": (("train", "training"),),
-    "test": (("test", "testing"), ("val", "valid", "validation")),
+_DIGITS = tuple("0123456789")
+
+_SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "test": ("test", "testing", "val", "valid", "validation"),
 }
-"""What the folder of a split is called, in upper or lower case. Where there are both, test/ is taken before val/."""
+"""Folder names of each split in lower case; the first that exists is read."""
+
+
+@dataclass
+class Data:
+    """Which images to use, and where they are.
+
+    Args:
+        name: `digits` (in scikit-learn, nothing to download), `cifar10`, `cifar100`, `svhn`,
+            `mnist`, `stl10` (by torchvision), or `folder`.
+        root: Folder of the images. For `folder`: `root/train/<class>/*` and `root/test/<class>/*`
+            (or `val/`), or `root/<class>/*` (split by `test_fraction`), or images without class
+            folders (unlabeled). For torchvision's data sets: the folder where it keeps its files,
+            `data` by default.
+        size: Side of the square images that the encoder sees, in pixels.
+        download: Download one of torchvision's data sets if it is not in `root`.
+        classes: Use only these classes, by name or by number (a name wins; quote names that are
+            numbers, such as `'01'`), for instance the known ones of an open-set trial.
+        open_set: Use only the known classes of an open-set trial: `cifar10:2` is trial 2 of the
+            literature's five, `random:6:0` draws six classes with seed 0.
+        test_fraction: Fraction of each class held out for testing, for folders that have no
+            train/ and test/.
+        split_seed: Seed of that split.
+        broken: What to do with unreadable images: `stop` with the path, or `skip` and report
+            them, which decodes every file once at the start.
+    """
+
+    name: Literal["digits", "cifar10", "cifar100", "svhn", "mnist", "stl10", "folder"] = "digits"
+    root: str | None = None
+    size: PositiveInt = 32
+    download: bool = False
+    classes: list[str | int] | None = None  # str first: tried as int first, '01' becomes 1
+    open_set: str | None = None
+    test_fraction: OpenUnitInterval = 0.2
+    split_seed: int = 0
+    broken: Literal["stop", "skip"] = "stop"
+
+    def __post_init__(self) -> None:
+        if self.name == "folder" and not self.root:
+            raise ValueError("data.root must be given with data.name=folder")
+        if self.name == "digits" and self.root:
+            raise ValueError(
+                "data.root has no effect with data.name=digits: remove it or add --data.name folder"
+            )
+        if self.classes is not None and self.open_set is not None:
+            raise ValueError("data.classes and data.open_set cannot be combined: give one of them")
 
 
 @dataclass(eq=False)
-class ImageSet(torch.utils.data.Dataset):
-    """Images, in memory or on disk, and what they show.
+class ImageSet:
+    """Images, in memory or on disk, with labels.
 
     Args:
-        images: uint8 (N, H, W, 3), or the paths of N image files, decoded when they are asked for.
-        labels: int64 (N,), -1 where unlabeled.
-        classes: Label k is `classes[k]`. Kept whole when a subset of the classes is taken: labels keep their numbers.
-        name: What messages and results call it, for instance `digits/train`.
-        stamps: What is planted into their views, not into the images themselves; None for nothing.
+        images: uint8 (N, H, W, 3), or the paths of N image files, decoded on demand.
+        labels: int64 (N,), -1 for unlabeled images.
+        classes: Class names; label k is `classes[k]`. Subsets keep all of them, so labels keep
+            their meaning.
+        name: Name in messages and results, for instance `digits/train`.
     """
 
     images: np.ndarray | list[Path]
     labels: np.ndarray
     classes: tuple[str, ...]
     name: str
-    stamps: Stamps | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        """Image `index` in RGB at its own size, and its label.
+    def decoded(self, index: int) -> torch.Tensor:
+        """Image `index` at its own size, uint8 (3, H, W).
 
         Raises:
             ValueError: The file cannot be read; the message names its path.
         """
-        image = self.images[index]
-        decoded = Image.fromarray(image) if isinstance(self.images, np.ndarray) else image_files.decode(image)
-        return decoded, int(self.labels[index])
+        pixels = np.array(self._decoded(index))
+        return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
 
-    def decoded(self, index: int) -> torch.Tensor:
-        """Image `index` at its own size, uint8 (3, H, W); raises as `__getitem__`."""
-        return torch.from_numpy(np.array(self[index][0]).transpose(2, 0, 1).copy())
+    def _decoded(self, index: int) -> Image.Image:
+        if isinstance(self.images, np.ndarray):
+            return Image.fromarray(self.images[index])
+        return image_files.decode(self.images[index])
 
     @property
     def labeled(self) -> bool:
@@ -77,72 +117,76 @@ class ImageSet(torch.utils.data.Dataset):
         return bool((self.labels >= 0).all())
 
     def subset(self, indices: Sequence[int] | np.ndarray) -> ImageSet:
-        """Takes the images at `indices` (or where a boolean array is true), in that order."""
+        """Takes the images at `indices`, in that order, or those where a boolean array is true."""
         kept = np.arange(len(self))[indices]
-        taken = self.images[kept] if isinstance(self.images, np.ndarray) else [self.images[i] for i in kept]
-        return replace(self, images=taken, labels=self.labels[kept])
+        images: np.ndarray | list[Path]
+        if isinstance(self.images, np.ndarray):
+            images = self.images[kept]
+        else:
+            images = [self.images[i] for i in kept]
+        return replace(self, images=images, labels=self.labels[kept])
 
     def only(self, classes: Sequence[int]) -> ImageSet:
-        """Takes the images of these classes, in their present order; ValueError where there are none."""
+        """Takes the images with these labels, in order; ValueError if there are none."""
         kept = np.isin(self.labels, classes)
         if not kept.any():
-            raise ValueError(
-                f"{self.name} has no image of the classes {list(classes)}, only of {np.unique(self.labels).tolist()}"
-            )
+            raise ValueError(f"{self.name} has no image of the classes {list(classes)}")
         return self.subset(kept)
 
     def with_few_labels(self, fraction: float, seed: int) -> ImageSet:
-        """The same images: a share of each class, drawn and at least one, keeps its label, and the others get -1."""
-        kept = _held_out(self.labels, fraction, seed)
+        """The same images, of which a random fraction of each class (at least one) keeps its label.
+
+        The other images get the label -1.
+        """
+        kept = _draw_fraction(self.labels, fraction, seed)
         return replace(self, labels=np.where(kept, self.labels, -1))
 
     def describe(self) -> str:
-        """One line for the user, such as `digits/train: 1,438 images of 10 classes (0, 1, 2, ...)`."""
+        """A line such as `digits/train: 1,438 images of 10 classes (0, 1, 2, ...)`."""
+        start = f"{self.name}: {len(self):,} images"
         present = [self.classes[label] for label in np.unique(self.labels[self.labels >= 0])]
-        unlabeled = int((self.labels < 0).sum())
         if not present:
-            return f"{self.name}: {len(self):,} images without labels"
-        few = ", ".join([*present[:3], *["..."] * (len(present) > 3)])
+            return f"{start} without labels"
+        names = ", ".join(present[:3]) + (", ..." if len(present) > 3 else "")
+        unlabeled = int((self.labels < 0).sum())
         rest = f", {unlabeled:,} of them without labels" if unlabeled else ""
-        return f"{self.name}: {len(self):,} images of {len(present)} class{'es' * (len(present) > 1)} ({few}){rest}"
+        return f"{start} of {len(present)} class{'es' * (len(present) > 1)} ({names}){rest}"
 
     def fingerprint(self) -> str:
-        """What the images are, as 16 hex digits: the same for a copy elsewhere, another for any image more or less.
+        """A hash of the images, 16 hex digits: equal for copies, different for other images.
 
-        Files go by their path below the folder that holds them all and by their size, images in memory by their pixels.
+        Images in memory are hashed by their pixels; files by their size and their path relative
+        to the folder that contains them all.
 
         Raises:
-            OSError: A file is gone.
+            OSError: A file does not exist.
         """
-        digest = hashlib.sha256(np.ascontiguousarray(self.labels))
+        digest = hashlib.sha256(np.ascontiguousarray(self.labels).data)
         if isinstance(self.images, np.ndarray):
             digest.update(repr(self.images.shape).encode())
-            digest.update(np.ascontiguousarray(self.images))
+            digest.update(np.ascontiguousarray(self.images).data)
         else:
             common = len(os.path.commonpath([path.parent for path in self.images]))
             for path in self.images:
-                below = str(path)[common:].lstrip(os.sep)
-                digest.update(os.fsencode(f"{below}\0{os.stat(path).st_size}\0"))
+                relative = str(path)[common:].lstrip(os.sep)
+                digest.update(os.fsencode(f"{relative}\0{os.stat(path).st_size}\0"))
         return digest.hexdigest()[:16]
 
     def originals(self, limit: int) -> torch.Tensor | list[torch.Tensor] | None:
-        """Decodes all images at their own sizes; raises as `__getitem__`.
+        """Decodes all images at their own sizes.
 
         Returns:
-            uint8 (N, 3, H, W) where all are of one size, else N tensors (3, H, W). None where they take more than
-            `limit` bytes, which the headers of files tell before any is decoded.
+            uint8 (N, 3, H, W) if all have the same size, else N tensors (3, H, W). None if they
+            would take more than `limit` bytes, by the headers of the files.
+
+        Raises:
+            ValueError: As `decoded`.
         """
+        if self._decoded_bytes() > limit:
+            return None
         if isinstance(self.images, np.ndarray):
-            if self.images.nbytes > limit:
-                return None
             return torch.from_numpy(self.images).permute(0, 3, 1, 2).contiguous()
-        total = 0
-        for path in self.images:
-            width, height = image_files.stored_size(path)
-            total += 3 * width * height
-            if total > limit:
-                return None
-        decoded: list[torch.Tensor] = [torch.empty(0)] * len(self)
+        decoded = [torch.empty(0)] * len(self)
 
         def fill(i: int) -> None:
             decoded[i] = self.decoded(i)
@@ -150,77 +194,87 @@ class ImageSet(torch.utils.data.Dataset):
         image_files.for_each(len(self), fill, f"decoding {self.name}")
         if len({image.shape for image in decoded}) > 1:
             return decoded
-        together = torch.empty(len(self), *decoded[0].shape, dtype=torch.uint8)
-        for i in range(len(self)):  # one by one, each freed at once: both at a time may be more than the memory
-            together[i], decoded[i] = decoded[i], together[i]
-        return together
+        stacked = torch.empty(len(self), *decoded[0].shape, dtype=torch.uint8)
+        for i in range(len(self)):  # free one by one: memory may not hold all images twice
+            stacked[i] = decoded[i]
+            decoded[i] = stacked[i]
+        return stacked
+
+    def _decoded_bytes(self) -> int:
+        if isinstance(self.images, np.ndarray):
+            return self.images.nbytes
+        sizes = (image_files.stored_size(path) for path in self.images)
+        return sum(3 * width * height for width, height in sizes)
 
     def pixels(self, size: int, progress: bool = True) -> torch.Tensor:
-        """Decodes all images to uint8 (N, 3, size, size): what an encoder is evaluated on.
+        """Decodes all images to uint8 (N, 3, size, size), the input of an evaluation.
 
-        The shorter side is resized (bilinear, antialiased), and the center square kept.
+        The shorter side is resized (bilinear, antialiased), and the center square is kept.
 
         Raises:
-            ValueError: As `__getitem__`, or the images take more memory than the machine has.
+            ValueError: As `decoded`, or the images need more memory than the machine has.
         """
         if isinstance(self.images, np.ndarray) and self.images.shape[1:3] == (size, size):
             return torch.from_numpy(self.images).permute(0, 3, 1, 2).contiguous()
-        needed = len(self) * 3 * size * size
-        if needed > MEMORY:
+        shape = (len(self), 3, size, size)
+        if np.prod(shape, dtype=float) > MEMORY:
             raise ValueError(
-                f"{self.name}: {len(self):,} images of {size}x{size} take {needed / 2**30:,.0f} GiB decoded, and this "
-                f"machine has {MEMORY / 2**30:,.0f}: choose a smaller data.size"
+                f"{self.name} does not fit in memory at size={size}: use a smaller one"
             )
-        pixels = np.empty((len(self), 3, size, size), np.uint8)
+        pixels = np.empty(shape, np.uint8)
 
         def fill(i: int) -> None:
-            pixels[i] = np.asarray(image_files.fit(self[i][0], size)).transpose(2, 0, 1)
+            image = image_files.fit(self._decoded(i), size)
+            pixels[i] = np.asarray(image).transpose(2, 0, 1)
 
         image_files.for_each(len(self), fill, f"decoding {self.name}", progress)
         return torch.from_numpy(pixels)
 
 
 def load(data: Data, split: Literal["train", "test", "all"]) -> ImageSet:
-    """Loads one split of the data set that the settings name, with all its classes.
+    """Loads one split of a data set with all its classes.
 
-    `data.classes` and `data.open_set` are not applied here, because an open-set evaluation needs the unknown classes
-    too; `open_set.load_known` applies them.
+    `data.classes` and `data.open_set` are not applied here, because open-set evaluations need the
+    unknown classes too; `open_set.load_known` applies them.
 
-    The splits are the data set's own, with these exceptions. `digits` has none: a fifth of each class, drawn with a
-    fixed seed, is its test split. The train split of `stl10` is its 5,000 labeled and 100,000 unlabeled images. The
-    test split of a `folder` is its test/, or its val/ where there is no test/; one of class folders without such
-    folders is split by `data.test_fraction` and `data.split_seed`, or taken whole as `all`; images without class
-    folders are unlabeled and all in train.
+    The splits are those of the data set, with these exceptions. `digits` has none: a fifth of each
+    class, drawn with a fixed seed, is its test split. The train split of `stl10` is its 5,000
+    labeled and 100,000 unlabeled images. Class folders without train/ and test/ are split by
+    `data.test_fraction` and `data.split_seed`. Images without class folders are unlabeled and all
+    in train.
+
+    Args:
+        data: The settings.
+        split: `all` is for out-of-distribution images: all images of a folder without train/ and
+            test/, otherwise the test split.
 
     Returns:
-        At least two images. Those of a `folder` stay on disk. With `broken="skip"` each of its files is decoded once
-        here, and those that fail are left out, each logged and all counted in one warning; with `broken="stop"` they
-        raise when asked for.
+        At least two images. Those of a `folder` stay on disk.
 
     Raises:
-        FileNotFoundError: The files are not there, or a split does not exist; the message says what would help.
-        ConnectionError: A download failed.
-        ValueError: A folder whose layout is ambiguous, which has no images, or the same file in two classes or splits;
-            or fewer than two images.
+        FileNotFoundError: The files or the split do not exist.
+        ValueError: The folder's layout is ambiguous, or it has fewer than two images.
     """
-    if data.name == "digits":
-        images = _digits(split)
+    if data.name == "folder":
+        images = _folder(data, split)
+    elif data.name == "digits":
+        images = _digits("train" if split == "train" else "test")
     else:
-        images = _folder(data, split) if data.name == "folder" else _torchvision(data, split)
+        images = _torchvision(data, "train" if split == "train" else "test")
     if len(images) < 2:
-        raise ValueError(f"{images.name} has {len(images)} image{'' if len(images) else 's'}, at least 2 are needed")
-    return replace(images, stamps=stamps_of(data))
+        raise ValueError(f"{images.name} has fewer than 2 images")
+    return images
 
 
-def _held_out(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """Draws test images, boolean (N,): that share of each class, at least one but not all of a class of two or more."""
+def _draw_fraction(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Draws a fraction of each class, bool (N,): at least one image, but not all of two or more."""
     rng = np.random.default_rng(seed)
-    held_out = np.zeros(len(labels), bool)
+    drawn = np.zeros(len(labels), bool)
     for label in np.unique(labels):
         members = rng.permutation(np.flatnonzero(labels == label))
         count = min(max(round(fraction * len(members)), 1), len(members) - 1)
-        held_out[members[:count]] = True
-    return held_out
+        drawn[members[:count]] = True
+    return drawn
 
 
 def _digits(split: str) -> ImageSet:
@@ -228,202 +282,129 @@ def _digits(split: str) -> ImageSet:
 
     digits = load_digits()  # values 0 to 16
     gray = np.round(digits.images * (255 / 16)).astype(np.uint8)
-    pixels = np.stack([np.asarray(image_files.fit(Image.fromarray(image), 32).convert("RGB")) for image in gray])
-    chosen = _held_out(digits.target, 0.2, seed=0) == (split == "test")
-    return ImageSet(pixels, digits.target.astype(np.int64), DIGITS, f"digits/{split}").subset(chosen)
+    enlarged = [image_files.fit(Image.fromarray(image), 32).convert("RGB") for image in gray]
+    labels = digits.target.astype(np.int64)
+    images = ImageSet(
+        np.stack([np.asarray(i) for i in enlarged]), labels, _DIGITS, f"digits/{split}"
+    )
+    return images.subset(_draw_fraction(labels, 0.2, seed=0) == (split == "test"))
 
 
 def _torchvision(data: Data, split: str) -> ImageSet:
     from torchvision import datasets
 
     root = Path(data.root or "data").expanduser()
-    names = {"svhn": split, "stl10": "train+unlabeled" if split == "train" else "test"}
-    which = {"split": names[data.name]} if data.name in names else {"train": split == "train"}
+    split_names = {"svhn": split, "stl10": "train+unlabeled" if split == "train" else "test"}
+    by_name = data.name in split_names
+    which = {"split": split_names[data.name]} if by_name else {"train": split == "train"}
     try:
         loaded = getattr(datasets, data.name.upper())(root, download=data.download, **which)
-    except (RuntimeError, OSError) as error:
-        if data.download:
-            raise ConnectionError(
-                f"cannot download {data.name} to data.root {str(root)!r} ({error}): check the network and that folder, "
-                "or copy the files that torchvision keeps there from another machine"
-            ) from error
+    except RuntimeError as error:
         raise FileNotFoundError(
-            f"{data.name} is not in data.root {str(root)!r}: --data.download true fetches it, or set data.root to the "
-            f"folder where torchvision keeps it ({error})"
+            f"cannot load {data.name} from data.root {str(root)!r} ({error}): "
+            "--data.download true downloads it"
         ) from error
-    images, labels = np.asarray(loaded.data), loaded.labels if data.name in names else loaded.targets
-    images = images[..., None].repeat(3, axis=-1) if data.name == "mnist" else images
-    images = images.transpose(0, 2, 3, 1) if data.name in names else images
-    classes = DIGITS if data.name in ("mnist", "svhn") else tuple(loaded.classes)
-    return ImageSet(images, np.asarray(labels, np.int64), classes, f"{data.name}/{split}")
+    images = np.asarray(loaded.data)
+    if data.name == "mnist":
+        images = images[..., None].repeat(3, axis=-1)
+    if by_name:
+        images = images.transpose(0, 2, 3, 1)
+    labels = np.asarray(loaded.labels if by_name else loaded.targets, np.int64)
+    classes = _DIGITS if data.name in ("mnist", "svhn") else tuple(loaded.classes)
+    return ImageSet(images, labels, classes, f"{data.name}/{split}")
 
 
 def _folder(data: Data, split: str) -> ImageSet:
-    root = Path(data.root).expanduser()
+    root = Path(data.root or "").expanduser()
     if not root.is_dir():
         raise FileNotFoundError(f"data.root {str(root)!r} is not a folder")
-    name = f"folder:{printable(root.resolve().name)}/{split}"
-    if has_splits(root):
-        images = _list_split(root, split, name)
+    name = f"folder:{root.resolve().name}"
+    if folders := _split_folders(root):
+        split = "test" if split == "all" else split
+        images = _list_images(_folder_of_split(root, folders, split), f"{name}/{split}")
     else:
-        images = _list_folder(root, name)
+        images = _list_images(root, f"{name}/{split}")
         if split == "test" and not images.classes:
-            raise FileNotFoundError(
-                f"data.root {str(root)!r} has no test images: it has neither class folders to split nor a folder test/"
-            )
+            raise FileNotFoundError(f"data.root {str(root)!r} has no test/ and no classes to split")
         if split != "all" and images.classes:
-            held_out = _held_out(images.labels, data.test_fraction, data.split_seed)
-            groups = zip(images.labels.tolist(), held_out.tolist(), strict=True)
-            _refuse_links(zip(images.images, groups, strict=True))
+            held_out = _draw_fraction(images.labels, data.test_fraction, data.split_seed)
             images = images.subset(held_out == (split == "test"))
     return _without_broken(images) if data.broken == "skip" else images
 
 
-def split_folder(root: Path, split: str) -> Path | None:
-    """Where the images of a split lie: `root/train`, `root/Test`, or `root/val` where there is no test/.
-
-    Raises:
-        ValueError: Several folders could be that split.
-    """
-    for names in _SPLITS[split]:
-        found = [name for name in _class_folders(root) if name.casefold() in names]
-        if len(found) > 1:
-            raise ValueError(f"data.root {str(root)!r} has {found}, any of which may hold the {split} images: keep one")
-        if found:
-            return root / found[0]
-    return None
+def _split_folders(root: Path) -> dict[str, Path]:
+    """The folders of `train` and `test` in `root`; empty if it has neither."""
+    by_name = {name.lower(): root / name for name in _subfolders(root)}
+    found = {}
+    for split, names in _SPLIT_NAMES.items():
+        if present := [by_name[name] for name in names if name in by_name]:
+            found[split] = present[0]
+    return found
 
 
-def has_splits(root: Path) -> bool:
-    """Whether a folder has train/ or test/, by any of their names, in place of class folders."""
-    return root.is_dir() and any(split_folder(root, split) for split in _SPLITS)
-
-
-def _list_split(root: Path, split: str, name: str) -> ImageSet:
-    """Lists one of the split folders; refuses where it is missing, may be a class, or does not fit the other one."""
-    other_split = "test" if split == "train" else "train"
-    folder, other = split_folder(root, split), split_folder(root, other_split)
-    if folder is None:
+def _folder_of_split(root: Path, folders: dict[str, Path], split: str) -> Path:
+    """The folder of one split; raises if it does not exist or if the splits' classes differ."""
+    if split not in folders:
         raise FileNotFoundError(
-            f"data.root {str(root)!r} has a folder {other.name}/ but no {split}/: add it, or move the class folders to "
-            "data.root itself, where data.test_fraction of each is held out"
+            f"data.root {str(root)!r} has no {split}/: add it, or move the class folders up to "
+            "data.root, where data.test_fraction of each is held out"
         )
-    classes = _class_folders(folder)
-    other_classes = _class_folders(other) if other else []
-    if classes and other_classes and classes != other_classes:
+    classes = [set(_subfolders(folder)) for folder in folders.values()]
+    if all(classes) and classes[0] != classes[-1]:
+        differing = sorted(classes[0] ^ classes[-1])
+        raise ValueError(f"train/ and test/ in data.root {str(root)!r} differ in {differing}")
+    beside = [name for name in _subfolders(root) if root / name not in folders.values()]
+    if not any(classes) and beside and len(folders) == 1:
         raise ValueError(
-            f"the class folders of {str(folder)!r} and {str(other)!r} differ: "
-            f"only in {folder.name}/ are {sorted(set(classes) - set(other_classes))}, "
-            f"only in {other.name}/ are {sorted(set(other_classes) - set(classes))}"
+            f"data.root {str(root)!r} has {split}/ without class folders beside {beside}: if "
+            f"{split!r} is a class, move all classes into a folder train/; if it holds unlabeled "
+            "images, set data.root to it"
         )
-    beside = [place for place in _class_folders(root) if root / place != folder]
-    if not classes and beside and other is None:
-        raise ValueError(
-            f"{str(folder)!r} has images without class folders and lies beside {beside}: if {folder.name!r} is a "
-            f"class, move all class folders into a folder train/; if its images are unlabeled, set data.root to "
-            f"{str(folder)!r}"
-        )
-    images = _list_folder(folder, name)
-    groups = [*zip(images.images, images.labels.tolist(), strict=True)]
-    if split == "test" and other:
-        paths = [path for place in other_classes or [""] for path in image_files.find(other / place)]
-        groups += [(path, other_split) for path in paths]
-    _refuse_links(groups)
-    return images
+    return folders[split]
 
 
-def _refuse_links(grouped: Iterable[tuple[Path, object]]) -> None:
-    """Refuses where images of two groups, such as classes, are the same file: by a link to it, or to its folder."""
-    first: dict[tuple[int, int], tuple[Path, object]] = {}
-    for path, group in grouped:
-        try:
-            status = os.stat(path)
-        except OSError:  # decoding it says so
-            continue
-        other, its_group = first.setdefault((status.st_dev, status.st_ino), (path, group))
-        if its_group != group:
-            raise ValueError(
-                f"{str(other)!r} and {str(path)!r} are the same file, by a link: an image cannot be in two classes, "
-                "nor in both the training and the test images"
-            )
+def _list_images(folder: Path, name: str) -> ImageSet:
+    """Lists `folder/<class>/*` at any depth, or the unlabeled images of `folder`."""
+    classes = _subfolders(folder)
+    class_folders = [folder / each for each in classes] or [folder]
+    members = [image_files.find(each) for each in class_folders]
+    for each, paths in zip(class_folders, members, strict=True):
+        if not paths:
+            raise ValueError(f"no image in {str(each)!r}; data.root has a folder for each class")
+    if classes and (loose := [each.name for each in folder.iterdir() if _is_loose(each)]):
+        warnings.warn(f"{name}: {len(loose)} images beside class folders are ignored", stacklevel=2)
+    if len(classes) == 1:
+        message = f"{name} has one class, {classes[0]!r}: is data.root one level too high?"
+        warnings.warn(message, stacklevel=2)
+    numbers = range(len(classes)) if classes else [-1]
+    labels = np.repeat(np.array(numbers, np.int64), [len(paths) for paths in members])
+    return ImageSet([path for paths in members for path in paths], labels, tuple(classes), name)
 
 
-def _list_folder(folder: Path, name: str) -> ImageSet:
-    """Lists `folder/<class>/*` at any depth, or where there are no class folders the unlabeled images of `folder`."""
-    others: Counter[str] = Counter()
-    classes = _class_folders(folder)
-    if not classes:
-        paths = _images_in(folder, others)
-        labels = np.full(len(paths), -1, np.int64)
-    else:
-        alike: dict[str, str] = {}
-        for label in classes:
-            key = unicodedata.normalize("NFC", label).strip().casefold()
-            if (same := alike.setdefault(key, label)) != label:
-                raise ValueError(
-                    f"the class folders {same!r} and {label!r} in {str(folder)!r} differ in case alone, in spaces "
-                    "around them, or in the Unicode form of their letters: rename or merge one"
-                )
-        if loose := _loose_images(folder):
-            warnings.warn(
-                f"{name}: {loose} images beside the class folders of {str(folder)!r} are left out", stacklevel=2
-            )
-        members = [_images_in(folder / label, others) for label in classes]
-        _refuse_wrapping(folder)
-        paths = [path for each in members for path in each]
-        labels = np.repeat(np.arange(len(classes)), [len(each) for each in members])
-    if others:
-        counts = [f"{count:,} {f'in {ending}' if ending else 'without any'}" for ending, count in others.most_common(5)]
-        logger.info("%s: passed over are files by their endings: %s", name, printable(", ".join(counts)))
-    return ImageSet(paths, labels, tuple(map(printable, classes)), name)
+def _subfolders(folder: Path) -> list[str]:
+    """Names of the visible folders in a folder, sorted."""
+    folders = (entry.name for entry in folder.iterdir() if entry.is_dir())
+    return sorted(name for name in folders if not name.startswith("."))
 
 
-def _refuse_wrapping(folder: Path) -> None:
-    """Refuses a single folder around the class folders, or around train/ and test/: it would be the only class."""
-    inner = folder
-    while len(inside := _class_folders(inner)) == 1 and not has_splits(inner) and not _loose_images(inner):
-        inner = inner / inside[0]
-    if not inside or _loose_images(inner):
-        inner = inner.parent  # a class, and the only one
-    if inner not in (folder, folder.parent):
-        raise ValueError(
-            f"{str(folder)!r} holds one folder around all others: set data.root to {str(inner)!r}, or move what is in "
-            "there up"
-        )
-
-
-def _loose_images(folder: Path) -> int:
-    return sum(image_files.is_image(entry.name) and not entry.is_dir() for entry in folder.iterdir())
-
-
-def _class_folders(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-
-
-def _images_in(folder: Path, others: Counter[str]) -> list[Path]:
-    paths = image_files.find(folder, others)
-    if not paths:
-        raise ValueError(f"no image in the folder {str(folder)!r}; looked for {' '.join(image_files.ENDINGS)}")
-    return paths
+def _is_loose(path: Path) -> bool:
+    return image_files.is_image(path.name) and not path.is_dir()
 
 
 def _without_broken(images: ImageSet) -> ImageSet:
-    """Decodes every file once and leaves out those that fail: each is logged, and one warning counts them."""
+    """Decodes every file once and leaves out those that fail: each is logged, and all counted."""
     readable = np.ones(len(images), bool)
 
     def check(i: int) -> None:
         try:
-            images[i]
+            images.decoded(i)
         except ValueError as error:
             readable[i] = False
-            logger.info("left out: %s", error)
+            logger.info("skipped: %s", error)
 
     image_files.for_each(len(images), check, f"checking {images.name}")
     if not readable.all():
-        broken = [str(images.images[i]) for i in np.flatnonzero(~readable)]
-        more = " ..." if len(broken) > 3 else ""
-        warnings.warn(
-            f"{images.name}: {len(broken)} of {len(images)} images cannot be read, left out: {broken[:3]}{more}",
-            stacklevel=2,
-        )
+        count = int((~readable).sum())
+        message = f"{images.name}: {count} of {len(images)} images cannot be read and are skipped"
+        warnings.warn(message, stacklevel=2)
     return images.subset(readable)
