@@ -1,62 +1,69 @@
-"""GradMix, the view generator: attribution → region → fill. Depends on torch alone, for any training loop."""
+"""GradMix, a view generator for self-supervised learning: observe, attribute, place, mix.
+
+The gradient of a loss of two views shows where an encoder looks. That region is replaced by another
+image, and the result is one more view. After Xu, Kao, Keuper, "Informed Mixing: Improving Open Set
+Recognition via Attribution-based Augmentation", arXiv 2505.12803. Depends on torch alone.
+"""
 
 from __future__ import annotations
 
+import difflib
 import math
-import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from itertools import chain
-from typing import Any, Literal, get_args
-from weakref import WeakKeyDictionary
+from typing import Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Generator, Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from ssl_gradmix import mixing
-from ssl_gradmix.attribution import (
-    CONTAINERS,
-    METHODS,
-    NOTHING_RAN,
-    AttributionFunction,
-    EarlyLoss,
-    Observed,
-    Target,
-    first_images,
-    gradients,
-    leaves_of,
-    observe,
-    spatial,
-    summed_maps,
-)
+Region = Literal["peak", "mask", "random", "center"]
+Fill = Literal["donor", "crop", "noise"]
+Target = Literal["agreement", "loss"]
+AttributionFunction = Callable[[Tensor, Tensor], Tensor]
+Activations = Mapping[str, Sequence[Tensor]]
 
-Region = Literal["peak", "max_mean", "mask", "random", "center"]
+CONTROLS = ("random", "center")  # regions that depend neither on the loss nor on the encoder
+SCALE = 2.0**12  # of gradients, against underflow in half precision; maps are normalized
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+SMALLEST_MAP = 4  # places per side that `layers=None` asks for
+ROUNDING = 1e-6  # a map with a smaller relative range counts as constant
 
-CONTROLS = ("random", "center")
-"""Regions that neither the loss nor the encoder has a say in."""
 
-SMALLEST_MAP = 4
-"""`layers=None` wants a map of at least this many places a side: a coarser one cannot place a box."""
+def layercam(activation: Tensor, gradient: Tensor) -> Tensor:
+    """LayerCAM of smoothed gradients, `sum_c A_c * relu(smooth(G)_c)`: (N, C, h, w) to (N, h, w).
+
+    Jiang et al. 2021, IEEE TIP 30. The outer relu of the paper is left out: it changes nothing
+    after a ReLU layer, and tokens of a transformer may be negative.
+    """
+    return (activation * smooth(gradient).relu()).sum(1)
+
+
+def gradcam(activation: Tensor, gradient: Tensor) -> Tensor:
+    """Grad-CAM, Selvaraju et al. 2017: `relu(sum_c mean_hw(G_c) * A_c)`, shapes as `layercam`."""
+    return (activation * gradient.mean((2, 3), keepdim=True)).sum(1).relu()
 
 
 @dataclass(frozen=True)
 class MixedViews:
-    """Views in which the attributed region has been replaced.
+    """Views whose attributed region has been replaced.
 
     Attributes:
-        images: (N, C, H, W), dtype, device and memory format of the images given.
-        lam: Scalar tensor, the exact share of each image's pixels that was kept.
-        boxes: (N, 4) int64 x0, y0, x1, y1 (the latter two exclusive), or None where the region is a mask.
-        attribution: (N, H, W) in [0, 1], float32; zero where the region is a control.
-        donor_index: (N,) int64, image i took from `donors[donor_index[i]]`; None where the fill needs no donor.
-        flat: (N,) bool, the map of this image was flat or not finite, so that its region lies at random. False where
-            the region is a control.
-        layers: Names of the layers attributed at; empty where the region is a control.
+        images: (N, C, H, W), with the dtype and device of the given images.
+        lam: Scalar, the exact fraction of each image's pixels that was kept.
+        mask: (N, H, W) bool, True where pixels were replaced.
+        boxes: (N, 4) int64 x0, y0, x1, y1 (x1 and y1 exclusive), None for `region="mask"`.
+        attribution: (N, H, W) float32 in [0, 1], zero for the control regions.
+        donor_index: (N,) int64. Image i took from `donors[donor_index[i]]`; None for noise.
+        flat: (N,) bool, True where the map is constant or not finite, so that the region is random.
+        layers: Names of the attributed layers, empty for the control regions.
     """
 
     images: Tensor
     lam: Tensor
+    mask: Tensor
     boxes: Tensor | None
     attribution: Tensor
     donor_index: Tensor | None
@@ -66,305 +73,354 @@ class MixedViews:
 
 @dataclass
 class GradMix:
-    """Makes one more view of each image: another image is mixed in where the loss says the encoder already looks.
-
-    After Xu, Kao, Keuper, "Informed Mixing: Improving Open Set Recognition via Attribution-based Augmentation", arXiv
-    2505.12803. Everything is batched and stays on the device; only the loss's gradient with respect to the observed
-    activations is computed, so that parameters' gradients, and the hooks of distributed training, are left alone.
+    """Makes one more view of each image by replacing the region that a loss attends to.
 
         gradmix = GradMix(layers=["layer3"])
-        with gradmix.observe(encoder) as observed:
+        with gradmix.observe(encoder) as activations:
             z0, z1 = head(encoder(x0)), head(encoder(x1))
             loss = criterion(z0, z1)
-        mixed = gradmix(x0, loss, observed, donors=x1)
+        mixed = gradmix(x0, loss, activations, donors=x1)
         loss = loss + mixed.lam * criterion(head(encoder(mixed.images)), z1)
         loss.backward()
 
+    Parameters' `.grad` and the hooks of distributed training are not touched. If the mixed view's
+    loss sends no gradient into the pair (BYOL, SimSiam, MoCo, DINO), attribution is free: call
+    `loss.backward()`, then `gradmix(x0, None, activations)`. Subclasses may override `attribute`
+    (where to look) and `place` (what to replace).
+
     Args:
-        layers: Layers whose maps are summed, by their names in `encoder.named_modules()`, for instance `[layer3]`. Null
-            takes the deepest stage or whole block whose map is at least 4x4 for the images at hand and whose gradient
-            is not all zero; `MixedViews.layers` says which.
-        attribution: `layercam` or `gradcam`. In Python also a function `(activation, gradient) -> (N, h, w)`.
-        target: `agreement` attributes −loss: what already makes the views agree. `loss` attributes +loss (the authors'
-            sign).
-        fill: `donor` (another image, resized whole into the box, as in ResizeMix), `crop` (the same place of the other
-            image, as in CutMix), `noise` (uniform, with each channel's mean and deviation), `mean` (each channel's
-            mean). In a mask, `donor` is the same as `crop`.
-        alpha: The share kept is drawn, once a batch and process, from Beta(alpha, alpha), rescaled to `lam_range`.
-        lam_range: Smallest and largest share of the image that is kept, within (0, 1).
-        region: `peak`, a box around the map's maximum, shifted inside the image; `max_mean`, the box in which the map's
-            mean is highest; `mask`, the `1 − lam` share of pixels with the highest attribution. And two controls that
-            need no gradient: `random`, a box anywhere inside the image, all places alike, and `center`, a box where
-            objects tend to lie.
-        generator: Source of all randomness, on the CPU; None is torch's global one.
+        layers: Names of layers as in `encoder.named_modules()`; their maps are summed. None chooses
+            one at the first call for an encoder: the last block in forward order whose map is at
+            least 4x4 and whose gradient is not zero. `MixedViews.layers` reports it.
+        region: `peak` is a box around the maximum of the map, shifted inside the image. `mask` is
+            the pixels with the highest attribution. `random` and `center` need no gradient.
+        fill: `donor` resizes another image into the box (ResizeMix), `crop` copies the same place
+            of another image (CutMix), `noise` is uniform with each channel's mean and deviation.
+        target: `agreement` attributes −loss, that is, what makes the views agree. `loss` attributes
+            +loss, the sign that the paper's authors use.
+        lam_range: Range within (0, 1) of the fraction of each image that is kept. It is drawn
+            uniformly once per call; `MixedViews.lam` is exact after rounding to pixels.
+        attribution: `layercam`, `gradcam`, or a function from activation and gradient, both
+            (N, C, h, w), to maps (N, h, w).
+        generator: Source of all random numbers, on the CPU. None uses torch's global generators.
+
+    Raises:
+        ValueError: An argument is not one of these values.
     """
 
     layers: list[str] | None = None
-    attribution: Literal["layercam", "gradcam"] | AttributionFunction = "layercam"
-    target: Target = "agreement"
-    fill: mixing.Fill = "donor"
-    alpha: float = 1.0
-    lam_range: tuple[float, float] = (0.5, 0.9)
     region: Region = "peak"
+    fill: Fill = "donor"
+    target: Target = "agreement"
+    lam_range: tuple[float, float] = (0.5, 0.9)
+    attribution: AttributionFunction = layercam
     generator: Generator | None = None
-    _settled: WeakKeyDictionary = field(default_factory=WeakKeyDictionary, init=False, repr=False, compare=False)
+    _encoder: nn.Module | None = field(default=None, init=False, repr=False, compare=False)
+    _settled: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.layers, str) or self.layers == []:
             raise ValueError(
-                f"gradmix.layers must be a list of layer names such as ['layer3'], or None; got {self.layers!r}"
+                f"layers must be a list such as ['layer3'] or None, got {self.layers!r}"
             )
-        options = {"target": get_args(Target), "fill": get_args(mixing.Fill), "region": get_args(Region)}
-        if not callable(self.attribution):
-            options["attribution"] = tuple(METHODS)
-        for name, allowed in options.items():
-            if (value := getattr(self, name)) not in allowed:
-                raise ValueError(f"gradmix.{name} must be one of {', '.join(allowed)}, got {value!r}")
-        if not 0 < self.alpha < math.inf:
-            raise ValueError(f"gradmix.alpha must be above 0 and finite, got {self.alpha!r}")
-        if len(self.lam_range) != 2 or not 0 < self.lam_range[0] <= self.lam_range[1] < 1:
-            raise ValueError(f"gradmix.lam_range must be two rising numbers within (0, 1), got {self.lam_range!r}")
-        if self.generator is not None and self.generator.device.type != "cpu":
-            raise ValueError(
-                f"gradmix.generator must be on the CPU, as the host needs lam; got one on {self.generator.device}"
-            )
+        for name, allowed in (("region", Region), ("fill", Fill), ("target", Target)):
+            if (value := getattr(self, name)) not in get_args(allowed):
+                raise ValueError(f"{name} must be one of {get_args(allowed)}, got {value!r}")
+        if not 0 < self.lam_range[0] <= self.lam_range[1] < 1:
+            raise ValueError(f"lam_range must rise within (0, 1), got {self.lam_range!r}")
 
-    def __getstate__(self) -> dict[str, Any]:
-        """All but what was settled for encoders: it hangs on weak references, which cannot be pickled."""
-        return {name: value for name, value in vars(self).items() if name != "_settled"}
+    @contextmanager
+    def observe(self, encoder: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
+        """Records the outputs of the layers, every forward pass in order, inside its context.
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _settled=WeakKeyDictionary())
-
-    def observe(self, encoder: nn.Module) -> AbstractContextManager[Observed]:
-        """Remembers the activations of `layers`, every forward pass in order, for as long as the context lasts.
-
-        Hooks are gone when it ends, also by an exception. The encoder may be wrapped by DistributedDataParallel or
-        `torch.compile`; see `ssl_gradmix.attribution.observe`. A control observes nothing.
+        The outputs keep their graph alive: drop the dictionary after the step. The encoder may be
+        wrapped by DistributedDataParallel or `torch.compile`; then it runs eagerly here, because
+        compiled graphs hide activations. Its own outputs are recorded under `""`.
 
         Raises:
-            KeyError: A layer that the encoder has not, with near names.
+            KeyError: The encoder does not have such a layer; the message lists close names.
         """
-        return nullcontext(Observed()) if self.region in CONTROLS else observe(encoder, self.layers)
-
-    def __call__(self, images: Tensor, loss: Tensor, observed: Observed, donors: Tensor | None = None) -> MixedViews:
-        """Mixes the attributed region out of the images.
-
-        Args:
-            images: (N, C, H, W) floating point, the first N of those that went through the encoder inside `observe`.
-            loss: Scalar computed from the encoder's output; its graph is kept.
-            observed: What `observe` yielded.
-            donors: (N, C, H, W) to take from, for instance the other view; image i takes from `donors[donor_index[i]]`,
-                never from `donors[i]` where N > 1. None takes from `images`.
-
-        Raises:
-            ValueError: Shapes that do not match, or other images than those observed. A layer that did not run, was
-                changed in place, has no spatial extent, or that the loss's gradient does not reach. Whether it is zero
-                for all images is looked at in the first call for an encoder and image size, the only one in which the
-                host waits for the device.
-        """
-        if observed.fails_outside:
-            warnings.warn(
-                "encoder: compiled as a whole, it ran eagerly inside `observe`; with BatchNorm in training mode, "
-                "loss.backward() fails unless its pass of the mixed views is inside too, see docs/torch-compile.md",
-                stacklevel=2,
-            )
-        return self._mix(images, loss, observed, donors)[0]
-
-    def early(
-        self, images: Tensor, loss: Tensor, observed: Observed, donors: Tensor | None = None
-    ) -> tuple[Tensor, MixedViews]:
-        """Mixes as a call does and runs the loss's own backward pass at once, whose part the attribution is.
-
-        That frees the graph, and empties `observed`, before the mixed views' forward pass, for one copy of the
-        parameters' gradients. Only for mixed losses that send no gradient into that graph, as those of BYOL, SimSiam,
-        MoCo and DINO, whose targets have none.
-
-            loss, mixed = gradmix.early(x0, loss, observed, donors=x1)
-            loss = loss + mixed.lam * criterion(head(encoder(mixed.images)), targets)
-            loss.backward()
-
-        Returns:
-            The loss, whose backward pass hands out the gradients that were taken, and the mixed views. A control needs
-            no gradient and returns the loss as it is.
-
-        Raises:
-            ValueError: As a call does, and in the backward pass where the mixed loss does send a gradient there.
-        """
+        activations: dict[str, list[Tensor]] = {}
         if self.region in CONTROLS:
-            return loss, self(images, loss, observed, donors)
-        leaves, nodes = leaves_of(loss), [output.grad_fn for output in chain(*observed.values()) if output.grad_fn]
-        mixed, at_leaves = self._mix(images, loss, observed, donors, leaves)
-        observed.clear()  # activations that nobody needs any more
-        known = {leaf: gradient for leaf, gradient in zip(leaves, at_leaves, strict=True) if gradient is not None}
-        loss = EarlyLoss.apply(loss.detach(), nodes, list(known.values()), *known)
-        # First of all in the backward pass, or parameters would wait for it, and DistributedDataParallel for them.
-        loss.grad_fn._set_sequence_nr(2**63 - 1)
-        return loss, mixed
+            yield activations
+            return
+        inner = unwrap(encoder)
+        if self._encoder is not inner:
+            self._encoder, self._settled = inner, []
+        modules = dict(inner.named_modules())
+        names = self._settled or self.layers or blocks(modules)
+        for name in names:
+            if name not in modules:
+                close = difflib.get_close_matches(name, modules, 5, 0.3) or list(modules)[1:6]
+                raise KeyError(f"layers: the encoder has no {name!r}; close are {', '.join(close)}")
+
+        def record(name: str, output: object) -> None:
+            output = output[0] if isinstance(output, tuple) and output else output
+            if isinstance(output, Tensor) and output.ndim > 1:
+                activations.setdefault(name, []).append(output)
+                if output.requires_grad:
+                    output.retain_grad()
+
+        with ExitStack() as stack:
+            if inner is not encoder or inner._compiled_call_impl is not None:
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            for name in ["", *names]:
+                module = modules[name]
+                hook = module.register_forward_hook(lambda _, __, out, at=name: record(at, out))
+                stack.callback(hook.remove)
+            yield activations
 
     @torch.no_grad()
-    def _mix(
-        self, images: Tensor, loss: Tensor, observed: Observed, donors: Tensor | None, leaves: Sequence[Tensor] = ()
-    ) -> tuple[MixedViews, tuple[Tensor | None, ...]]:
-        """The mixed views, and the loss's scaled gradients at the leaves."""
-        donors = images if donors is None else donors
-        if images.ndim != 4 or not images.is_floating_point():
-            raise ValueError(f"images must be floating point (N, C, H, W), got {images.dtype} {tuple(images.shape)}")
-        if donors.shape != images.shape or donors.dtype != images.dtype:
-            raise ValueError(
-                f"donors must match the images ({images.dtype} {tuple(images.shape)}), "
-                f"got {donors.dtype} {tuple(donors.shape)}"
-            )
-        at_leaves = ()
+    def __call__(
+        self,
+        images: Tensor,
+        loss: Tensor | None,
+        activations: Activations,
+        donors: Tensor | None = None,
+    ) -> MixedViews:
+        """Replaces a region of each image.
+
+        Args:
+            images: (N, C, H, W), the first N images that went through the encoder in `observe`.
+            loss: Scalar that depends on the encoder's output; its graph is kept. None after
+                `loss.backward()`, when the activations have their gradients.
+            activations: What `observe` yielded.
+            donors: (N, C, H, W) to take from, for instance the other view; image i never takes from
+                `donors[i]` if N > 1. None takes from `images`.
+
+        Raises:
+            ValueError: At the first call for an encoder, a layer has no map or no gradient.
+        """
         if self.region in CONTROLS:
-            names, attribution = (), images.new_zeros((len(images), *images.shape[2:]), dtype=torch.float32)
-            flat = torch.zeros(len(images), dtype=torch.bool, device=images.device)
+            maps = images.new_zeros(len(images), *images.shape[2:], dtype=torch.float32)
+            flat = torch.zeros_like(maps[:, 0, 0], dtype=torch.bool)
         else:
-            names, attribution, at_leaves = self._attribute(loss, observed, images, leaves)
-            flat = attribution.amax((1, 2)) == 0
-        lam = mixing.draw_lam(self.alpha, tuple(self.lam_range), self.generator)
+            maps = self.attribute(images, loss, activations)
+            flat = maps.amax((1, 2)) == 0
+        # The fraction is drawn on the CPU, so that the host knows all shapes.
+        uniform = torch.rand((), dtype=torch.float64, generator=self.generator).item()
+        low, high = self.lam_range
+        share = 1 - (low + (high - low) * uniform)
         index = None
-        if self.fill in ("donor", "crop"):
-            index = mixing.derangement(len(images), images.device, self.generator)
-            donors = donors[index]
-        mix = self._mix_mask if self.region == "mask" else self._mix_box
-        mixed, kept, boxes = mix(images, donors, attribution, lam)
-        lam = torch.full((), kept, device=images.device)
-        return MixedViews(mixed, lam, boxes, attribution, index, flat, names), at_leaves
-
-    def _attribute(
-        self, loss: Tensor, observed: Observed, images: Tensor, leaves: Sequence[Tensor]
-    ) -> tuple[tuple[str, ...], Tensor, tuple[Tensor | None, ...]]:
-        count, size = len(images), (images.shape[2], images.shape[3])
-        encoder = observed.encoder and observed.encoder()
-        settled = {} if encoder is None else self._settled.setdefault(encoder, {})
-        first = size not in settled
-        observed.check_images(images, values=first or images.device.type == "cpu")
-        if self.layers:
-            names = tuple(self.layers)
-            for name in names:
-                if problem := observed.problem(name):
-                    raise ValueError(problem)
-        elif not first and _fits(observed, *settled[size], size):
-            names = settled[size]
-        else:
-            names = (_deepest(loss, observed, size),)
-        outputs = {name: first_images(name, observed[name], count) for name in names}
-        taken, at_leaves = gradients(loss, outputs, leaves)
-        if self.layers and first:
-            _refuse_dead(taken, observed.modules(), size)
-        settled[size] = names
-        return names, summed_maps(outputs, taken, size, count, self.attribution, self.target), at_leaves
-
-    def _mix_box(self, images: Tensor, donors: Tensor, attribution: Tensor, lam: float) -> tuple[Tensor, float, Tensor]:
-        size = (images.shape[2], images.shape[3])
-        extent = mixing.box_extent(lam, size, self.lam_range)
-        if self.region == "random":
-            boxes = mixing.random_boxes(len(images), extent, size, images.device, self.generator)
-        elif self.region == "center":
-            boxes = mixing.central_boxes(len(images), extent, size, images.device)
-        else:
-            place = mixing.max_mean_boxes if self.region == "max_mean" else mixing.peak_boxes
-            boxes = place(attribution, extent, self.generator)
-        if self.fill == "donor":
-            patches = mixing.shrink(donors, extent)
-        elif self.fill == "crop":
-            patches = mixing.crop(donors, boxes, extent)
-        elif self.fill == "noise":
-            patches = mixing.noise_like(images, (*images.shape[:2], *extent), self.generator)
-        else:
-            patches = mixing.mean_like(images).expand(*images.shape[:2], *extent)
-        return mixing.paste(images, patches, boxes), mixing.box_kept(extent, size), boxes
-
-    def _mix_mask(self, images: Tensor, donors: Tensor, attribution: Tensor, lam: float) -> tuple[Tensor, float, None]:
-        size = (images.shape[2], images.shape[3])
-        pixels = mixing.mask_pixels(lam, size, self.lam_range)
-        mask = mixing.top_mask(attribution, pixels, self.generator)[:, None]
         if self.fill == "noise":
-            donors = mixing.noise_like(images, tuple(images.shape), self.generator)
-        elif self.fill == "mean":
-            donors = mixing.mean_like(images)
-        mixed = torch.where(mask, donors, images, out=torch.empty_like(images))
-        return mixed, 1 - pixels / (size[0] * size[1]), None
+            donors = noise_like(images, self.generator)
+        else:
+            index = derangement(len(images), images.device, self.generator)
+            donors = (images if donors is None else donors)[index]
+        boxes = None
+        if self.region == "mask":
+            mask = top_mask(maps, max(1, round(share * maps[0].numel())), self.generator)
+        else:
+            boxes, extent = self.place(maps, share)
+            mask = box_mask(boxes, maps)
+        if boxes is not None and self.fill == "donor":
+            mixed = paste(images, resize(donors, extent), boxes)
+        else:
+            mixed = torch.where(mask[:, None], donors, images)
+        lam = 1 - mask.float().mean()
+        return MixedViews(mixed, lam, mask, boxes, maps, index, flat, tuple(self._settled))
+
+    def attribute(self, images: Tensor, loss: Tensor | None, activations: Activations) -> Tensor:
+        """Maps (N, H, W) in [0, 1] of where the loss looks; arguments as in a call.
+
+        The map of each layer is min-max normalized per image and resized (bilinear); their sum is
+        normalized again. GradMix's authors normalize over the batch, which weighs images unequally.
+        """
+        size = images.shape[2:]
+        if not self._settled:  # the first call for an encoder, the only one that reads the device
+            self._settled = self._settle(loss, activations, size)
+        maps = []
+        for name in self._settled:
+            passes = activations[name]
+            before = [sum(map(len, passes[:i])) for i in range(len(passes))]
+            outputs = passes[: sum(start < len(images) for start in before)]
+            slopes = torch.cat(gradients(loss, outputs))[: len(images)]
+            values = torch.cat(list(outputs))[: len(images)].detach()
+            slopes = slopes if self.target == "loss" else -slopes
+            found = self.attribution(spatial(values, size).float(), spatial(slopes, size).float())
+            maps.append(F.interpolate(normalize(found)[:, None], tuple(size), mode="bilinear"))
+        return normalize(torch.cat(maps, 1).sum(1))
+
+    def place(self, maps: Tensor, share: float) -> tuple[Tensor, tuple[int, int]]:
+        """Boxes (N, 4) to replace, and the height and width that all of them have.
+
+        Args:
+            maps: (N, H, W) from `attribute`, zero for the control regions.
+            share: Fraction of the image that a box covers, before rounding to pixels.
+        """
+        (count, *size), side = maps.shape, math.sqrt(share)
+        height, width = (max(1, round(each * side)) for each in size)
+        down, across = size[0] - height, size[1] - width
+        if self.region == "random":
+            x0 = (rand((count,), maps.device, self.generator) * (across + 1)).long()
+            y0 = (rand((count,), maps.device, self.generator) * (down + 1)).long()
+        elif self.region == "center":
+            x0 = torch.full((count,), across // 2, device=maps.device)
+            y0 = torch.full((count,), down // 2, device=maps.device)
+        else:
+            y, x = peaks(maps, self.generator)
+            x0, y0 = x - width // 2, y - height // 2
+        # GradMix's authors clip boxes at the border instead, which changes their area.
+        x0, y0 = x0.clamp(0, across), y0.clamp(0, down)
+        return torch.stack([x0, y0, x0 + width, y0 + height], 1), (height, width)
+
+    def _settle(
+        self, loss: Tensor | None, activations: Activations, size: Sequence[int]
+    ) -> list[str]:
+        """The given layers, or one that is chosen, once they are seen to have a gradient."""
+        images = sum(map(len, activations.get("", ())))
+        grids = {name: spatial(out[0], size).shape[2:] for name, out in activations.items() if out}
+
+        def usable(name: str) -> bool:
+            repeated = 0 < images < sum(map(len, activations.get(name, ())))
+            if repeated or math.prod(grids.get(name, ())) == 1:
+                return False
+            first = activations[name][:1]
+            reached = first[0].requires_grad
+            return reached and bool(spatial(gradients(loss, first)[0], size).any())
+
+        if self.layers is not None:
+            if bad := [name for name in self.layers if not usable(name)]:
+                raise ValueError(
+                    f"layers: cannot attribute {bad}: it did not run, runs twice per image, has no "
+                    "map, or the gradient at its places is zero, as in the last block of a "
+                    "transformer read at its class token; name an earlier block"
+                )
+            return self.layers
+        for name in reversed(grids):
+            around = [each for each in grids if each and f"{name}.".startswith(f"{each}.")]
+            smallest = min((min(grids[each]) for each in around), default=0)
+            if smallest >= SMALLEST_MAP and usable(name):
+                return [name]
+        raise ValueError(f"layers: none has a gradient and a {SMALLEST_MAP}x{SMALLEST_MAP} map")
 
 
-def _deepest(loss: Tensor, observed: Observed, size: tuple[int, int]) -> str:
-    """The deepest whole stage or block with room whose gradient is not all zero.
-
-    A transformer that is read at its class token alone passes none to its last patch tokens. Parts of a module with a
-    coarser map, as of a strided block, come after what is not, and layers without parts after all stages.
-    """
-    first = {name: passes[:1] for name, passes in observed.items() if passes}
-    if not first:
-        raise ValueError(NOTHING_RAN)
-    extents = {name: _extent(name, output, size) for name, (output,) in first.items()}
-    maps = {name: passes for name, passes in first.items() if extents[name]} or first
-    reached = {name: passes for name, passes in maps.items() if passes[0].requires_grad}
-    roomy = {name: passes for name, passes in reached.items() if extents[name] >= SMALLEST_MAP}
-    if reached and not roomy:
-        shapes = [f"{name} {tuple(output.shape)}" for name, (output,) in first.items()]
-        raise ValueError(
-            f"layers: no layer has a map of at least {SMALLEST_MAP}x{SMALLEST_MAP} for images of {size[0]}x{size[1]} "
-            f"(the last are {', '.join(shapes[-4:])}); name layers, or use larger images or a smaller stride"
-        )
-    modules = observed.modules()
-    blocks = [name for name in maps if extents[name] and type(modules.get(name)) not in CONTAINERS]
-
-    def rank(name: str) -> tuple[int, bool]:
-        coarser = sum(name.startswith(f"{each}.") and extents[each] < extents[name] for each in blocks)
-        return coarser, next(modules.get(name, nn.Module()).children(), None) is None
-
-    found, _ = gradients(loss, roomy or maps)
-    for name in sorted((name for name in reversed(roomy) if not observed.problem(name)), key=rank):
-        (gradient,) = found[name]
-        if gradient is not None and spatial(name, gradient, size).any():
-            return name
-    raise ValueError(
-        f"loss: its gradient is zero in all layers (the last are {', '.join([*roomy][-4:])}); does a head start at "
-        "zeros? initialize it otherwise, or train a few steps without GradMix"
-    )
+def unwrap(module: nn.Module) -> nn.Module:
+    """The module inside DistributedDataParallel and `torch.compile`."""
+    wrapped = isinstance(module, DistributedDataParallel)
+    inner = module.module if wrapped else getattr(module, "_orig_mod", None)
+    return unwrap(inner) if isinstance(inner, nn.Module) else module
 
 
-def _fits(observed: Observed, name: str, size: tuple[int, int]) -> bool:
-    """Whether a layer can be attributed at, and has room."""
-    if observed.problem(name):
-        return False
-    output = observed[name][0]
-    return output.requires_grad and _extent(name, output, size) >= SMALLEST_MAP
+def blocks(modules: Mapping[str, nn.Module]) -> list[str]:
+    """Names of modules, containers apart, that have parts or stand in a container; or all names."""
+    names = [name for name, module in modules.items() if name and type(module) not in CONTAINERS]
+    parents = {name: modules[name.rpartition(".")[0]] for name in names}
+    return [
+        name for name in names if type(parents[name]) in CONTAINERS or any(modules[name].children())
+    ] or names
 
 
-def _extent(name: str, output: Tensor, size: tuple[int, int]) -> int:
-    """The smaller side of a layer's map; 0 where its output is none."""
-    try:
-        return min(spatial(name, output, size).shape[2:])
-    except ValueError:
-        return 1 if output.ndim == 4 else 0
-
-
-def _refuse_dead(
-    taken: Mapping[str, Sequence[Tensor | None]], modules: dict[str, nn.Module], size: tuple[int, int]
-) -> None:
-    """Looks, on the host, whether the gradient at a layer is zero for all images."""
-    for name, found in taken.items():
-        parts = [part for part in found if part is not None]
-        if not parts or any(spatial(name, part, size).any() for part in parts):
-            continue
-        if not any(part.any() for part in parts):
-            raise ValueError(
-                f"layers: the loss's gradient at {name!r} is zero for all images; does a head start at zeros, or is "
-                "this branch multiplied by zero? initialize it otherwise, or name another layer"
+def gradients(loss: Tensor | None, outputs: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients of the loss at outputs up to a common factor, zero where it does not reach."""
+    if loss is None:
+        found = tuple(output.grad for output in outputs)
+    else:
+        scale = torch.full_like(loss, SCALE)
+        with torch.autocast(loss.device.type, enabled=False):
+            found = torch.autograd.grad(
+                loss, list(outputs), scale, retain_graph=True, allow_unused=True
             )
-        earlier = _before(name, modules)
-        raise ValueError(
-            f"layers: the loss's gradient is zero at all places of {name!r}, as in the last block of a transformer "
-            f"read at its class token; name {repr(earlier) if earlier else 'an earlier block'}, or leave layers out"
-        )
+    pairs = zip(outputs, found, strict=True)
+    return [torch.zeros_like(output) if each is None else each for output, each in pairs]
 
 
-def _before(name: str, modules: dict[str, nn.Module]) -> str | None:
-    """The last but one of the blocks, members of containers, up to a layer."""
-    end = max((i for i, each in enumerate(modules) if f"{each}.".startswith(f"{name}.")), default=-1)
-    blocks = [each for each in list(modules)[: end + 1] if type(modules[each.rpartition(".")[0]]) in CONTAINERS]
-    depth = min((each.count(".") for each in blocks), default=0)
-    outer = [each for each in blocks if each.count(".") == depth]
-    return outer[-2] if len(outer) > 1 else None
+def spatial(tensor: Tensor, size: Sequence[int]) -> Tensor:
+    """A layer's output as (N, C, h, w), with a single place if it has no spatial extent.
+
+    Channels-last maps are those whose aspect ratio then fits the image's (H, W) better. Of tokens
+    (N, T, C), class and register tokens come first and are dropped; the others must lie row by row,
+    as in timm's ViTs (early blocks of its Hiera order them otherwise).
+    """
+
+    def distortion(height: int, width: int) -> float:
+        return abs(height * size[1] - width * size[0]) / (height * width)
+
+    if tensor.ndim == 3:
+        tokens, ratio = tensor.shape[1], size[1] / size[0]
+        height = max(each for each in range(1, tokens + 1) if each * round(each * ratio) <= tokens)
+        width = round(height * ratio)
+        tensor = tensor[:, tokens - height * width :].transpose(1, 2).unflatten(2, (height, width))
+    elif tensor.ndim == 4 and distortion(*tensor.shape[1:3]) < distortion(*tensor.shape[2:]):
+        tensor = tensor.permute(0, 3, 1, 2)
+    return tensor if tensor.ndim == 4 else tensor.flatten(1)[:, :, None, None]
+
+
+def smooth(gradient: Tensor) -> Tensor:
+    """Averages each place of (N, C, h, w) with its neighbors, weights 1, 2, 1; borders reflected.
+
+    It removes the grid that strided layers leave in gradients (Odena et al. 2016, "Deconvolution
+    and checkerboard artifacts").
+    """
+    if min(gradient.shape[2:]) < 2:
+        return gradient
+    padded = F.pad(gradient, (1, 1, 1, 1), mode="reflect")
+    return F.avg_pool2d(F.avg_pool2d(padded, 2, stride=1), 2, stride=1)
+
+
+def normalize(maps: Tensor) -> Tensor:
+    """Min-max per image to [0, 1]; constant maps (up to rounding) and non-finite maps become 0."""
+    low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
+    smallest = ROUNDING * torch.maximum(low.abs(), high.abs())
+    smallest = smallest.clamp_min(torch.finfo(maps.dtype).tiny)
+    return torch.where(high - low > smallest, (maps - low) / (high - low), 0)
+
+
+def peaks(maps: Tensor, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
+    """Row (N,) and column (N,) of the maximum of each map; a random place if it is constant."""
+    count, height, width = maps.shape
+    flat = maps.flatten(1)
+    anywhere = (rand((count,), maps.device, generator) * (height * width)).long()
+    place = torch.where(flat.amax(1) > flat.amin(1), flat.argmax(1), anywhere)
+    return place // width, place % width
+
+
+def box_mask(boxes: Tensor, maps: Tensor) -> Tensor:
+    """The pixels of maps (N, H, W) inside boxes (N, 4), as bool."""
+    x0, y0, x1, y1 = boxes[:, :, None, None].unbind(1)
+    y, x = (torch.arange(side, device=maps.device) for side in maps.shape[1:])
+    return (x >= x0) & (x < x1) & (y[:, None] >= y0) & (y[:, None] < y1)
+
+
+def top_mask(maps: Tensor, pixels: int, generator: Generator | None = None) -> Tensor:
+    """The pixels (N, H, W) with the highest values in each map, as bool; ties at random."""
+    flat = maps.flatten(1)
+    order = torch.argsort(rand(tuple(flat.shape), maps.device, generator), 1)
+    chosen = order.gather(1, flat.gather(1, order).topk(pixels, 1).indices)
+    return torch.zeros_like(flat, dtype=torch.bool).scatter_(1, chosen, True).view_as(maps)
+
+
+def paste(images: Tensor, patches: Tensor, boxes: Tensor) -> Tensor:
+    """A copy of the images with patches (N, C, h, w) pasted into boxes (N, 4) of that extent."""
+    n, c, y, x = (torch.arange(side, device=boxes.device) for side in patches.shape)
+    rows = boxes[:, 1, None, None, None] + y[:, None]
+    columns = boxes[:, 0, None, None, None] + x
+    places = (n[:, None, None, None], c[:, None, None], rows, columns)
+    return images.clone().index_put_(places, patches)
+
+
+def resize(images: Tensor, extent: tuple[int, int]) -> Tensor:
+    """Whole images resized to (h, w), bilinear with antialiasing; in float32 on any device."""
+    resized = F.interpolate(images.float(), size=extent, mode="bilinear", antialias=True)
+    return resized.to(images.dtype)
+
+
+def noise_like(images: Tensor, generator: Generator | None = None) -> Tensor:
+    """Uniform noise with the mean and standard deviation of each channel of the batch."""
+    deviation, mean = torch.std_mean(images.float(), (0, 2, 3), correction=0, keepdim=True)
+    uniform = rand(tuple(images.shape), images.device, generator) * 2 - 1
+    return (mean + math.sqrt(3) * deviation * uniform).to(images.dtype)
+
+
+def derangement(count: int, device: torch.device, generator: Generator | None = None) -> Tensor:
+    """A random permutation (N,) without fixed points if N > 1: one random cycle through all."""
+    source = generator.device if generator else device
+    cycle = torch.randperm(count, generator=generator, device=source).to(device, non_blocking=True)
+    return torch.empty_like(cycle).scatter_(0, cycle, cycle.roll(1))
+
+
+def rand(shape: tuple[int, ...], device: torch.device, generator: Generator | None) -> Tensor:
+    """Uniform in [0, 1), drawn where the generator is."""
+    source = generator.device if generator else device
+    drawn = torch.rand(shape, generator=generator, device=source)
+    return drawn.to(device, non_blocking=True)
