@@ -1,168 +1,180 @@
-"""results/evidence.md from rows: tables and figures. EVIDENCE.md beside it, which people write, quotes them."""
+"""Tables and figures of all rows: results/*.md and *.png, and the tables of EVIDENCE.md.
+
+python -m experiments.page [FOLDER OF ROWS]
+"""
 
 from __future__ import annotations
 
 import math
 import shlex
-import textwrap
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from evidence.cells import DATA, VARIANTS, options
-from evidence.rows import CHOSEN_BY, MEASURES, differences
+from experiments import figures, rows
+from experiments.rows import MEASURES
+from experiments.variants import VARIANTS
+from ssl_gradmix.evaluation import plots
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-SHORT = (
-    *("linear", "knn", "corruption_error", "osr_auroc"),
-    *("projector_auroc", "known_ood_auroc", "known_corruption_error"),  # of labels
-)
-"""The measures of the summary and the figure."""
-
-REFERENCE = "third-view"
-"""What they are compared with: as many encoder passes, no mixing."""
-
-REFERENCES = ("plain", REFERENCE, "random-box", "gradmix")
-
-INTRODUCTION = """# Tables of the controlled experiments
-
-Written by `python benchmarks/evidence.py --report` from the rows in `evidence.jsonl`;
-[EVIDENCE.md](../EVIDENCE.md) says what they mean.
-
-Encoders are frozen. Shares are in percent, their differences in percentage points; RankMe is that of the training
-images' features. A difference is the mean over seeds of one variant minus another at the same seed, with the 95% t
-interval of that mean (and the number of seeds): **bold** where the interval excludes 0 for the better, ***bold
-italics*** where for the worse. Seeds of one open-set trial are averaged first, so that the interval is over trials.
-Nothing is corrected for the number of comparisons. Settings are chosen by the rows of held-out training images, which
-are held out from classifiers and neighbors, not from pretraining, and which the verdicts do not count.
-
-Rows without `probe` in their settings are of earlier evaluations, which do not mix with today's: the commands of the
-grids `cpu...` need another name behind `--grid`.
-
-OSR: seed s pretrains on the known classes of the s-th distinct trial of CIFAR-10 (0, 2, 3, 4) and meets the unknown
-ones in the evaluation. OOD: digits against test images. Two cues: a bright digit on the left and a faint one on the
-right, which show the same number in 90% of the pretraining images; a linear classifier reads each off the frozen
-features of images where they are independent.
-
-Options of the recipe that make each variant (`plain-more-epochs` trains half as many epochs again):
-"""
+RESULTS = Path(__file__).parent / "results"
+PRIMARY = "unstamped_linear"
+"""The measure of the planted shortcuts that was fixed beforehand."""
 
 
-def write(rows: pd.DataFrame, path: Path) -> list[Path]:
-    """Writes the page, and a figure of each grid and method beside it; returns the files written.
+def main(folder: Path = RESULTS) -> None:
+    evidence, stamps = (rows.read(folder / f"{name}.jsonl") for name in ("evidence", "shortcuts"))
+    rewrite(folder / "evidence.md", evidence_page(evidence))
+    rewrite(folder / "shortcuts.md", stamps_page(stamps))
+    for (grid, method), part in evidence.groupby(["grid", "method"]):
+        compared = rows.differences(part, figures.REFERENCE)
+        if figures.shown(compared):
+            path = folder / f"evidence-{grid}-{method}.png"
+            figures.forest(compared, in_order(part.variant)).savefig(path, dpi=120)
+    plots.write(folder / "shortcuts.png", figures.accuracy_by_bits(stamps[stamps.grid == "cpu"]))
+    stamps = stamps.query("grid == 'cpu' and method == 'simclr' and data == 'stamps-9'")
+    print("\n".join([*headline(stamps), "", *summary(evidence[evidence.grid == "cpu"])]))
 
-    Raises:
-        ValueError: Cells of one grid have different settings.
-    """
-    written, parts = [path], [INTRODUCTION]
-    used = in_order(rows.variant)
-    parts += [f"- `{name}`: `{shlex.join(options(VARIANTS[name]))}`" for name in used]
-    for (grid, method), found in rows.groupby(["grid", "method"], sort=False):
-        if any(settings != found.settings.iloc[0] for settings in found.settings):
-            raise ValueError(f"grid {grid!r} has cells with different settings: their rows do not compare")
-        parts += ["", f"## {method}, grid `{grid}`", "", *_described(found), "", *_cells(found), ""]
-        figure = forest(differences(found, REFERENCE))
-        if figure is not None:
-            written.append(path.with_name(f"{path.stem}-{grid}-{method}.png"))
-            figure.savefig(written[-1], dpi=120)
-            parts += [f"### Against {REFERENCE}, in short", "", *summary(found), ""]
-            parts += [f"![Differences to {REFERENCE} with 95% intervals]({written[-1].name})", ""]
-        parts += ["### Means ± standard deviations over seeds (number of seeds)", "", *_means(found)]
-        for reference in REFERENCES:
-            compared = differences(found, reference)
+
+def rewrite(path: Path, lines: Iterable[str]) -> None:
+    """Replaces everything from the first section of a page on; people write what is above."""
+    introduction = path.read_text().partition("\n## ")[0].rstrip() if path.exists() else "# Tables"
+    path.write_text("\n".join([introduction, *lines, ""]))
+
+
+def evidence_page(found: pd.DataFrame) -> Iterator[str]:
+    """Lines of results/evidence.md."""
+    for (grid, method), part in found.groupby(["grid", "method"], sort=False):
+        yield from ("", f"## {method}, grid `{grid}`", "", described(part), "", *costs(part), "")
+        if figures.shown(rows.differences(part, figures.REFERENCE)):
+            yield from (f"### Against {figures.REFERENCE}, in short", "", *summary(part), "")
+            title = f"Differences to {figures.REFERENCE} with 95% intervals"
+            yield from (f"![{title}](evidence-{grid}-{method}.png)", "")
+        values = part.groupby(["measure", "variant"]).value.agg(["mean", "std", "count"])
+        yield from ("### Means ± standard deviations over seeds (number of seeds)", "")
+        yield from pivot({key: spread(key[0], row) for key, row in values.iterrows()})
+        for reference in ("plain", figures.REFERENCE, "random-box", "gradmix"):
+            compared = rows.differences(part, reference)
             if len(compared):
-                parts += ["", f"### Differences to {reference}", "", *_differences(compared)]
-    path.write_text("\n".join(parts) + "\n")
-    return written
+                yield from ("", f"### Differences to {reference}", "", *verdicts(compared))
+
+
+def stamps_page(found: pd.DataFrame) -> Iterator[str]:
+    """Lines of results/shortcuts.md: the primary measure with differences, then the others."""
+    for (grid, method, data), part in found.groupby(["grid", "method", "data"], sort=False):
+        yield f"\n## {method}, grid {grid}, {data}\n"
+        values = part.groupby(["variant", "measure"]).value.agg(["mean", "std", "count"])
+        cells = {key: spread(key[1], row) for key, row in values.iterrows()}
+        variants = in_order(part.variant)
+        references = [name for name in ("random-box", "third-view", "plain") if name in variants]
+        lines = {name: [name, cells.pop((name, PRIMARY))] for name in variants}
+        for reference in references:
+            compared = rows.differences(part[part.measure == PRIMARY], reference)
+            for name, line in lines.items():
+                key = (PRIMARY, name)
+                line.append(interval(PRIMARY, compared.loc[key]) if key in compared.index else "")
+        header = ["variant", "linear probe", *(f"minus {name}" for name in references)]
+        yield from (*table(header, [*lines.values()]), *recovered(part), "")
+        yield from pivot(cells, "variant")
+
+
+def recovered(part: pd.DataFrame) -> Iterator[str]:
+    """The fraction of the oracle's gain that GradMix has, paired by seed, if there is a gain."""
+    probe = part[part.measure == PRIMARY].pivot(index="seed", columns="variant", values="value")
+    if not {"plain", "gradmix", "oracle"} <= set(probe.columns):
+        return
+    gain = probe.oracle - probe.plain
+    if rows.paired_interval(gain.dropna().tolist())[1] > 0:
+        fractions = (probe.gradmix - probe.plain) / gain
+        mean, low, high = rows.paired_interval(fractions.dropna().tolist())
+        ends = f"[{low:.0%}, {high:.0%}]"
+        yield f"\nGradMix has {mean:.0%} {ends} of what the oracle gains over plain views."
+
+
+def headline(part: pd.DataFrame) -> list[str]:
+    """The first table of EVIDENCE.md: the primary measure, and what GradMix has beyond it."""
+    part = part[part.measure == PRIMARY]
+    titles = {"gradmix": "**gradmix**", "oracle": "oracle, boxes on the stamp"}
+    lines = []
+    for name in ("plain", "third-view", "random-box", "gradmix", "oracle"):
+        seeds = part[part.variant == name].value
+        mean = f"{number(PRIMARY, seeds.mean())} ± {number(PRIMARY, seeds.std())}"
+        behind = rows.differences(part, name)
+        beyond = "" if name == "gradmix" else interval(PRIMARY, behind.loc[PRIMARY, "gradmix"])
+        lines.append([titles.get(name, name), mean, beyond])
+    return table(["variant", "linear probe", "GradMix minus it"], lines)
+
+
+def summary(part: pd.DataFrame) -> list[str]:
+    """Variants by some measures: mean, and paired difference to the reference."""
+    part = part[part.measure.isin(figures.SHORT)]
+    compared = rows.differences(part, figures.REFERENCE)
+    cells = {}
+    for key, row in part.groupby(["measure", "variant"]).value.agg(["mean", "count"]).iterrows():
+        mean = number(key[0], row["mean"])
+        if key in compared.index:
+            cells[key[::-1]] = f"{mean}; {difference(key[0], compared.loc[key])}"
+        else:
+            cells[key[::-1]] = f"{mean} ({row['count']:.0f})"
+    return pivot(cells, "variant")
+
+
+def described(part: pd.DataFrame) -> str:
+    """Number of cells, commits, and the settings that all cells share."""
+    first = part.iloc[0].settings
+    if any(settings != first for settings in part.settings):
+        raise ValueError(f"grid {part.iloc[0].grid!r} has cells with different settings")
+    cells = part.groupby(["variant", "data", "seed"]).ngroups
+    names = ("data", "images", "epochs", "batch", "backbone", "corrupted")
+    shared = ", ".join(f"{name} {first[name]}" for name in names)
+    recipe = f"; `{shlex.join(first['recipe'])}`" if first["recipe"] else ""
+    return f"{cells} cells, commits {', '.join(sorted(set(part.commit)))}: {shared}{recipe}."
+
+
+def costs(part: pd.DataFrame) -> list[str]:
+    """Seeds of each variant by the kind of data, passes and seconds."""
+    kinds = ("all", "known", "two-cue")
+    cells = part.drop_duplicates(["variant", "data", "seed"])
+    seconds = cells[cells.data == "all"].groupby("variant").seconds.mean()
+    lines = []
+    for variant in in_order(part.variant):
+        mine = cells[cells.variant == variant]
+        row = mine.iloc[0]
+        seeds = (" ".join(map(str, sorted(mine.seed[mine.data == kind]))) for kind in kinds)
+        passes = f"{row.passes} + {row.attributions} + {row.target_passes}"
+        taken = f"{seconds[variant]:,.0f}" if variant in seconds else ""
+        lines.append([variant, *seeds, passes, taken])
+    return table(["variant", *(f"seeds, {kind}" for kind in kinds), "passes", "seconds"], lines)
+
+
+def verdicts(compared: pd.DataFrame) -> list[str]:
+    """Differences of all measures, and how many are better, worse and open."""
+    lines = pivot({key: difference(key[0], row) for key, row in compared.iterrows()})
+    counted = compared[~compared.index.isin(rows.CHOSEN_BY, level="measure")]
+    ends = []
+    for variant in in_order(counted.index.get_level_values("variant")):
+        found = counted.xs(variant, level="variant").verdict.tolist()
+        ends.append(" / ".join(str(found.count(each)) for each in ("better", "worse", "open")))
+    return [*lines, f"| better / worse / open | {' | '.join(ends)} |"]
 
 
 def in_order(variants: Iterable[str]) -> list[str]:
-    """Those that are there, in the order of `VARIANTS`."""
-    present = set(variants)
-    return [name for name in VARIANTS if name in present]
+    """The variants in their usual order."""
+    return [name for name in VARIANTS if name in set(variants)]
 
 
-def summary(rows: pd.DataFrame) -> list[str]:
-    """Markdown lines: variants by the measures in `SHORT`, mean and paired difference to `REFERENCE`."""
-    found = rows[rows.measure.isin(SHORT)].groupby(["measure", "variant"]).value.agg(["mean", "count"])
-    behind = texts(differences(rows, REFERENCE), difference).reindex(found.index)
-    cells = texts(found, lambda measure, row: number(measure, row["mean"])) + "; " + behind
-    cells = cells.fillna(texts(found, lambda measure, row: f"{number(measure, row['mean'])} ({row['count']:.0f})"))
-    return pivot(cells.swaplevel())
-
-
-def _described(rows: pd.DataFrame) -> list[str]:
-    """The grid's settings, and the part of the command that all its cells share."""
-    first = rows.iloc[0]
-    names = ("data", "images", "epochs", "batch", "backbone", "corrupted")
-    shared = options({name: first.settings[name] for name in names})
-    recipe = ["--", *first.settings["recipe"]] if first.settings["recipe"] else []
-    command = shlex.join(["--grid", first.grid, *shared, "--methods", first.method, "VARIANTS", *recipe])
-    choice = "--variants ... --kinds ... --seeds ..."
-    cells = rows.groupby(["variant", "data", "seed"]).ngroups
-    commits = ", ".join(sorted(set(rows.commit)))
-    return [
-        f"{cells} cells, commits {commits}:",
-        "",
-        f"    python benchmarks/evidence.py {command.replace('VARIANTS', choice)}",
-    ]
-
-
-def _cells(rows: pd.DataFrame) -> list[str]:
-    """Seeds of each variant by the kind of data, and what it costs."""
-    cells = rows.drop_duplicates(["variant", "data", "seed"])
-    seeds = cells.groupby(["variant", "data"]).seed.agg(lambda found: " ".join(map(str, sorted(found))))
-    seconds = cells[cells.data == "all"].groupby("variant").seconds.mean()
-    lines = []
-    for variant in in_order(rows.variant):
-        row = cells[cells.variant == variant].iloc[0]
-        passes = f"{row.passes} + {row.attributions} + {row.target_passes}"
-        taken = f"{seconds[variant]:,.0f}" if variant in seconds else ""
-        lines.append([variant, *(seeds.get((variant, kind), "") for kind in DATA), passes, taken])
-    return [
-        "Passes of a training image: through the encoder, of GradMix's attribution (backward, to the observed layer), "
-        "and of BYOL's target network (forward). Seconds of training alone, data `all`: of several machines and beside "
-        "other work, so that they do not compare variants.",
-        "",
-        *table(["variant", *(f"seeds, {kind}" for kind in DATA), "passes", "seconds"], lines),
-    ]
-
-
-def _means(rows: pd.DataFrame) -> list[str]:
-    def text(measure: str, row: pd.Series) -> str:
-        spread = f" ± {number(measure, row['std'])}" if row["count"] > 1 else ""
-        return f"{number(measure, row['mean'])}{spread} ({row['count']:.0f})"
-
-    return pivot(texts(rows.groupby(["measure", "variant"]).value.agg(["mean", "std", "count"]), text))
-
-
-def _differences(compared: pd.DataFrame) -> list[str]:
-    counted = compared[~compared.index.isin(CHOSEN_BY, level="measure")]
-    verdicts = counted.groupby("variant").verdict.value_counts().unstack(fill_value=0)
-    verdicts = verdicts.reindex(in_order(verdicts.index), columns=["better", "worse", "open"], fill_value=0)
-    ends = [" / ".join(map(str, line)) for line in verdicts.values]
-    return [*pivot(texts(compared, difference)), f"| better / worse / open | {' | '.join(ends)} |"]
-
-
-def texts(found: pd.DataFrame, text: Callable[[str, pd.Series], str]) -> pd.Series:
-    """What `text` makes of each line's measure and numbers, by measure and variant."""
-    return pd.Series([text(key[0], row) for key, row in found.iterrows()], found.index, dtype=object)
-
-
-def pivot(cells: pd.Series) -> list[str]:
-    """Markdown lines of texts by two names, measures and variants in their usual order."""
-    frame = cells.unstack(fill_value="")
+def pivot(cells: dict[tuple[str, str], str], corner: str = "measure") -> list[str]:
+    """A table of texts by two keys, measures and variants, both in their usual order."""
     order = [*MEASURES, *VARIANTS]
-    frame = frame.sort_index(key=lambda names: names.map(order.index))
-    frame = frame.sort_index(axis=1, key=lambda names: names.map(order.index))
+    names, columns = (sorted({key[i] for key in cells}, key=order.index) for i in (0, 1))
     titles = {name: measure.title for name, measure in MEASURES.items()}
-    frame = frame.rename(index=titles, columns=titles)
-    lines = [[name, *line] for name, line in zip(frame.index, frame.values, strict=True)]
-    return table([frame.index.name, *frame.columns], lines)
+    header = [corner, *(titles.get(column, column) for column in columns)]
+    lines = [
+        [titles.get(name, name), *(cells.get((name, column), "") for column in columns)]
+        for name in names
+    ]
+    return table(header, lines)
 
 
 def table(header: list[str], lines: list[list[str]]) -> list[str]:
@@ -170,53 +182,31 @@ def table(header: list[str], lines: list[list[str]]) -> list[str]:
     return [f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *lines)]
 
 
-def difference(measure: str, found: pd.Series) -> str:
-    """A paired difference with its interval, marked by its verdict."""
-    text = number(measure, found["mean"], "+")
-    if not math.isnan(found.low):
-        text += f" [{number(measure, found.low, '+')}, {number(measure, found.high, '+')}]"
-    mark = {"better": "**", "worse": "***", "open": ""}[found.verdict]
-    return f"{mark}{text}{mark} ({found.seeds})"
+def difference(measure: str, row: pd.Series) -> str:
+    """A paired difference with its interval and seeds, marked by its verdict."""
+    mark = {"better": "**", "worse": "***", "open": ""}[row.verdict]
+    return f"{mark}{interval(measure, row)}{mark} ({row.seeds})"
+
+
+def interval(measure: str, row: pd.Series) -> str:
+    """A paired difference with its interval."""
+    text = number(measure, row["mean"], "+")
+    if math.isnan(row.low):
+        return text
+    return f"{text} [{number(measure, row.low, '+')}, {number(measure, row.high, '+')}]"
+
+
+def spread(measure: str, row: pd.Series) -> str:
+    """A mean with its standard deviation over seeds and their number."""
+    deviation = f" ± {number(measure, row['std'])}" if row["count"] > 1 else ""
+    return f"{number(measure, row['mean'])}{deviation} ({row['count']:.0f})"
 
 
 def number(measure: str, value: float, sign: str = "") -> str:
-    shown = round(float(100 * value if MEASURES[measure].percent else value), 1) + 0.0  # no "-0.0"
-    return f"{shown:{sign}.1f}".replace("-", "−")
+    kind = MEASURES[measure]
+    shown = round(float(100 * value if kind.percent else value), kind.digits) + 0.0  # no "-0.0"
+    return f"{shown:{sign}.{kind.digits}f}".replace("-", "−")
 
 
-def forest(compared: pd.DataFrame) -> Figure | None:
-    """Draws paired differences to `REFERENCE` with their 95% intervals, a panel for each measure in `SHORT`.
-
-    Filled marks are differences whose interval excludes 0. To the right is better in every panel: where less is better,
-    the axis runs the other way.
-
-    Returns:
-        None where there is nothing to compare.
-    """
-    from matplotlib.figure import Figure
-
-    shown = [measure for measure in SHORT if measure in compared.index]
-    if not shown:
-        return None
-    variants = in_order(compared.index.get_level_values("variant"))
-    figure = Figure(figsize=(1.5 + 2.1 * len(shown), 1 + 0.2 * len(variants)), layout="constrained")
-    panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
-    for axes, measure in zip(panels, shown, strict=True):
-        scale = 100 if MEASURES[measure].percent else 1
-        for variant, found in compared.loc[measure].iterrows():
-            y = -variants.index(variant)
-            axes.plot([scale * found.low, scale * found.high], [y, y], color="C0", linewidth=1)
-            face = "white" if found.verdict == "open" else "C0"
-            axes.plot(scale * found["mean"], y, "o", color="C0", markerfacecolor=face, markersize=4)
-        axes.axvline(0, color="0.5", linewidth=0.8)
-        axes.set_title(textwrap.fill(MEASURES[measure].title, 34), loc="left", fontsize=7)
-        axes.margins(y=0.15)
-        axes.set_yticks([-i for i in range(len(variants))], variants)
-        axes.tick_params(labelsize=7, length=0)
-        axes.grid(axis="x", color="0.9")
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        if not MEASURES[measure].larger_is_better:
-            axes.invert_xaxis()
-    over = "95% interval over seeds, or open-set trials"
-    figure.supxlabel(f"difference to {REFERENCE} in points, {over}; right is better", fontsize=7)
-    return figure
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))

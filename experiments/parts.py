@@ -1,77 +1,109 @@
-"""Runs a recipe on planted stamps, logs which share of them GradMix's boxes hit, and puts boxes elsewhere if asked.
+"""Parts that replace those of a recipe: where boxes lie, and the loss of mixed views.
 
-    python benchmarks/evidence/boxes.py attributed recipes/simclr_gradmix.py --data.stamp_bits 9
-
-In place of `attributed`, `stamp` centers the boxes on the stamps, which is what GradMix could do at best, and
-`anywhere` centers them on a pixel drawn uniformly, shifted inside the image as GradMix's are.
+recipe.main(argv, gradmix=Anywhere, method=DonorPositive)
 """
 
-import runpy
-import sys
-from collections.abc import Sequence
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
-from ssl_gradmix import GradMix, MixedViews
-from ssl_gradmix.attribution import Observed
-from ssl_gradmix.data import planted
-from ssl_gradmix.data.augmentation import Views
-from ssl_gradmix.training.loop import Trainer
+from experiments.stamps import Stamps
+from ssl_gradmix import GradMix, MixedViews, SimCLR
+from ssl_gradmix.losses import nt_xent
+from ssl_gradmix.methods import Method
 
-forward, mix, attribute, look = Views.forward, GradMix._mix, GradMix._attribute, Trainer._look
-stamps: list[Tensor] = []
-"""Boxes (N, 4) of the stamps in the views that were made last."""
-hits: list[Tensor] = []
-"""Mean share of the stamps inside of GradMix's boxes, by step of the epoch."""
+Activations = Mapping[str, Sequence[Tensor]]
 
 
-def views_noted(self: Views, images: Tensor, n_views: int) -> list[Tensor]:
-    stamps[:] = [self.stamps.boxes(planted.name(images), (self.size, self.size))] if self.stamps else []
-    return forward(self, images, n_views)
+class Anywhere(GradMix):
+    """Centers boxes on a uniformly random pixel and shifts them inside the image.
+
+    Constant maps have this effect. With `region="random"` all boxes inside the image are equally
+    likely; here those at the border are more likely.
+    """
+
+    def attribute(self, images: Tensor, loss: Tensor | None, activations: Activations) -> Tensor:
+        return images.new_zeros(len(images), *images.shape[2:], dtype=torch.float32)
 
 
-def mix_noted(self: GradMix, images: Tensor, *others: object) -> tuple[MixedViews, object]:
-    mixed, gradients = mix(self, images, *others)
-    if stamps and len(stamps[0]) == len(images) and mixed.boxes is not None:  # not the recipe's trial, nor a picture
-        hits.append(covered(stamps[0], mixed.boxes).mean())
-    return mixed, gradients
+class OnTheStamp(Anywhere):
+    """The oracle: centers boxes on the planted stamps."""
+
+    def __init__(self, *args: Any, stamps: Stamps, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.stamps = stamps
+
+    def attribute(self, images: Tensor, loss: Tensor | None, activations: Activations) -> Tensor:
+        maps = super().attribute(images, loss, activations)
+        boxes = self.stamps.latest
+        if len(boxes) == len(maps):  # not if the images come from elsewhere than the views
+            x, y = ((boxes[:, :2] + boxes[:, 2:]) // 2).unbind(1)
+            maps[torch.arange(len(maps)), y, x] = 1
+        return maps
+
+
+class DonorPositive(SimCLR):
+    """Counts the donor as a positive in proportion to its area, as i-Mix and ResizeMix do.
+
+    The loss of mixed views u is `lam NTX(u, z1) + (1 - lam) NTX(u, z1[donor])`, here divided by
+    lam, with which `Method` multiplies.
+    """
+
+    def third_loss(
+        self, third: Tensor, z: Sequence[Tensor], targets: Any, mixed: MixedViews | None
+    ) -> Tensor:
+        assert mixed is not None  # the variant runs with GradMix
+        own = nt_xent(third, z[1], self.temperature)
+        donor = nt_xent(third, z[1][mixed.donor_index], self.temperature)
+        return own + (1 - mixed.lam) / mixed.lam * donor
+
+
+class Attract(SimCLR):
+    """The loss of GradMix's authors: mixed views attract, anchors and negatives are original views.
+
+    The loss of mixed views u is `lam mean_i(-z1_i u_i / T + log sum_k exp(z1_i z_k / T))` with k
+    over the other embeddings of both original views.
+    """
+
+    def third_loss(
+        self, third: Tensor, z: Sequence[Tensor], targets: Any, mixed: MixedViews | None
+    ) -> Tensor:
+        u, z0, z1 = (normalize(each, dim=1) for each in (third, z[0], z[1]))
+        similarity = z1 @ torch.cat([z1, z0]).T / self.temperature
+        itself = torch.eye(*similarity.shape, dtype=torch.bool, device=u.device)
+        negatives = similarity.masked_fill(itself, -torch.inf).logsumexp(1)
+        return (negatives - (z1 * u).sum(1) / self.temperature).mean()
+
+
+def logging_hits(method: type[Method], stamps: Stamps) -> type[Method]:
+    """A subclass of a method that logs `hit`, the fraction of the stamps inside GradMix's boxes."""
+
+    class LoggingHits(method):  # type: ignore[misc, valid-type]  # mypy knows no dynamic bases
+        def third_loss(
+            self, third: Tensor, z: Sequence[Tensor], targets: Any, mixed: MixedViews | None
+        ) -> Tensor:
+            self.boxes = None if mixed is None else mixed.boxes
+            return super().third_loss(third, z, targets, mixed)
+
+        def forward(
+            self, views: list[Tensor], labels: Tensor | None = None
+        ) -> tuple[Tensor, dict[str, Tensor]]:
+            self.boxes = None
+            loss, metrics = super().forward(views, labels)
+            if self.boxes is not None and len(self.boxes) == len(stamps.latest):
+                metrics["hit"] = covered(stamps.latest, self.boxes).mean()
+            return loss, metrics
+
+    return LoggingHits
 
 
 def covered(boxes: Tensor, by: Tensor) -> Tensor:
-    """Share (N,) of the area of boxes (N, 4) that lies in others."""
-    shared = (torch.minimum(boxes[:, 2:], by[:, 2:]) - torch.maximum(boxes[:, :2], by[:, :2])).clamp_min(0)
-    return shared.prod(1) / (boxes[:, 2:] - boxes[:, :2]).prod(1)
-
-
-def look_noted(self: Trainer, entry: dict) -> None:
-    if hits:
-        entry["hit"] = torch.stack(hits).mean().item()
-    look(self, entry)
-    hits.clear()  # the monitor has mixed stamped views too
-
-
-def anywhere(self: GradMix, loss: Tensor, observed: Observed, images: Tensor, leaves: Sequence[Tensor]) -> tuple:
-    layers, maps, gradients = attribute(self, loss, observed, images, leaves)
-    return layers, torch.zeros_like(maps), gradients  # a flat map: boxes lie at random
-
-
-def on_the_stamp(self: GradMix, loss: Tensor, observed: Observed, images: Tensor, leaves: Sequence[Tensor]) -> tuple:
-    layers, maps, gradients = anywhere(self, loss, observed, images, leaves)
-    for x0, y0, x1, y1 in (each.unbind(1) for each in stamps if len(each) == len(images)):
-        maps[torch.arange(len(images)), (y0 + y1) // 2, (x0 + x1) // 2] = 1
-    return layers, maps, gradients
-
-
-PLACES = {"attributed": attribute, "stamp": on_the_stamp, "anywhere": anywhere}
-
-
-def main() -> None:
-    _, place, *sys.argv = sys.argv
-    GradMix._attribute = PLACES[place]
-    Views.forward, GradMix._mix, Trainer._look = views_noted, mix_noted, look_noted
-    runpy.run_path(sys.argv[0], run_name="__main__")
-
-
-if __name__ == "__main__":
-    main()
+    """Fraction (N,) of the area of boxes (N, 4) that lies inside other boxes (N, 4)."""
+    low, high = torch.maximum(boxes[:, :2], by[:, :2]), torch.minimum(boxes[:, 2:], by[:, 2:])
+    area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
+    return (high - low).clamp_min(0).prod(1) / area

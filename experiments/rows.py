@@ -1,13 +1,12 @@
-"""Rows, one number of one cell each: read from a run folder, kept a line a cell, compared seed by seed."""
+"""Results of the experiments, one line per cell in results/*.jsonl, and differences of variants."""
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,246 +15,244 @@ import pandas as pd
 import yaml
 from scipy.stats import ttest_1samp
 
-from evidence.cells import TRIALS, Cell, Grid, passes
+from experiments.variants import TRIALS, Cell, Grid, passes
+from ssl_gradmix.evaluation import results
+from ssl_gradmix.files import read_json
 
 CELL = (
     *("grid", "method", "variant", "data", "seed", "passes", "attributions", "target_passes"),
     *("seconds", "threads", "commit", "settings"),
 )
-"""Of a cell: which one, the passes of a training image as in `passes`, what training alone took, of which commit."""
+"""Description of a cell in its line: identity, cost (see `passes`), training time, and commit."""
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A number of a cell.
+    """A quantity measured in a cell.
 
     Args:
-        title: In tables.
-        data: The kind of data it belongs to; `labels` are known classes whose labels are trained on.
-        file: In a run's `eval/`; empty where it is read otherwise.
-        score: Of the rows in `file` whose mean it is.
-        metric: Of them.
-        params: Of them; None is for a parameter that must not be there.
-        larger_is_better: Which direction helps.
-        percent: Whether it lies in [0, 1] and is shown in percent.
+        title: Name in tables.
+        kind: Kind of cells that have it, see `Cell.kinds`. The kinds `two-cue` and `past` belong to
+            evaluations that were removed.
+        source: Evaluation whose file has it, and score and metric of its rows there, which are
+            averaged (over open-set trials). Empty for measures read elsewhere by `read_value`.
+        labels: Fraction of labels in those rows.
+        feature: Feature that was evaluated.
+        better: 1 if larger values are better, −1 if smaller values are.
+        percent: Whether it lies in [0, 1] and is displayed in percent.
+        digits: Digits after the decimal point.
     """
 
     title: str
-    data: str
-    file: str = ""
-    score: str = ""
-    metric: str = ""
-    params: Mapping[str, Any] = field(default_factory=dict)
-    larger_is_better: bool = True
+    kind: str
+    source: str = ""
+    labels: float | None = None
+    feature: str = "backbone"
+    better: int = 1
     percent: bool = True
+    digits: int = 1
 
 
-_OSR = {"pretraining": "known classes only"}
+_LOSS = partial(Measure, better=-1, percent=False, digits=2)
+_ERROR = partial(Measure, source="corruption linear mean_corruption_error", better=-1)
+_PROBE = partial(Measure, source="linear_probe linear top1")
+_KNN = partial(Measure, source="linear_probe knn top1")
 
 MEASURES = {
     "validation_knn": Measure("kNN, held-out training images", "all"),
-    # Of rows from before the probe's learning rate was chosen by its loss; no evaluation writes it any more.
-    "validation_linear": Measure("linear probe, held-out training images", ""),
-    "validation_loss": Measure(
-        "linear probe's loss, held-out training images (less is better)", "all", larger_is_better=False, percent=False
+    "validation_linear": Measure("linear probe, held-out training images", "past"),
+    "validation_loss": _LOSS(
+        "linear probe's loss, held-out training images (less is better)", "all"
     ),
-    "linear": Measure("linear probe", "all", "linear_probe.json", "linear", "top1", {"label_fraction": None}),
-    "knn": Measure("kNN", "all", "linear_probe.json", "knn", "top1"),
-    "linear_10": Measure(
-        "linear probe, 10% of labels", "all", "linear_probe.json", "linear", "top1", {"label_fraction": 0.1}
-    ),
-    "linear_1": Measure(
-        "linear probe, 1% of labels", "all", "linear_probe.json", "linear", "top1", {"label_fraction": 0.01}
-    ),
-    "corruption_error": Measure(
-        "mean corruption error (less is better)", "all", "corruption.json", "linear", "mean_corruption_error",
-        larger_is_better=False,
-    ),
-    "ood_auroc": Measure("OOD AUROC, kNN distance", "all", "ood.json", "knn_distance", "auroc"),
-    "ood_auroc_mahalanobis": Measure("OOD AUROC, Mahalanobis", "all", "ood.json", "mahalanobis", "auroc"),
+    "linear": _PROBE("linear probe", "all"),
+    "knn": _KNN("kNN", "all"),
+    "linear_10": _PROBE("linear probe, 10% of labels", "all", labels=0.1),
+    "linear_1": _PROBE("linear probe, 1% of labels", "all", labels=0.01),
+    "corruption_error": _ERROR("mean corruption error (less is better)", "all"),
+    "ood_auroc": Measure("OOD AUROC, kNN distance", "all", "ood knn_distance auroc"),
+    "ood_auroc_mahalanobis": Measure("OOD AUROC, Mahalanobis", "all", "ood mahalanobis auroc"),
     "rankme": Measure("RankMe", "all", percent=False),
-    "osr_auroc": Measure("OSR AUROC, kNN distance", "known", "osr.json", "knn_distance", "auroc", _OSR),
-    "osr_oscr": Measure("OSCR, kNN distance", "known", "osr.json", "knn_distance", "oscr", _OSR),
-    "osr_auroc_logit": Measure("OSR AUROC, maximum logit", "known", "osr.json", "max_logit", "auroc", _OSR),
-    "osr_oscr_logit": Measure("OSCR, maximum logit", "known", "osr.json", "max_logit", "oscr", _OSR),
-    "osr_auroc_cosine": Measure("OSR AUROC, top-k cosine", "known", "osr.json", "top_k_cosine", "auroc", _OSR),
-    "closed_set": Measure("accuracy, known classes", "known", "osr.json", "linear", "accuracy", _OSR),
+    "osr_auroc": Measure("OSR AUROC, kNN distance", "known", "osr knn_distance auroc"),
+    "osr_oscr": Measure("OSCR, kNN distance", "known", "osr knn_distance oscr"),
+    "osr_auroc_logit": Measure("OSR AUROC, maximum logit", "known", "osr max_logit auroc"),
+    "osr_oscr_logit": Measure("OSCR, maximum logit", "known", "osr max_logit oscr"),
+    "osr_auroc_cosine": Measure("OSR AUROC, top-k cosine", "known", "osr top_k_cosine auroc"),
+    "closed_set": Measure("accuracy, known classes", "known", "osr linear accuracy"),
     "projector_auroc": Measure(
-        "OSR AUROC, top-k cosine of the projector", "labels", "projector/osr.json", "top_k_cosine", "auroc", _OSR
+        "OSR AUROC, top-k cosine of the projector",
+        "labels",
+        "osr top_k_cosine auroc",
+        feature="projector",
     ),
-    "known_ood_auroc": Measure("OOD AUROC, kNN distance, known classes", "labels", "ood.json", "knn_distance", "auroc"),
-    "known_corruption_error": Measure(
-        "mean corruption error, known classes (less is better)", "labels", "corruption.json", "linear",
-        "mean_corruption_error", larger_is_better=False,
+    "known_ood_auroc": Measure(
+        "OOD AUROC, kNN distance, known classes", "labels", "ood knn_distance auroc"
     ),
-    "usual_cue": Measure("two cues: the usual one", "two-cue", "usual/linear_probe.json", "linear", "top1"),
-    "neglected_cue": Measure("two cues: the neglected one", "two-cue", "neglected/linear_probe.json", "linear", "top1"),
+    "known_corruption_error": _ERROR(
+        "mean corruption error, known classes (less is better)", "labels"
+    ),
+    "usual_cue": Measure("two cues: the usual one", "two-cue"),
+    "neglected_cue": Measure("two cues: the neglected one", "two-cue"),
     "two_cue_rank": Measure("two cues: RankMe", "two-cue", percent=False),
-    "unstamped_linear": Measure("linear probe, without stamps", "stamps", "linear_probe.json", "linear", "top1"),
-    "unstamped_knn": Measure("kNN, without stamps", "stamps", "linear_probe.json", "knn", "top1"),
-    "stamped_linear": Measure("linear probe, with stamps", "stamps"),
-    "first_bit": Measure("linear probe of a bit", "stamps"),
-    "same_stamp": Measure("cosine of two views", "stamps"),
-    "other_bits": Measure("cosine, stamp of other bits", "stamps"),
-    "other_place": Measure("cosine, stamp elsewhere", "stamps"),
-    "other_image": Measure("cosine, other image (less is better)", "stamps", larger_is_better=False),
-    "hit": Measure("share of the stamp in the box, last epoch", "stamps"),
-    "stamps_validation_loss": Measure(
-        "linear probe's loss, held-out images (less is better)", "stamps", larger_is_better=False, percent=False
-    ),
-    "unstamped_corruption_error": Measure(
-        "mean corruption error, without stamps (less is better)", "stamps", "corruption.json", "linear",
-        "mean_corruption_error", larger_is_better=False,
-    ),
+    "unstamped_linear": _PROBE("linear probe, without stamps", "stamps"),
+    "unstamped_knn": _KNN("kNN, without stamps", "stamps"),
+    "stamped_linear": Measure("linear probe, with stamps", "past"),
+    "first_bit": Measure("linear probe of a bit", "past"),
+    "same_stamp": Measure("cosine of two views", "stamped"),
+    "other_bits": Measure("cosine, stamp of other bits", "stamped"),
+    "other_place": Measure("cosine, stamp elsewhere", "stamped"),
+    "other_image": Measure("cosine, other image (less is better)", "stamped", better=-1),
     "reliance": Measure(
-        "reliance (less is better)", "stamps", "reliance.json", "attributed",
-        "reliance", larger_is_better=False,
+        "reliance (less is better)", "stamps", "reliance attributed reliance", better=-1
     ),
-}  # fmt: skip
-"""By their names in rows, in the order of the tables."""
+    "hit": Measure("share of the stamp in the box, last epoch", "hit"),
+    "unstamped_corruption_error": _ERROR(
+        "mean corruption error, without stamps (less is better)", "corrupted"
+    ),
+    "stamps_validation_loss": _LOSS(
+        "linear probe's loss, held-out images (less is better)", "stamps"
+    ),
+}
+"""Measures by their names in rows, in the order of the tables."""
 
-EXCHANGED = ("stamped_linear", "first_bit", "same_stamp", "other_bits", "other_place", "other_image")
-"""Read where all views bear stamps."""
-
-CHOSEN_BY = ("validation_knn", "validation_linear", "validation_loss", "stamps_validation_loss")
-"""Of held-out training images: settings are chosen by these alone, and verdicts do not count them."""
+CHOSEN_BY = (*("validation_knn", "validation_linear", "validation_loss", "stamps_validation_loss"),)
+"""Measures of held-out training images. Settings are chosen by these, and verdicts ignore them."""
 
 
 def condense(cell: Cell, grid: Grid) -> dict[str, Any]:
-    """`CELL` of a cell whose commands are done, and its numbers as `measures`.
+    """The line of a finished cell: `CELL`, and its numbers as `measures`.
 
     Raises:
-        FileNotFoundError: An evaluation has left no results.
-        ValueError: They do not hold what is wanted.
+        FileNotFoundError: Results of an evaluation are missing.
+        ValueError: Results do not contain a measure.
     """
-    run = cell.run(grid)
-    config = yaml.safe_load((run / "config.yaml").read_text())
-    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    about = dict(grid=grid.name, **cell._asdict())
-    cost = dict(zip(("passes", "attributions", "target_passes"), passes(cell, grid), strict=True))
-    cost |= dict(seconds=round(_seconds(log, config["training"]["batch_size"]), 1), threads=grid.threads)
-    origin = dict(commit=config["environment"]["commit"], settings=grid.settings())
-    kinds = (cell.kind, "labels") if cell.labeled else (cell.kind,)
-    wanted = {name: measure for name, measure in MEASURES.items() if measure.data in kinds}
-    absent = set() if cell.stamped else set(EXCHANGED)
-    if "hit" not in log[-1]:
-        absent.add("hit")
-    if not grid.corrupted:
-        absent.add("unstamped_corruption_error")
-    measures = {name: _value(name, measure, run, log) for name, measure in wanted.items() if name not in absent}
-    return {**about, **cost, **origin, "measures": measures}
+    folder = cell.folder(grid)
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    kinds = cell.kinds(grid) | ({"hit"} if "hit" in log[-1] else set())
+    measures = {
+        name: read_value(name, cell, grid, log)
+        for name, measure in MEASURES.items()
+        if measure.kind in kinds
+    }
+    return {
+        "grid": grid.name,
+        **cell._asdict(),
+        **dict(zip(("passes", "attributions", "target_passes"), passes(cell, grid), strict=True)),
+        "seconds": round(training_seconds(log, config["training"]["batch_size"]), 1),
+        "threads": grid.threads,
+        "commit": config["environment"]["commit"],
+        "settings": grid.settings(),
+        "measures": measures,
+    }
 
 
-def _value(name: str, measure: Measure, run: Path, log: list[dict]) -> float:
+def read_value(name: str, cell: Cell, grid: Grid, log: Sequence[Mapping[str, Any]]) -> float:
+    """Reads a measure from the files of a cell's run folder."""
+    measure = MEASURES[name]
+    if name == "hit":
+        return log[-1]["hit"]
     if name == "validation_knn":
         return log[-1]["knn"]
     if name in ("validation_loss", "stamps_validation_loss"):
-        return min(json.loads((run / "eval/linear_probe.json").read_text())["validation"].values())
-    if name == "hit":
-        return log[-1]["hit"]
-    if name in EXCHANGED:
-        return json.loads((run / "exchange.json").read_text())[name]
-    if name in ("rankme", "two_cue_rank"):
-        return json.loads((run / "rankme.json").read_text())["rankme"]
-    path = run / "eval" / measure.file
-    found = [
-        row["value"]
-        for row in json.loads(path.read_text())["rows"]
-        if (row["score"], row["metric"]) == (measure.score, measure.metric)
-        and all(row["params"].get(key) == wanted for key, wanted in measure.params.items())
-    ]
-    if not found:
-        raise ValueError(f"{path} has no row {measure.score} {measure.metric} with {dict(measure.params)}")
-    return float(np.mean(found))
+        found = read_json(cell.result(grid, "linear_probe"))
+        return min(found["validation"].values())
+    if not measure.source:
+        return read_json(cell.folder(grid) / "measures.json")[name]
+    task, *wanted = measure.source.split()
+    path = cell.result(grid, task, measure.feature)
+    found, _ = results.read(path)
+    kept = (found.score == wanted[0]) & (found.metric == wanted[1])
+    kept &= [params.get("label_fraction") == measure.labels for params in found.params]
+    if task == "osr":  # an encoder that saw the unknown classes does not count
+        kept &= results.param(found, "pretraining") == "known classes only"
+    if not kept.any():
+        raise ValueError(f"{path} has no row for the measure {name!r}")
+    return float(np.mean(found.value[kept]))
 
 
-def _seconds(log: list[dict], batch: int) -> float:
-    """How long training took: interruptions do not count, nor an epoch that was resumed at its very end, at no rate."""
+def training_seconds(log: Sequence[Mapping[str, Any]], batch: int) -> float:
+    """Duration of the training steps in a log. Interruptions do not count.
+
+    An epoch that was resumed after its last step has no rate and is left out.
+    """
     steps = np.diff([0, *(entry["step"] for entry in log)])
-    rates = (entry.get("images_per_second") for entry in log)
-    return float(sum(count * batch / rate for count, rate in zip(steps, rates, strict=True) if rate))
+    rates = [entry.get("images_per_second") for entry in log]
+    return float(sum(n * batch / rate for n, rate in zip(steps, rates, strict=True) if rate))
 
 
 def append(path: Path, line: Mapping[str, Any]) -> None:
-    """Adds what `condense` gave of a cell to the file; other processes may do so at the same time."""
+    """Appends a line from `condense` to the file of an experiment."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab", buffering=0) as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        file.write(f"{json.dumps(line, allow_nan=False)}\n".encode())
-        os.fsync(file)
+    with path.open("a") as file:
+        file.write(f"{json.dumps(line, allow_nan=False)}\n")
 
 
 def read(path: Path) -> pd.DataFrame:
-    """All rows of a file, with `CELL`, `measure` and `value`; none where there is no file.
-
-    Raises:
-        ValueError: A line is no cell's, or a number is there twice.
-    """
+    """All numbers of a file, one per row, with the columns `CELL`, `measure` and `value`."""
+    text = path.read_text() if path.exists() else ""
     rows = []
-    for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], 1):
-        try:
-            found = json.loads(line)
-            cell = [found[name] for name in CELL]
-            rows += [(*cell, measure, value) for measure, value in found["measures"].items()]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}, line {number} is no cell's: {error!r}") from error
-    frame = pd.DataFrame(rows, columns=(*CELL, "measure", "value"))
-    twice = frame[frame.duplicated(["grid", *Cell._fields, "measure"])]
-    if len(twice):
-        row = twice.iloc[0]
-        raise ValueError(f"{path} has {row.measure} of {Cell(*row[list(Cell._fields)])} in grid {row.grid} twice")
-    return frame
+    for line in map(json.loads, text.splitlines()):
+        cell = [line[name] for name in CELL]
+        rows += [(*cell, measure, value) for measure, value in line["measures"].items()]
+    return pd.DataFrame(rows, columns=[*CELL, "measure", "value"])
 
 
 def finished(rows: pd.DataFrame, grid: Grid) -> set[Cell]:
-    """The cells of a grid that have rows.
+    """Cells of a grid that have rows.
 
     Raises:
         ValueError: They were made with other settings.
     """
-    mine, wanted = rows[rows.grid == grid.name], grid.settings()
+    mine = rows[rows.grid == grid.name]
     for settings in mine.settings:
-        if settings != wanted:
-            raise ValueError(f"--grid {grid.name} has rows of {settings}, not of {wanted}: name another grid")
+        if settings != grid.settings():
+            raise ValueError(
+                f"--grid {grid.name} has rows of {settings}, not of {grid.settings()}; "
+                "choose another name"
+            )
     return {Cell(*row) for row in mine[list(Cell._fields)].itertuples(index=False)}
 
 
 def differences(rows: pd.DataFrame, reference: str) -> pd.DataFrame:
     """Paired differences of all variants to one, with the 95% t interval of their mean.
 
-    Seeds pair because they share initialization, the order of images and, on known classes, the trial. Differences of
-    one open-set trial are averaged first, as its seeds agree more with each other than trials do. The interval speaks
-    about further seeds, or trials, on the same images.
+    Seeds pair because they share initialization, the order of images and, with known classes, the
+    open-set trial. Differences of one trial are averaged first, as its seeds agree more with each
+    other than trials do. The interval covers further seeds, or trials, on the same images.
 
     Args:
-        rows: Of one grid and method.
-        reference: The variant that is subtracted.
+        rows: Rows of one grid and method.
+        reference: Variant to subtract.
 
     Returns:
-        By measure and variant: `mean`, `low`, `high` (NaN for one seed, or trial), the number of `seeds` that both
-        have, and the `verdict`: `better` or `worse` where the interval leaves 0 out, else `open`.
+        By measure and variant: `mean`, `low` and `high` (NaN for a single seed or trial), the
+        number of `seeds` that both have, and `verdict`: `better` or `worse` if the interval
+        excludes 0, else `open`.
     """
-    over = rows.seed.where(rows.data != "known", rows.seed % len(TRIALS))  # seeds, or trials, as in `cells`
-    numbers = rows.assign(over=over).pivot(index=["measure", "over", "seed"], columns="variant", values="value")
+    over = rows.seed.where(rows.data != "known", rows.seed % len(TRIALS))
+    index = ["measure", "over", "seed"]
+    numbers = rows.assign(over=over).pivot(index=index, columns="variant", values="value")
     subtracted = numbers.pop(reference) if reference in numbers else np.nan
     paired = numbers.sub(subtracted, axis=0).stack().dropna()
     seeds = paired.groupby(["measure", "variant"], sort=False).size()
-    found = paired.groupby(["measure", "over", "variant"], sort=False).mean()
-    found = found.groupby(["measure", "variant"], sort=False).agg(list)
-    columns = ("mean", "low", "high", "seeds", "verdict")
-    summary = {key: (*paired_interval(values), seeds[key]) for key, values in found.items()}
-    frame = pd.DataFrame.from_dict(
-        {key: (*row, _verdict(*row[:3], MEASURES[key[0]])) for key, row in summary.items()}, "index", columns=columns
-    )
+    averaged = paired.groupby(["measure", "over", "variant"], sort=False).mean()
+    lines = {}
+    for key, values in averaged.groupby(["measure", "variant"], sort=False):
+        mean, low, high = paired_interval(values.tolist())
+        lines[key] = (mean, low, high, seeds[key], _verdict(mean, low, high, MEASURES[key[0]]))
+    columns = ["mean", "low", "high", "seeds", "verdict"]
+    frame = pd.DataFrame.from_dict(lines, "index", columns=columns)
     frame.index = pd.MultiIndex.from_tuples(frame.index, names=["measure", "variant"])
     return frame
 
 
 def paired_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean of paired differences, with the ends of its 95% t interval: NaN of a single one, the mean of equal ones."""
+    """Mean of paired differences and its 95% t interval, which is NaN for a single difference."""
     mean = math.fsum(values) / len(values)
+    if len(values) == 1:
+        return mean, math.nan, math.nan
     if len(set(values)) == 1:
-        return (mean, *[math.nan if len(values) == 1 else mean] * 2)
+        return mean, mean, mean
     low, high = ttest_1samp(values, 0).confidence_interval(0.95)
     return mean, float(low), float(high)
 
@@ -263,4 +260,4 @@ def paired_interval(values: Sequence[float]) -> tuple[float, float, float]:
 def _verdict(mean: float, low: float, high: float, measure: Measure) -> str:
     if not (low > 0 or high < 0):
         return "open"
-    return "better" if (mean > 0) == measure.larger_is_better else "worse"
+    return "better" if mean * measure.better > 0 else "worse"
