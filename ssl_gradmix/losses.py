@@ -11,10 +11,12 @@ from torch import Tensor
 def nt_xent(z0: Tensor, z1: Tensor, temperature: float) -> Tensor:
     """Normalized temperature-scaled cross-entropy (Chen et al. 2020, equation 1).
 
-    `mean_i −log( exp(cos(z_i, z_j(i)) / T) / sum_{k ≠ i} exp(cos(z_i, z_k) / T) )`, where i runs over
-    the 2N embeddings of this process, j(i) is the other view of the same image, and k runs over the
-    embeddings of all processes. The same value as lightly's `NTXentLoss(gather_distributed=True)`,
-    which selects by a boolean mask and so makes the host wait for the device at every step.
+        mean_i −log( exp(cos(z_i, z_j(i)) / T) / sum_{k ≠ i} exp(cos(z_i, z_k) / T) )
+
+    where i runs over the 2N embeddings of this process, j(i) is the other view of the same image,
+    and k runs over the embeddings of all processes. The same value as lightly's
+    `NTXentLoss(gather_distributed=True)`, which selects by a boolean mask and so makes the host
+    wait for the device at every step.
 
     Args:
         z0: Embeddings (N, D) of the first views, float32. N must be the same on all processes.
@@ -35,7 +37,8 @@ def nt_xent(z0: Tensor, z1: Tensor, temperature: float) -> Tensor:
 def supcon(z0: Tensor, z1: Tensor, labels: Tensor, temperature: float) -> Tensor:
     """Supervised contrastive loss (Khosla et al. 2020, equation 2, L_out).
 
-    `mean_i −1/|P(i)| sum_{p ∈ P(i)} log( exp(cos(z_i, z_p) / T) / sum_{a ≠ i} exp(cos(z_i, z_a) / T) )`
+        mean_i −1/|P(i)| sum_{p ∈ P(i)} log( e^{s_ip} / sum_{a ≠ i} e^{s_ia} ),  s_ij = cos(z_i, z_j) / T
+
     over both embeddings of every labeled image of all processes, where P(i) are the others of the
     same class. The sum over i of the paper is a mean here, as in its code. Images without a label
     are left out, as anchors and as a.
