@@ -142,15 +142,10 @@ class ImageSet:
         return replace(self, labels=np.where(kept, self.labels, -1))
 
     def describe(self) -> str:
-        """A line such as `digits/train: 1,438 images of 10 classes (0, 1, 2, ...)`."""
-        start = f"{self.name}: {len(self):,} images"
-        present = [self.classes[label] for label in np.unique(self.labels[self.labels >= 0])]
-        if not present:
-            return f"{start} without labels"
-        names = ", ".join(present[:3]) + (", ..." if len(present) > 3 else "")
+        """A line such as `digits/train: 1,438 images, 10 classes, 0 without labels`."""
         unlabeled = int((self.labels < 0).sum())
-        rest = f", {unlabeled:,} of them without labels" if unlabeled else ""
-        return f"{start} of {len(present)} class{'es' * (len(present) > 1)} ({names}){rest}"
+        classes = len(np.unique(self.labels[self.labels >= 0]))
+        return f"{self.name}: {len(self):,} images, {classes} classes, {unlabeled:,} without labels"
 
     def fingerprint(self) -> str:
         """A hash of the images, 16 hex digits: equal for copies, different for other images.
@@ -318,12 +313,14 @@ def _folder(data: Data, split: str) -> ImageSet:
     root = Path(data.root or "").expanduser()
     if not root.is_dir():
         raise FileNotFoundError(f"data.root {str(root)!r} is not a folder")
-    name = f"folder:{root.resolve().name}"
-    if folders := _split_folders(root):
-        split = "test" if split == "all" else split
-        images = _list_images(_folder_of_split(root, folders, split), f"{name}/{split}")
+    folders = _split_folders(root)
+    if folders and split == "all":
+        split = "test"
+    name = f"folder:{root.resolve().name}/{split}"
+    if folders:
+        images = _list_images(_folder_of_split(root, folders, split), name)
     else:
-        images = _list_images(root, f"{name}/{split}")
+        images = _list_images(root, name)
         if split == "test" and not images.classes:
             raise FileNotFoundError(f"data.root {str(root)!r} has no test/ and no classes to split")
         if split != "all" and images.classes:
@@ -353,12 +350,11 @@ def _folder_of_split(root: Path, folders: dict[str, Path], split: str) -> Path:
     if all(classes) and classes[0] != classes[-1]:
         differing = sorted(classes[0] ^ classes[-1])
         raise ValueError(f"train/ and test/ in data.root {str(root)!r} differ in {differing}")
-    beside = [name for name in _subfolders(root) if root / name not in folders.values()]
-    if not any(classes) and beside and len(folders) == 1:
+    if not any(classes) and len(folders) == 1 and len(_subfolders(root)) > 1:
         raise ValueError(
-            f"data.root {str(root)!r} has {split}/ without class folders beside {beside}: if "
-            f"{split!r} is a class, move all classes into a folder train/; if it holds unlabeled "
-            "images, set data.root to it"
+            f"data.root {str(root)!r} has other folders beside {split}/, which has no class folders: "
+            f"if {split!r} is a class, move all classes into a folder train/; if its images are "
+            "unlabeled, set data.root to it"
         )
     return folders[split]
 
@@ -370,14 +366,12 @@ def _list_images(folder: Path, name: str) -> ImageSet:
     members = [image_files.find(each) for each in class_folders]
     for each, paths in zip(class_folders, members, strict=True):
         if not paths:
-            raise ValueError(f"no image in {str(each)!r}; data.root has a folder for each class")
-    if classes and (loose := [each.name for each in folder.iterdir() if _is_loose(each)]):
-        warnings.warn(f"{name}: {len(loose)} images beside class folders are ignored", stacklevel=2)
+            raise ValueError(f"data.root has no image in {str(each)!r}")
     if len(classes) == 1:
         message = f"{name} has one class, {classes[0]!r}: is data.root one level too high?"
         warnings.warn(message, stacklevel=2)
-    numbers = range(len(classes)) if classes else [-1]
-    labels = np.repeat(np.array(numbers, np.int64), [len(paths) for paths in members])
+    numbers = np.arange(len(classes)) if classes else np.array([-1])
+    labels = np.repeat(numbers, [len(paths) for paths in members])
     return ImageSet([path for paths in members for path in paths], labels, tuple(classes), name)
 
 
@@ -385,10 +379,6 @@ def _subfolders(folder: Path) -> list[str]:
     """Names of the visible folders in a folder, sorted."""
     folders = (entry.name for entry in folder.iterdir() if entry.is_dir())
     return sorted(name for name in folders if not name.startswith("."))
-
-
-def _is_loose(path: Path) -> bool:
-    return image_files.is_image(path.name) and not path.is_dir()
 
 
 def _without_broken(images: ImageSet) -> ImageSet:

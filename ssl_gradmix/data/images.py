@@ -25,11 +25,6 @@ _THREADS = min(8, os.cpu_count() or 1)
 _CHUNK = 64
 
 
-def is_image(name: str) -> bool:
-    """Whether a file of this name counts as an image: by its ending, and not hidden."""
-    return name.lower().endswith(ENDINGS) and not name.startswith(".")
-
-
 def find(folder: Path) -> list[Path]:
     """Lists the image files in a folder at any depth, sorted by name, those of sub-folders last.
 
@@ -41,7 +36,8 @@ def find(folder: Path) -> list[Path]:
     found = []
     for parent, folders, files in os.walk(folder, onerror=_raise, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [Path(parent, name) for name in sorted(files) if is_image(name)]
+        visible = sorted(name for name in files if not name.startswith("."))
+        found += [Path(parent, name) for name in visible if name.lower().endswith(ENDINGS)]
     return found
 
 
