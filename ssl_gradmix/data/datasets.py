@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Literal
 
@@ -103,10 +104,10 @@ class ImageSet:
         Raises:
             ValueError: The file cannot be read; the message names its path.
         """
-        pixels = np.array(self._decoded(index))
+        pixels = np.array(self._pil(index))
         return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
 
-    def _decoded(self, index: int) -> Image.Image:
+    def _pil(self, index: int) -> Image.Image:
         if isinstance(self.images, np.ndarray):
             return Image.fromarray(self.images[index])
         return image_files.decode(self.images[index])
@@ -177,7 +178,7 @@ class ImageSet:
         Raises:
             ValueError: As `decoded`.
         """
-        if self._decoded_bytes() > limit:
+        if not self._fits(limit):
             return None
         if isinstance(self.images, np.ndarray):
             return torch.from_numpy(self.images).permute(0, 3, 1, 2).contiguous()
@@ -195,11 +196,12 @@ class ImageSet:
             decoded[i] = stacked[i]
         return stacked
 
-    def _decoded_bytes(self) -> int:
+    def _fits(self, limit: int) -> bool:
         if isinstance(self.images, np.ndarray):
-            return self.images.nbytes
+            return self.images.nbytes <= limit
         sizes = (image_files.stored_size(path) for path in self.images)
-        return sum(3 * width * height for width, height in sizes)
+        totals = accumulate(3 * width * height for width, height in sizes)
+        return all(total <= limit for total in totals)  # stops early: reading headers takes long
 
     def pixels(self, size: int, progress: bool = True) -> torch.Tensor:
         """Decodes all images to uint8 (N, 3, size, size), the input of an evaluation.
@@ -219,7 +221,7 @@ class ImageSet:
         pixels = np.empty(shape, np.uint8)
 
         def fill(i: int) -> None:
-            image = image_files.fit(self._decoded(i), size)
+            image = image_files.fit(self._pil(i), size)
             pixels[i] = np.asarray(image).transpose(2, 0, 1)
 
         image_files.for_each(len(self), fill, f"decoding {self.name}", progress)
@@ -279,9 +281,8 @@ def _digits(split: str) -> ImageSet:
     gray = np.round(digits.images * (255 / 16)).astype(np.uint8)
     enlarged = [image_files.fit(Image.fromarray(image), 32).convert("RGB") for image in gray]
     labels = digits.target.astype(np.int64)
-    images = ImageSet(
-        np.stack([np.asarray(i) for i in enlarged]), labels, _DIGITS, f"digits/{split}"
-    )
+    pixels = np.stack([np.asarray(image) for image in enlarged])
+    images = ImageSet(pixels, labels, _DIGITS, f"digits/{split}")
     return images.subset(_draw_fraction(labels, 0.2, seed=0) == (split == "test"))
 
 
@@ -352,9 +353,8 @@ def _folder_of_split(root: Path, folders: dict[str, Path], split: str) -> Path:
         raise ValueError(f"train/ and test/ in data.root {str(root)!r} differ in {differing}")
     if not any(classes) and len(folders) == 1 and len(_subfolders(root)) > 1:
         raise ValueError(
-            f"data.root {str(root)!r} has other folders beside {split}/, which has no class folders: "
-            f"if {split!r} is a class, move all classes into a folder train/; if its images are "
-            "unlabeled, set data.root to it"
+            f"data.root {str(root)!r} has folders beside {split}/, which has no class folders: "
+            "move all classes into a folder train/, or set data.root to it if it is unlabeled"
         )
     return folders[split]
 
