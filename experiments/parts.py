@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 from experiments.stamps import Stamps
 from ssl_gradmix import GradMix, MixedViews, SimCLR
 from ssl_gradmix.losses import nt_xent
-from ssl_gradmix.methods import Method
+from ssl_gradmix.methods import Embeddings, Method
 
 Activations = Mapping[str, Sequence[Tensor]]
 
@@ -55,7 +55,7 @@ class DonorPositive(SimCLR):
     """
 
     def third_loss(
-        self, third: Tensor, z: Sequence[Tensor], targets: Any, mixed: MixedViews | None
+        self, third: Tensor, z: Embeddings, targets: Embeddings, mixed: MixedViews | None
     ) -> Tensor:
         assert mixed is not None  # the variant runs with GradMix
         own = nt_xent(third, z[1], self.temperature)
@@ -71,7 +71,7 @@ class Attract(SimCLR):
     """
 
     def third_loss(
-        self, third: Tensor, z: Sequence[Tensor], targets: Any, mixed: MixedViews | None
+        self, third: Tensor, z: Embeddings, targets: Embeddings, mixed: MixedViews | None
     ) -> Tensor:
         u, z0, z1 = (normalize(each, dim=1) for each in (third, z[0], z[1]))
         similarity = z1 @ torch.cat([z1, z0]).T / self.temperature
@@ -85,7 +85,7 @@ def logging_hits(method: type[Method], stamps: Stamps) -> type[Method]:
 
     class LoggingHits(method):  # type: ignore[misc, valid-type]  # mypy knows no dynamic bases
         def third_loss(
-            self, third: Tensor, z: Sequence[Tensor], targets: Any, mixed: MixedViews | None
+            self, third: Tensor, z: Embeddings, targets: Embeddings, mixed: MixedViews | None
         ) -> Tensor:
             self.boxes = None if mixed is None else mixed.boxes
             return super().third_loss(third, z, targets, mixed)

@@ -12,12 +12,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import yaml
 from scipy.stats import ttest_1samp
 
 from experiments.variants import TRIALS, Cell, Grid, passes
 from ssl_gradmix.evaluation import results
-from ssl_gradmix.files import read_json
+from ssl_gradmix.files import read_json, read_yaml
 
 CELL = (
     *("grid", "method", "variant", "data", "seed", "passes", "attributions", "target_passes"),
@@ -97,10 +96,10 @@ MEASURES = {
     "unstamped_knn": _KNN("kNN, without stamps", "stamps"),
     "stamped_linear": Measure("linear probe, with stamps", "past"),
     "first_bit": Measure("linear probe of a bit", "past"),
-    "same_stamp": Measure("cosine of two views", "stamped"),
-    "other_bits": Measure("cosine, stamp of other bits", "stamped"),
-    "other_place": Measure("cosine, stamp elsewhere", "stamped"),
-    "other_image": Measure("cosine, other image (less is better)", "stamped", better=-1),
+    "same_stamp": Measure("cosine of two views", "past"),
+    "other_bits": Measure("cosine, stamp of other bits", "past"),
+    "other_place": Measure("cosine, stamp elsewhere", "past"),
+    "other_image": Measure("cosine, other image (less is better)", "past", better=-1),
     "reliance": Measure(
         "reliance (less is better)", "stamps", "reliance attributed reliance", better=-1
     ),
@@ -114,6 +113,9 @@ MEASURES = {
 }
 """Measures by their names in rows, in the order of the tables."""
 
+IN_LOG = {"validation_knn": "knn", "rankme": "rankme", "hit": "hit"}
+"""Measures that training itself logs."""
+
 CHOSEN_BY = (*("validation_knn", "validation_linear", "validation_loss", "stamps_validation_loss"),)
 """Measures of held-out training images. Settings are chosen by these, and verdicts ignore them."""
 
@@ -126,7 +128,7 @@ def condense(cell: Cell, grid: Grid) -> dict[str, Any]:
         ValueError: Results do not contain a measure.
     """
     folder = cell.folder(grid)
-    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config = read_yaml(folder / "config.yaml")
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     kinds = cell.kinds(grid) | ({"hit"} if "hit" in log[-1] else set())
     measures = {
@@ -149,15 +151,11 @@ def condense(cell: Cell, grid: Grid) -> dict[str, Any]:
 def read_value(name: str, cell: Cell, grid: Grid, log: Sequence[Mapping[str, Any]]) -> float:
     """Reads a measure from the files of a cell's run folder."""
     measure = MEASURES[name]
-    if name == "hit":
-        return log[-1]["hit"]
-    if name == "validation_knn":
-        return log[-1]["knn"]
+    if name in IN_LOG:
+        return log[-1][IN_LOG[name]]
     if name in ("validation_loss", "stamps_validation_loss"):
         found = read_json(cell.result(grid, "linear_probe"))
         return min(found["validation"].values())
-    if not measure.source:
-        return read_json(cell.folder(grid) / "measures.json")[name]
     task, *wanted = measure.source.split()
     path = cell.result(grid, task, measure.feature)
     found, _ = results.read(path)

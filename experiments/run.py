@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,16 +26,12 @@ from typing import Any
 import numpy as np
 
 from eval import corruption, linear_probe, ood, osr, reliance
-from experiments import exchange, rows
+from experiments import rows
 from experiments.stamps import StampedViews, Stamps
-from experiments.variants import DATA, VARIANTS, Cell, Grid, recipe_options, recipe_parts
+from experiments.variants import DATA, VARIANTS, Cell, Grid, options, recipe_options, recipe_parts
 from recipes import byol_gradmix, simclr_gradmix, supcon_gradmix
 from ssl_gradmix import cli
-from ssl_gradmix.data.augmentation import Augmentation
 from ssl_gradmix.data.datasets import Data, load
-from ssl_gradmix.data.open_set import load_known
-from ssl_gradmix.evaluation.encoders import load_encoder
-from ssl_gradmix.evaluation.features import extract, rankme
 
 RESULTS = Path(__file__).parent / "results"
 RECIPES = {"simclr": simclr_gradmix, "byol": byol_gradmix, "supcon": supcon_gradmix}
@@ -44,8 +40,7 @@ EXPERIMENTS: dict[str, dict[str, Any]] = {
     "shortcuts": {
         **{"images": 5000, "epochs": 8, "corrupted": 0, "kinds": ["stamps-9"]},
         "variants": [
-            *("plain", "plain-temperature0.1", "plain-temperature0.05", "plain-more-epochs"),
-            *("third-view", "random-box", "random-center-box", "center-box"),
+            *("plain", "third-view", "random-box", "random-center-box", "center-box"),
             *("gradmix", "gradmix-loss", "oracle"),
         ],
     },
@@ -56,85 +51,71 @@ EXPERIMENTS: dict[str, dict[str, Any]] = {
 }
 """Default options."""
 
-RECIPE = {
-    # A box of a tenth to a fifth of the image covers a stamp; at a random location it rarely does.
-    "shortcuts": (
-        *("--gradmix.lam_range", "[0.8, 0.9]"),
-        *("--optimizer.lr", "0.4", "--optimizer.warmup_epochs", "1"),
-    ),
-    "evidence": (),
-}
+# A box of a tenth to a fifth of the image covers a stamp; at a random location it rarely does.
+SHORTCUTS = ["--gradmix.lam_range", "[0.8, 0.9]", "--optimizer.lr", "0.4"]
+RECIPE = {"shortcuts": [*SHORTCUTS, "--optimizer.warmup_epochs", "1"], "evidence": []}
 """Options of the recipe for all cells of an experiment."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options = parser().parse_args(argv)
-    grid = Grid(
-        name=options.grid,
-        data=options.data.resolve(),
-        images=options.images,
-        epochs=options.epochs,
-        batch=options.batch,
-        backbone=options.backbone,
-        corrupted=options.corrupted,
-        recipe=(*RECIPE[options.experiment], *options.recipe),
-        cache=(options.cache or Path(".cache", options.experiment)).absolute(),
-        threads=options.threads,
-    )
-    results = options.results or RESULTS / f"{options.experiment}.jsonl"
+    argv = sys.argv[1:] if argv is None else argv
+    given = parser().parse_args(argv)
+    given.recipe = (*RECIPE[given.experiment], *given.recipe)
+    grid = Grid(**{each.name: getattr(given, each.name) for each in fields(Grid)})
     # All variants of a seed before the next seed, so that what is there can be compared.
-    chosen = itertools.product(options.methods, options.seeds, options.kinds, options.variants)
+    chosen = itertools.product(given.methods, given.seeds, given.kinds, given.variants)
     cells = [Cell(method, variant, kind, seed) for method, seed, kind, variant in chosen]
-    done = rows.finished(rows.read(results), grid)
+    done = rows.finished(rows.read(given.results), grid)
     cells = [cell for cell in cells if cell.possible and cell not in done]
     subset(grid.data, grid.images, grid.subset)
     for cell in cells:
-        if options.print:
-            print(command(cell, options))
+        if given.print:
+            print(command(cell, argv, grid.threads))
         else:
             print(f"{cell}: run folder {cell.folder(grid)}", flush=True)
             run(cell, grid)
-            rows.append(results, rows.condense(cell, grid))
+            rows.append(given.results, rows.condense(cell, grid))
 
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    choices = made.add_subparsers(dest="experiment", required=True)
+    experiments = made.add_subparsers(dest="experiment", required=True)
     for name, defaults in EXPERIMENTS.items():
-        form = argparse.ArgumentDefaultsHelpFormatter
-        add = (each := choices.add_parser(name, formatter_class=form)).add_argument
-        add("--data", type=Path, required=True, help="CIFAR-10 as a folder")
+        each = experiments.add_parser(name, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        add = each.add_argument
+        add("--data", type=folder, required=True, help="CIFAR-10 as a folder")
         add("--methods", nargs="+", choices=RECIPES, default=["simclr"], help="recipes")
-        add("--variants", nargs="+", choices=VARIANTS, metavar="VARIANT", help="of the third view")
+        add("--variants", nargs="+", choices=VARIANTS, metavar="VARIANT", help=", ".join(VARIANTS))
         add("--kinds", nargs="+", choices=DATA, metavar="KIND", help=f"of data: {', '.join(DATA)}")
         add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds of the training")
-        add("--grid", default="cpu", help="name in rows, figures and paths")
+        add("--grid", dest="name", default="cpu", help="name in rows, figures and paths")
         add("--images", type=int, help="number of training images")
         add("--epochs", type=int, help="epochs of each training")
         add("--batch", type=int, default=256, help="batch size")
         add("--backbone", default="resnet10_tiny", help="encoder")
         add("--corrupted", type=int, help="number of test images to corrupt, 0 for none")
         add("--threads", type=int, default=1, help="threads of each cell")
-        add("--cache", type=Path, help="folder for images and runs (.cache/<experiment>)")
-        add("--results", type=Path, help="file of rows (experiments/results/<experiment>.jsonl)")
+        add("--cache", type=folder, default=f".cache/{name}", help="folder for images and runs")
+        add("--results", type=Path, default=RESULTS / f"{name}.jsonl", help="file of rows")
         add("--print", action="store_true", help="print a command for each cell")
         add("recipe", nargs="*", help="after --: options of the recipe")
         each.set_defaults(**defaults)
     return made
 
 
-def command(cell: Cell, options: argparse.Namespace) -> str:
-    """Shell command of one cell."""
+def folder(path: str) -> Path:
+    return Path(path).resolve()
+
+
+def command(cell: Cell, argv: Sequence[str], threads: int) -> str:
+    """Shell command of one of the cells that a command line selects; its last options count."""
+    end = argv.index("--") if "--" in argv else len(argv)
+    given = [each for each in argv[:end] if each != "--print"]
     own = {"methods": cell.method, "variants": cell.variant, "kinds": cell.data, "seeds": cell.seed}
-    given = {**vars(options), **own}
-    recipe, experiment = given.pop("recipe"), given.pop("experiment")
-    del given["print"]
-    settings = [(f"--{name}", str(value)) for name, value in given.items() if value is not None]
-    parts = [*itertools.chain(*settings), *(["--", *recipe] if recipe else [])]
-    threads = f"OMP_NUM_THREADS={options.threads}"
-    return f"{threads} {shlex.join(['python', '-m', 'experiments.run', experiment, *parts])}"
+    parts = ["python", "-m", "experiments.run", *given, *options(own), *argv[end:]]
+    return f"OMP_NUM_THREADS={threads} {shlex.join(parts)}"
 
 
 def run(cell: Cell, grid: Grid) -> None:
@@ -151,45 +132,24 @@ def evaluations(
 ) -> Iterator[tuple[Path, Callable[[], object]]]:
     """The evaluations of a cell, each with the file that it writes."""
     folder, kinds = str(cell.folder(grid)), cell.kinds(grid)
-    more = cell.folder(grid) / "measures.json"
     if "known" in kinds:
         yield cell.result(grid, "osr"), partial(osr.main, [folder])
     else:
         fractions = ["--label_fractions", "[0.01, 0.1]"] if "all" in kinds else []
         probe = partial(linear_probe.main, [folder, *fractions])
         yield cell.result(grid, "linear_probe"), probe
-    if "all" in kinds:
-        yield more, partial(write_measures, more, folder, None)
     if "labels" in kinds:
         projector = partial(osr.main, [folder, "--feature", "projector"])
         yield cell.result(grid, "osr", "projector"), projector
     if kinds & {"all", "labels"}:
-        yield cell.result(grid, "ood"), partial(ood.main, [folder, "--unknown", "[{name: digits}]"])
+        yield cell.result(grid, "ood"), partial(ood.main, [folder, "--unknown.name", "digits"])
     if "stamps" in kinds:
         views = {} if stamps is None else {"views": partial(StampedViews, stamps=stamps)}
         look = partial(reliance.main, [folder, "--layers", "[layer3]"], **views)
         yield cell.result(grid, "reliance"), look
-    if "stamped" in kinds:
-        yield more, partial(write_measures, more, folder, stamps)
     if kinds & {"all", "labels", "corrupted"}:
         images = ["--images", str(grid.corrupted), "--workers", str(grid.threads)]
         yield cell.result(grid, "corruption"), partial(corruption.main, [folder, *images])
-
-
-def write_measures(path: Path, folder: str, stamps: Stamps | None) -> None:
-    """Writes RankMe of the training images, or what stamps are exchanged for, to a JSON file."""
-    encoder = load_encoder(folder)
-    data = Data(**encoder.config["data"])
-    train = load_known(data, "train")
-    if stamps is None:
-        features, _ = extract(encoder, train, cache=Path(folder, "eval", "features"))
-        measured = {"rankme": rankme(features)}
-    else:
-        measured = exchange.read_out(encoder, train, load_known(data, "test"), stamps)
-        augmentation = Augmentation(**encoder.config["augmentation"])
-        projector = load_encoder(folder, feature="projector")
-        measured |= exchange.similarities(projector, train, augmentation, stamps)
-    path.write_text(json.dumps(measured))
 
 
 def subset(data: Path, images: int, target: Path) -> None:

@@ -82,7 +82,7 @@ class Grid:
         backbone: Name of the encoder.
         corrupted: Number of test images to corrupt. With stamps, 0 leaves corruptions out.
         recipe: Further options of the recipe.
-        cache: Folder for images and runs.
+        cache: Folder for images and runs, absolute.
         threads: Threads of each cell.
     """
 
@@ -142,16 +142,15 @@ class Cell(NamedTuple):
 
     def result(self, grid: Grid, task: str, feature: str = "backbone") -> Path:
         """Results file of an evaluation."""
+        data = "digits" if task == "ood" else grid.subset.name
         ending = "" if feature == "backbone" else f"-{feature}"
-        return self.folder(grid) / "eval" / f"{task}-{grid.subset.name}{ending}.json"
+        return self.folder(grid) / "eval" / f"{task}-{data}{ending}.json"
 
     def kinds(self, grid: Grid) -> set[str]:
         """Kinds of measures that the cell has, see `rows.MEASURES`."""
         kinds = {self.data} if self.data in ("all", "known") else {"stamps"}
         if self.data == "known" and self.method == "supcon":
             kinds.add("labels")
-        if self.data in STAMPS:
-            kinds.add("stamped")
         if "stamps" in kinds and grid.corrupted:
             kinds.add("corrupted")
         return kinds
