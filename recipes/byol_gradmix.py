@@ -1,20 +1,34 @@
-"""Pretrains an encoder with BYOL and GradMix views.
+"""Pretrains an encoder with BYOL and GradMix views. No labels are needed.
 
-accelerate launch recipes/byol_gradmix.py trains on digits, a few minutes on a laptop.
-accelerate launch recipes/byol_gradmix.py --data.name folder --data.root IMAGES --backbone.name resnet18_small
---training.batch_size 256 --training.epochs 200 --optimizer.lr 0.12 --method.momentum 0.99 trains on your images: the
-defaults are for digits. --extra_view augmented is the control, a plain third view; --extra_view none is plain BYOL.
+On digits, a few minutes on a laptop:
 
-The same command again resumes an unfinished run. What ran is written to config.yaml in the run folder; --config reads
-it.
+    python recipes/byol_gradmix.py
+
+On your images (the defaults are for digits):
+
+    python recipes/byol_gradmix.py --run runs/mine --data.name folder --data.root IMAGES
+        --data.size 32 --backbone.name resnet18_small --training.batch_size 256
+        --training.epochs 200 --optimizer.lr 0.12
+
+On several GPUs: `accelerate launch recipes/byol_gradmix.py` with the same options.
+
+--extra_view augmented is the control, a plain third view; --extra_view none is plain BYOL.
+Everything is written to the run folder. The same command resumes an unfinished run, and
+--config runs/byol/config.yaml --run runs/again repeats a run.
 """
 
+from __future__ import annotations
+
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from ssl_gradmix import command_line
-from ssl_gradmix.settings import BYOLSettings
+from ssl_gradmix import cli
+from ssl_gradmix.data.augmentation import Views
+from ssl_gradmix.gradmix import GradMix
+from ssl_gradmix.methods import BYOL, Method
+from ssl_gradmix.training.pretrain import pretrain
 
+# For digits on a laptop: BYOL needs more steps than SimCLR, hence smaller batches.
 DEFAULTS = {
     "optimizer.lr": 1.2,
     "optimizer.warmup_epochs": 1.0,
@@ -22,53 +36,18 @@ DEFAULTS = {
     "training.batch_size": 16,
     "training.epochs": 18,
 }
-"""For digits on a laptop: BYOL wants more steps than SimCLR, and smaller batches give them in the same time."""
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = command_line.recipe_parser(BYOLSettings, __doc__, recipe="byol")
-    parser.set_defaults(DEFAULTS)
-    settings, plain = command_line.read(parser, argv)
-
-    # These take seconds to import: after parsing, so that --help is quick.
-    import torch
-
-    from ssl_gradmix import backbones, methods
-    from ssl_gradmix.data.open_set import load_known
-    from ssl_gradmix.run_folder import RunFolder
-    from ssl_gradmix.training.loop import Trainer, check_images
-    from ssl_gradmix.training.processes import create_accelerator, precision
-
-    plain["training"]["precision"] = settings.training.precision = precision(settings.training)
-    folder = RunFolder(settings.run)
-    folder.check(plain, settings.overwrite)
-    accelerator = create_accelerator(settings.training, settings.expect_processes, folder.trackers)
-    with accelerator.main_process_first(), accelerator.local_main_process_first():  # one process a machine downloads
-        images = load_known(settings.data, "train")
-
-    torch.manual_seed(settings.training.seed)
-    backbone = backbones.create(
-        settings.backbone.name, settings.backbone.pretrained, **(settings.backbone.kwargs or {})
-    )
-    gradmix = settings.gradmix if settings.extra_view == "gradmix" else None
-    method = methods.create(settings.method, backbone, gradmix)
-    layers = check_images(method, settings.data.size, accelerator.device)
-    trainer = Trainer(
-        method,
-        images,
-        folder,
-        accelerator,
-        size=settings.data.size,
-        augmentation=settings.augmentation,
-        optimizer=settings.optimizer,
-        training=settings.training,
-        n_views=3 if settings.extra_view == "augmented" else 2,
-    )
-    if accelerator.is_main_process:
-        folder.start(plain, images, settings.overwrite, device=str(accelerator.device), layers=layers)
-    accelerator.wait_for_everyone()
-    trainer.run()
+def main(
+    argv: Sequence[str] | None = None,
+    gradmix: Callable[..., GradMix] = GradMix,
+    views: Callable[..., Views] = Views,
+    method: Callable[..., Method] = BYOL,
+) -> None:
+    """Trains with the settings of a command line; the parts can be replaced, see `pretrain`."""
+    parser = cli.recipe_parser(BYOL, "byol", __doc__, DEFAULTS)
+    pretrain(cli.read(parser, argv), gradmix, views, method)
 
 
 if __name__ == "__main__":
-    sys.exit(command_line.run(main))
+    sys.exit(cli.run(main))

@@ -1,10 +1,9 @@
-"""Files: read as plain data and never as instructions, written whole or not at all, and their names."""
+"""Small helpers to read and write files."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,115 +12,60 @@ import yaml
 
 
 def read_json(path: str | Path) -> Any:
-    """What a JSON file holds.
+    """Reads a JSON file.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is no JSON, which has neither NaN nor infinity, is nested too deeply, or is no regular file.
+        FileNotFoundError: The file does not exist.
+        ValueError: The file is not valid JSON.
     """
     try:
-        content = json.loads(_text(path), parse_constant=_refuse)
-        json.dumps(content, ensure_ascii=False).encode()  # "\\ud800" is half a character, which nobody can print
+        return json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # Unicode and JSON errors are ValueErrors
-        raise ValueError(f"{path} is damaged: {_one_line(error)}") from error
-    return content
+        raise ValueError(f"{path} is damaged: {error}") from error
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Settings in a YAML file.
-
-    What its tags ask for is not run, and aliases, by which a few lines can grow without bounds, are refused.
+    """Reads a YAML file of settings with the safe loader, which builds plain values only.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is no such YAML, holds no settings, is nested too deeply, or is no regular file.
+        FileNotFoundError: The file does not exist.
+        ValueError: The file is not valid YAML, or does not hold a mapping.
     """
     try:
-        settings = parse_yaml(_text(path))
-        json.dumps(settings, ensure_ascii=False).encode()  # neither sets nor bytes, nor halves of characters
-    except (yaml.YAMLError, ValueError, TypeError) as error:
-        raise ValueError(f"{path} is damaged: {_one_line(error)}") from error
+        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
-        raise ValueError(f"{path} is damaged: it holds no settings")
+        raise ValueError(f"{path} is damaged: it does not hold settings")
     return settings
 
 
-def parse_yaml(text: str) -> Any:
-    """What YAML says, read as `read_yaml` reads it. Any JSON will do.
-
-    Raises:
-        yaml.YAMLError: It is no such YAML.
-    """
-    try:
-        return yaml.load(text, _PlainLoader)
-    except RecursionError as error:
-        raise yaml.YAMLError(_one_line(error)) from error
-
-
 def write_whole(path: str | Path, write: Callable[[Path], object]) -> None:
-    """Has `write(temporary path)` write a file in the same folder and renames it, so that no reader sees half of it.
+    """Writes a file so that a reader, or a crash, never sees half of it.
 
-    Several processes may write the same file, and the last one's stays. A process that is killed while it writes leaves
-    `.<name>.<process>.tmp` behind.
+    Args:
+        path: Where the file goes; missing parent folders are created.
+        write: Called with a temporary path in the same folder. What it writes there is flushed to
+            the disk and renamed to `path`. If it raises, an existing file at `path` is untouched.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    # The process id keeps two evaluations apart that write the same file.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)  # in a folder of strangers it may be a link to any file
+    temporary.unlink(missing_ok=True)  # in a downloaded folder it could be a link to another file
     try:
         write(temporary)
-        os.replace(temporary, path)
+        _flush(temporary)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+    _flush(path.parent)
 
 
-def printable(name: str) -> str:
-    """A file's name as text: bytes in it that are no UTF-8, which nothing can print, become `\\xe9` and the like."""
-    return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
-
-
-class _PlainLoader(yaml.SafeLoader):
-    """Builds numbers, texts, lists and dictionaries, each of what is written there.
-
-    YAML 1.1 has numbers that do not look it, such as 010, which would be eight: they are texts here, as are dates.
-    """
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError(f"it has an alias, *{self.peek_event().anchor}: write out what it stands for")
-        return super().compose_node(parent, index)
-
-
-_PlainLoader.yaml_implicit_resolvers = {
-    first: [(tag, form) for tag, form in forms if tag.rpartition(":")[2] not in ("int", "float", "timestamp")]
-    for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-for kind, form in (
-    ("int", r"[-+]?(0|[1-9][0-9]*)"),
-    ("sexagesimal", r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?"),
-    ("float", r"[-+]?(([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.inf)|\.nan"),
-):
-    _PlainLoader.add_implicit_resolver(f"tag:yaml.org,2002:{kind}", re.compile(f"(?:{form})$"), list("-+.0123456789"))
-
-
-def _refuse_sexagesimal(loader: yaml.Loader, node: yaml.ScalarNode) -> None:
-    raise yaml.YAMLError(f"{node.value} is a number to the base of 60 in YAML: put it in quotes where it is a text")
-
-
-_PlainLoader.add_constructor("tag:yaml.org,2002:sexagesimal", _refuse_sexagesimal)
-
-
-def _text(path: str | Path) -> str:
-    if Path(path).exists() and not Path(path).is_file():
-        raise ValueError("it is no regular file")  # a pipe would have the reader wait
-    return Path(path).read_text(encoding="utf-8")
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no number in JSON")
-
-
-def _one_line(error: Exception) -> str:
-    if isinstance(error, RecursionError):
-        return "it is nested too deeply"
-    return " ".join(str(error).split()) or type(error).__name__
+def _flush(path: Path) -> None:
+    """Waits until the contents of a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

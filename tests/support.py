@@ -1,4 +1,4 @@
-"""What tests of several modules need; a plain module, imported by its name."""
+"""Helpers for tests of several modules; a plain module, imported by its name."""
 
 from __future__ import annotations
 
@@ -22,18 +22,17 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ssl_gradmix.evaluation.rows import COLUMNS, param
-from ssl_gradmix.settings import Data
+from ssl_gradmix.data.datasets import Data
 
 ROOT = Path(__file__).parents[1]
 SIZE = 16
-METHOD = {"name": "byol", "hidden_dim": 20, "output_dim": 12}
+METHOD = {"hidden_dim": 20, "output_dim": 12}
 MEAN, STD = [0.5, 0.4, 0.3], [0.25, 0.3, 0.2]
 _ENCODER = {"channels": [8, 16, 24, 32], "stem_width": 8, "stem_type": ""}
 
 
 class Planted:
-    """Unpickling it leaves a file."""
+    """Unpickling it creates a file."""
 
     def __init__(self, trace: Path) -> None:
         self.trace = trace
@@ -44,9 +43,7 @@ class Planted:
 
 PICKLES: dict[str, Callable[[object, Path], object]] = {
     "pickle": lambda what, path: path.write_bytes(pickle.dumps(what)),
-    "old pickle": lambda what, path: path.write_bytes(pickle.dumps(what, protocol=2)),
     "torch.save": torch.save,
-    "old torch.save": lambda what, path: torch.save(what, path, _use_new_zipfile_serialization=False),
 }
 
 
@@ -64,19 +61,23 @@ class Stage(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stage = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+        convolution = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.stage = nn.Sequential(convolution, nn.BatchNorm2d(8), nn.ReLU())
 
     def forward(self, x: Tensor) -> Tensor:
         return self.stage(x).mean((2, 3))
 
 
 def tiny_encoder() -> torch.nn.Module:
-    """A ResNet that gives 32 features."""
+    """A ResNet with 32 features."""
     return timm.create_model("resnet10t", num_classes=0, **_ENCODER)
 
 
-def make_run(folder: Path, seed: int = 0, **data) -> Path:
-    """A run folder with a tiny random encoder for images of 16 px, whose BatchNorm differs by channel, and settings."""
+def make_run(folder: Path, seed: int = 0, recipe: str = "byol", **data: Any) -> Path:
+    """A run folder with a config and a tiny random encoder of 16 px images.
+
+    The statistics of its BatchNorm layers differ between channels.
+    """
     torch.manual_seed(seed)
     weights = tiny_encoder().state_dict()
     for name, value in weights.items():
@@ -91,12 +92,13 @@ def make_run(folder: Path, seed: int = 0, **data) -> Path:
     (folder / "backbone").mkdir(parents=True)
     (folder / "backbone" / "config.json").write_text(json.dumps(described))
     save_file(weights, folder / "backbone" / "model.safetensors")
-    (folder / "config.yaml").write_text(yaml.safe_dump({"data": asdict(Data(size=SIZE, **data)), "method": METHOD}))
+    config = {"recipe": recipe, "data": asdict(Data(size=SIZE, **data)), "method": METHOD}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
     return folder
 
 
 def add_projector(run: Path, seed: int = 0) -> Path:
-    """Gives a run of `make_run` a random projector to 12 values, as BYOL's."""
+    """Adds a random BYOL projector to 12 dimensions to a run of `make_run`."""
     torch.manual_seed(seed)
     save_file(BYOLProjectionHead(32, 20, 12).state_dict(), run / "projector.safetensors")
     return run
@@ -114,15 +116,17 @@ def write_images(folder: Path, classes: Sequence[str], count: int = 2, size: int
 
 
 def records(rows: pd.DataFrame) -> list[dict[str, Any]]:
-    """Result rows as dictionaries, None where something is missing."""
+    """Result rows as dictionaries, with None for missing values."""
     return rows.astype(object).where(rows.notna(), None).to_dict("records")
 
 
-def only(rows: pd.DataFrame, score: str, metric: str, **wanted: object) -> pd.Series:
-    """The one row of a score and metric with these values of columns, None for missing, and of parameters."""
-    found = rows[(rows["score"] == score) & (rows["metric"] == metric)]
-    for name, value in wanted.items():
-        values = found[name] if name in COLUMNS else param(found, name)
-        found = found[(values.isna() if value is None else values == value).fillna(False).astype(bool)]
-    (index,) = found.index
-    return found.loc[index]
+def only(rows: pd.DataFrame, score: str, metric: str, **wanted: object) -> dict[str, Any]:
+    """The one row with this score, metric, and values of columns or of `params`."""
+    wanted |= {"score": score, "metric": metric}
+    found = []
+    for row in records(rows):
+        values = {**(row["params"] or {}), **row}
+        if all(values.get(name) == value for name, value in wanted.items()):
+            found.append(row)
+    (row,) = found
+    return row

@@ -1,5 +1,1 @@
-"""The training loop on Accelerate, and what it needs."""
-
-from ssl_gradmix.training.loop import Trainer
-
-__all__ = ["Trainer"]
+"""Pretraining: the loop on Accelerate, and what it needs."""

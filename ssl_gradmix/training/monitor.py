@@ -1,101 +1,124 @@
-"""What an encoder's features are worth while it trains: kNN accuracy, effective rank, and reliance on a small part."""
+"""Readings of the backbone's features during training: RankMe, kNN accuracy, and reliance."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
+from ssl_gradmix.backbones import default_layers
 from ssl_gradmix.data.augmentation import Views, eval_transform
 from ssl_gradmix.data.datasets import ImageSet
+from ssl_gradmix.evaluation.features import rankme
 from ssl_gradmix.evaluation.knn import knn_accuracy
-from ssl_gradmix.evaluation.rank import rankme
-from ssl_gradmix.evaluation.reliance import measure, two_views
+from ssl_gradmix.evaluation.reliance import RELIES, measure, two_views
 
 logger = logging.getLogger("ssl_gradmix")
 
+SMALLEST = 10
+"""With fewer images nothing is read. Fewer labeled images are treated as unlabeled."""
+
 WATCHED = 128
-"""Images in which reliance is read: two passes of them and three of parts, no more than a step or two of training."""
+"""Images in which reliance is measured."""
 
 WIDEST = 0.5
-"""Of the interval of a reliance that is read: untrained encoders may tell images apart so little that it is noise."""
+"""Reliance whose 95% interval is wider is noise and left out (untrained encoders)."""
+
+COLLAPSED_RANK = 2.0
+"""Below this effective rank the encoder counts as collapsed. Healthy ones have more than 10."""
 
 
 class Monitor:
-    """Reads the effective rank of features, and how well neighbors classify them where images have labels that differ.
+    """Reads the backbone on training images, so that nobody tunes a run on test images.
 
-    Held-out training images are classified by their neighbors among other training images, so that whoever watches, or
-    chooses settings by it, has not looked at test images. The rank is that of all of their features together: of the
-    backbone, as used after the training, and of more images than a batch, whose embeddings would cap it.
+    Part of the training images are held out and classified by their neighbors among the others.
+    The effective rank is that of the features of all of them.
 
     Args:
-        images: Training images, all labeled or else none used as such.
-        size: Side of what the encoder sees, in pixels.
-        mean: Of the normalization, a number a channel.
-        std: Of the normalization.
-        bank: At most so many images vote.
-        queries: At most so many are classified, and at most a fifth of all.
-        views: Makes the two views in which reliance is read; None reads none.
+        images: Training images, at least `SMALLEST`.
+        views: Makes the two views in which reliance is measured.
+        mean: Mean of the normalization.
+        std: Standard deviation of the normalization.
+        bank: Largest number of images that vote.
+        queries: Largest number of images that are classified, and at most a fifth of all.
     """
 
     def __init__(
         self,
         images: ImageSet,
-        size: int,
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
+        views: Views,
+        mean: Sequence[float],
+        std: Sequence[float],
         bank: int = 5000,
         queries: int = 1000,
-        views: Views | None = None,
     ) -> None:
-        self.views, self.watched = views, images.subset(np.random.default_rng(0).permutation(len(images))[:WATCHED])
-        order = np.random.default_rng(0).permutation(len(images))[: bank + queries]
-        labels = images.labels[order]
+        labeled = images.subset(images.labels >= 0)
+        if len(labeled) >= SMALLEST:
+            images = labeled
+        order = np.random.default_rng(0).permutation(len(images))
+        self.views, self.watched = views, images.subset(order[:WATCHED])
+        order = order[: bank + queries]
         queries = min(queries, len(order) // 5)
-        # The draw is a plain one where a class of a single image cannot be divided, or classes outnumber queries.
-        divisible = np.unique(labels, return_counts=True)[1].min() > 1 and queries >= len(np.unique(labels))
-        strata = labels if divisible else None
+        classes, counts = np.unique(images.labels[order], return_counts=True)
+        self.labeled = images.labeled and len(classes) > 1
+        # A class of one image cannot be divided, nor can classes that outnumber the queries.
+        divisible = counts.min() > 1 and queries >= len(classes)
+        strata = images.labels[order] if divisible else None
         voting, asked = train_test_split(order, test_size=queries, random_state=0, stratify=strata)
-        self.labeled = images.labeled and len(np.unique(labels)) > 1
-        if images.labeled and not self.labeled:
-            logger.info("%s: all images are of one class, which kNN cannot be wrong about: it is left out", images.name)
-        self.bank, self.bank_labels = images.subset(voting).pixels(size), torch.from_numpy(images.labels[voting])
-        self.queries, self.query_labels = images.subset(asked).pixels(size), torch.from_numpy(images.labels[asked])
-        self.normalize = eval_transform(size, mean, std)
+        self.bank, self.bank_labels = _pixels(images.subset(voting), views.size)
+        self.queries, self.query_labels = _pixels(images.subset(asked), views.size)
+        self.normalize = eval_transform(views.size, mean, std)
 
     def __call__(self, backbone: nn.Module, device: torch.device) -> dict[str, float]:
-        """The readings for the log; the backbone is left as it was found, BatchNorm statistics included.
+        """Reads the backbone, which is left as it was, BatchNorm statistics included.
 
         Returns:
-            `rankme` from 1 to the number of dimensions; `knn`, an accuracy in [0, 1], where labels differ; and
-            `reliance`, where views clearly agree more than images, and the backbone has maps to attribute at.
+            `rankme`; `knn`, an accuracy in [0, 1], if there are at least two classes; and
+            `reliance`, the fraction of the agreement of two views that a tenth of the image
+            carries, if it can be measured.
         """
         training = backbone.training
         backbone.eval()
         try:
-            queries, bank = (self._features(backbone, pixels, device) for pixels in (self.queries, self.bank))
+            queries = self._features(backbone, self.queries, device)
+            bank = self._features(backbone, self.bank, device)
             readings = {"rankme": rankme(torch.cat([queries, bank]))}
             if self.labeled:
                 readings["knn"] = knn_accuracy(queries, self.query_labels, bank, self.bank_labels)
-            if self.views is not None:
-                readings |= self._reliance(backbone)
+            readings |= self._reliance(backbone)
         finally:
             backbone.train(training)
+        if readings["rankme"] < COLLAPSED_RANK:
+            logger.warning("warning: the encoder collapses, rankme is %.2f", readings["rankme"])
         return readings
 
     def _reliance(self, backbone: nn.Module) -> dict[str, float]:
+        pairs = (pair for pair, _ in two_views(self.watched, self.views, WATCHED, 0))
         try:
-            pairs = (pair for pair, _ in two_views(self.watched, self.views, WATCHED, 0))
-            (found,) = measure(backbone, pairs)
-        except ValueError as error:  # what the encoder does not allow to be read is no reason to stop its training
+            (found,) = measure(backbone, pairs, default_layers(backbone, self.views.size) or None)
+        except ValueError as error:  # for instance features of different images that are equal
             logger.info("reliance is not read: %s", error)
             return {}
         share = found.share("attributed")
-        return {"reliance": float(share.value)} if share.high - share.low < WIDEST else {}
+        if share.high - share.low >= WIDEST:
+            return {}
+        if share.value >= RELIES:
+            logger.warning(
+                "warning: a tenth of the image carries %.0f%% of the encoder's agreement; it may "
+                "rely on a shortcut, see eval/reliance.py",
+                100 * min(share.value, 1),
+            )
+        return {"reliance": float(share.value)}
 
     @torch.inference_mode()
     def _features(self, backbone: nn.Module, pixels: Tensor, device: torch.device) -> Tensor:
-        return torch.cat([backbone(self.normalize(batch.to(device))).float().cpu() for batch in pixels.split(256)])
+        batches = (self.normalize(batch.to(device)) for batch in pixels.split(256))
+        return torch.cat([backbone(batch).float().cpu() for batch in batches])
+
+
+def _pixels(images: ImageSet, size: int) -> tuple[Tensor, Tensor]:
+    return images.pixels(size), torch.from_numpy(images.labels)

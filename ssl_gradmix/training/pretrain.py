@@ -1,0 +1,179 @@
+"""Puts the parts of a pretraining together: images, backbone, method, monitor and trainer."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from jsonargparse import Namespace
+
+from ssl_gradmix import backbones
+from ssl_gradmix.data.augmentation import Views
+from ssl_gradmix.data.datasets import ImageSet
+from ssl_gradmix.data.open_set import load_known, load_labeled
+from ssl_gradmix.gradmix import GradMix
+from ssl_gradmix.methods import Method, SimCLR
+from ssl_gradmix.run_folder import RunFolder
+from ssl_gradmix.training.monitor import SMALLEST, Monitor
+from ssl_gradmix.training.trainer import Trainer, Training
+
+logger = logging.getLogger("ssl_gradmix")
+
+
+def pretrain(
+    config: Namespace,
+    gradmix: Callable[..., GradMix] = GradMix,
+    views: Callable[..., Views] = Views,
+    method: Callable[..., Method] = SimCLR,
+) -> None:
+    """Trains a run, or resumes it.
+
+    Args:
+        config: Settings from `cli.read`.
+        gradmix: Creates the view generator; called with the arguments in `config.gradmix`.
+        views: Creates what makes views; called as the class `Views`.
+        method: Creates the method; called with backbone, number of features, view generator, and
+            the arguments in `config.method`.
+    """
+    training: Training = config.training
+    if training.accumulate > 1 and "temperature" in config.method:
+        raise ValueError(
+            "training.accumulate: a contrastive loss needs the whole batch, because a micro-batch "
+            "would contrast with itself alone; use more processes or a smaller training.batch_size"
+        )
+    folder = RunFolder(config.run)
+    accelerator = create_accelerator(training, config.expect_processes, folder)
+    training.precision = cast(Any, accelerator.mixed_precision)
+    settings = plain(config)
+    folder.check(settings)
+    # One process per machine downloads.
+    with accelerator.main_process_first(), accelerator.local_main_process_first():
+        images = _load(config)
+
+    size = config.data.size
+    torch.manual_seed(training.seed)
+    backbone = backbones.create(
+        config.backbone.name, config.backbone.pretrained, **(config.backbone.kwargs or {})
+    )
+    mixer = None
+    if config.extra_view == "gradmix":
+        arguments = config.gradmix.as_dict()
+        layers = arguments.pop("layers") or backbones.default_layers(backbone, size)
+        mixer = gradmix(layers=layers or None, **arguments)
+    features = backbones.num_features(backbone)
+    built = method(backbone, features, gradmix=mixer, **config.method.as_dict())
+    if config.get("init") is not None:
+        backbones.start_from(built, config.init)
+    layers = trial(built, size, accelerator.device)
+
+    preparation = cast(Any, backbone).pretrained_cfg
+    mean, std = preparation["mean"], preparation["std"]
+    process, processes = accelerator.process_index, accelerator.num_processes
+    make_views = views(config.augmentation, size, mean, std, process, processes)
+    monitor = None
+    if accelerator.is_main_process and training.knn_every and len(images) >= SMALLEST:
+        monitor = Monitor(images, make_views, mean, std)
+    trainer = Trainer(
+        built,
+        make_views,
+        images,
+        folder,
+        accelerator,
+        config.optimizer,
+        training,
+        n_views=3 if config.extra_view == "augmented" else 2,
+        monitor=monitor,
+    )
+    with folder.locked() if accelerator.is_main_process else nullcontext():
+        if accelerator.is_main_process:
+            folder.start(settings, images, device=str(accelerator.device), layers=layers)
+        accelerator.wait_for_everyone()
+        trainer.run()
+
+
+def create_accelerator(
+    training: Training, expect_processes: int | None = None, folder: RunFolder | None = None
+) -> Accelerator:
+    """Sets up device, processes and threads.
+
+    Raises:
+        ValueError: Another number of processes runs than expected, or they cannot share a batch
+            evenly.
+    """
+    accelerator = Accelerator(
+        mixed_precision=training.precision,
+        gradient_accumulation_steps=training.accumulate,
+        log_with=training.trackers or None,
+        project_dir=folder and folder.trackers,
+    )
+    processes = accelerator.num_processes
+    if expect_processes not in (None, processes):
+        raise ValueError(
+            f"expect_processes: {expect_processes} expected, {processes} running; on a CPU, start "
+            "several with `ACCELERATE_USE_CPU=true torchrun --nproc_per_node N`"
+        )
+    parts = processes * training.accumulate
+    if training.batch_size % parts or training.batch_size < 2 * parts:
+        raise ValueError(
+            f"training.batch_size {training.batch_size} must be a multiple of {processes} "
+            f"processes x {training.accumulate} micro-batches, with at least two images in each"
+        )
+    if training.threads and accelerator.device.type == "cpu":
+        torch.set_num_threads(training.threads)
+    torch.backends.cudnn.benchmark = True  # all steps have the same few shapes
+    logger.info(
+        "%d process(es) on %s, precision %s",
+        processes,
+        accelerator.device,
+        accelerator.mixed_precision,
+    )
+    return accelerator
+
+
+def trial(method: Method, size: int, device: torch.device) -> list[str]:
+    """Runs a method once on noise, so that what does not fit is reported before training.
+
+    Returns:
+        The layers at which GradMix attributes, none without it.
+
+    Raises:
+        ValueError: The backbone does not accept images of this size.
+    """
+    method.to(device).eval()
+    views = [torch.randn(4, 3, size, size, device=device) for _ in range(2)]
+    labels = torch.arange(4, device=device) % 2
+    layers: list[str] = []
+    try:
+        method(views, labels)
+        if method.gradmix is not None:
+            layers = list(method.mixed_views(views, labels).layers)
+            logger.info("GradMix attributes at %s", ", ".join(layers))
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(
+            f"the backbone does not accept images of data.size {size} ({error}); a vision "
+            f"transformer needs --backbone.kwargs '{{img_size: {size}}}'"
+        ) from error
+    method.zero_grad()
+    method.train()
+    return layers
+
+
+def plain(config: Namespace) -> dict[str, Any]:
+    """The settings as nested dictionaries, for config.yaml."""
+    sections = config.as_dict()
+    sections.pop("environment", None)
+    # jsonargparse's PositiveInt and the like become plain numbers, and tuples become lists.
+    return json.loads(json.dumps(sections, default=asdict))
+
+
+def _load(config: Namespace) -> ImageSet:
+    """The training images of the known classes. Only a recipe with labels has `label_fraction`."""
+    if "label_fraction" in config:
+        return load_labeled(config.data, config.label_fraction, config.training.seed)
+    return load_known(config.data, "train")
