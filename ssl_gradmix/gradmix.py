@@ -409,7 +409,7 @@ def noise_like(images: Tensor, generator: Generator | None = None) -> Tensor:
     """Uniform noise with the mean and standard deviation of each channel of the batch."""
     deviation, mean = torch.std_mean(images.float(), (0, 2, 3), correction=0, keepdim=True)
     uniform = rand(tuple(images.shape), images.device, generator) * 2 - 1
-    return (mean + math.sqrt(3) * deviation * uniform).to(images.dtype)
+    return torch.empty_like(images).copy_(mean + math.sqrt(3) * deviation * uniform)
 
 
 def derangement(count: int, device: torch.device, generator: Generator | None = None) -> Tensor:

@@ -37,11 +37,11 @@ def nt_xent(z0: Tensor, z1: Tensor, temperature: float) -> Tensor:
 def supcon(z0: Tensor, z1: Tensor, labels: Tensor, temperature: float) -> Tensor:
     """Supervised contrastive loss (Khosla et al. 2020, equation 2, L_out).
 
-        mean_i −1/|P(i)| sum_{p ∈ P(i)} log( e^{s_ip} / sum_{a ≠ i} e^{s_ia} ),  s_ij = cos(z_i, z_j) / T
+        mean_i −1/|P(i)| sum_{p ∈ P(i)} log( e^{s_ip} / sum_{a ≠ i} e^{s_ia} )
 
-    over both embeddings of every labeled image of all processes, where P(i) are the others of the
-    same class. The sum over i of the paper is a mean here, as in its code. Images without a label
-    are left out, as anchors and as a.
+    with s_ij = cos(z_i, z_j) / T, over both embeddings of every labeled image of all processes,
+    where P(i) are the others of the same class. The sum over i of the paper is a mean here, as in
+    its code. Images without a label are left out, as anchors and as a.
 
     Args:
         z0: Embeddings (N, D) of the first views, float32. N must be the same on all processes.
