@@ -1,167 +1,163 @@
-"""Frozen features of images, computed once and kept on disk."""
+"""Frozen features of images, computed once and kept on disk, and their effective rank."""
 
 from __future__ import annotations
 
 import hashlib
-import math
-import os
-import warnings
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from ssl_gradmix.backbones import read_weights
+from ssl_gradmix.data.augmentation import eval_transform
+from ssl_gradmix.data.corrupted import CorruptedImages
 from ssl_gradmix.data.datasets import ImageSet
 from ssl_gradmix.evaluation.encoders import Encoder
 from ssl_gradmix.files import write_whole
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
+Images = ImageSet | CorruptedImages
 
 
 def extract(
     encoder: Encoder,
-    images: ImageSet | np.ndarray,
+    images: Images | np.ndarray,
     batch_size: int = 256,
     device: str | torch.device | None = None,
     cache: str | Path | None = None,
     accelerator: Accelerator | None = None,
     progress: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Features of all images under a frozen encoder: eval mode and inference mode, so that no buffer changes.
+    """Features of all images under a frozen encoder, in eval and inference mode.
 
-    Images are resized and cropped to the encoder's square as `ImageSet.pixels` does, scaled to [0, 1] and normalized by
-    the encoder's mean and standard deviation. (timm's own evaluation resizes larger and crops more where a model asks
-    for it; here the whole center square is seen.) Everything runs in float32
-    (which torch lets a GPU's convolutions round to TF32, unless `torch.backends.cudnn.allow_tf32` is false).
+    Images are resized and cropped to the encoder's square as by `ImageSet.pixels`, scaled to [0, 1]
+    and normalized. (timm's evaluation crops more for some models; here the whole center square is
+    seen.) Everything runs in float32, in which PyTorch lets a GPU's convolutions use TF32 unless
+    `torch.backends.cudnn.allow_tf32` is false.
 
     Args:
-        encoder: Moved to the device, its kernels to channels_last, and put in eval mode.
-        images: A set, or uint8 (N, H, W, 3), which has no labels.
-        batch_size: Images at once, on each process.
-        device: Where the encoder runs; None takes the accelerator's, else a GPU where there is one.
-        cache: Folder in which features are kept, under a fingerprint of the encoder's weights, its image size and
-            normalization, and the images. Files on disk count as unchanged while path, size and time of change are.
-        accelerator: Under `accelerate launch`, each process takes a slice, and all get the whole, in order.
-        progress: Show a bar where it takes some seconds.
+        encoder: Its model is moved to the device.
+        images: A set of images, or uint8 (N, H, W, 3) without labels.
+        batch_size: Images per forward pass, on each process.
+        device: Device of the encoder; by default the accelerator's, or a GPU if there is one.
+        cache: Folder in which features of an `ImageSet` are kept, under a fingerprint of encoder
+            and images. Files count as unchanged if names, sizes and modification times are.
+        accelerator: With several processes, each encodes a part of the images.
+        progress: Show a progress bar if it takes some seconds.
 
     Returns:
-        Features float32 (N, D), and labels int64 (N,), -1 where unlabeled, both on the CPU.
+        Features float32 (N, D) and labels int64 (N,), -1 if unlabeled, on the CPU and in order, on
+        every process.
 
     Raises:
-        ValueError: If there are no images, an image cannot be read, or the encoder gives no finite (N, D) features.
+        ValueError: There are no images, an image cannot be read, or the encoder does not return one
+            finite vector an image.
     """
     if isinstance(images, np.ndarray):
-        images = ImageSet(images, np.full(len(images), -1, np.int64), (), "array")
+        images = ImageSet(images, np.full(len(images), -1), (), "array")
     if len(images) == 0:
         raise ValueError(f"{images.name} has no images to encode")
     labels = torch.from_numpy(np.asarray(images.labels, np.int64))
-    kept = Path(cache, f"{fingerprint(encoder, images)}.safetensors") if cache is not None else None
+    path = kept = None
+    if cache is not None and isinstance(images, ImageSet):
+        path = Path(cache, f"{_fingerprint(encoder, images)}.safetensors")
+        kept = read_weights(path)["features"] if path.is_file() else None
+    if accelerator is not None:  # other processes may have looked earlier or later
+        (kept,) = broadcast_object_list([kept])
+    if kept is not None:
+        return kept, labels
 
-    features = _read(kept) if kept is not None else None
-    if not _all_processes(features is not None, accelerator):
-        main = accelerator is None or accelerator.is_main_process
-        if device is None:
-            device = ("cuda" if torch.cuda.is_available() else "cpu") if accelerator is None else accelerator.device
-        features = _gather(encoder, images, batch_size, torch.device(device), accelerator, progress and main)
-        if kept is not None and main:
-            write_whole(kept, lambda temporary: temporary.write_bytes(save({"features": features})))
-        if accelerator is not None:
-            accelerator.wait_for_everyone()  # a process that went on at once might not find the file yet
+    own, main = images, True
+    if accelerator is not None:
+        device, main = device or accelerator.device, accelerator.is_main_process
+        with accelerator.split_between_processes(list(range(len(images)))) as indices:
+            own = images.subset(indices)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    batches = _encode(encoder, own, batch_size, device, progress and main)
+    features = torch.cat(batches if accelerator is None else gather_object(batches))
+    if features.shape[:-1] != labels.shape or not features.isfinite().all():
+        raise ValueError(
+            f"{encoder.name} does not return a finite vector an image: did it diverge?"
+        )
+    if path is not None and main:
+        write_whole(path, lambda temporary: save_file({"features": features}, temporary))
     return features, labels
 
 
-def fingerprint(encoder: Encoder, images: ImageSet) -> str:
-    """What features depend on, in 32 hexadecimal digits: weights, preparation, and the images with their order."""
-    digest = hashlib.sha256(f"{encoder.fingerprint} {encoder.size} {encoder.mean} {encoder.std}".encode())
-    if isinstance(images.images, np.ndarray):
-        digest.update(str(images.images.shape).encode())
-        digest.update(np.ascontiguousarray(images.images))
-    else:
-        for path in images.images:
-            status = os.stat(path)
-            digest.update(os.fsencode(f"{Path(path).resolve()} {status.st_size} {status.st_mtime_ns}\n"))
-    return digest.hexdigest()[:32]
+@torch.no_grad()
+def rankme(features: Tensor) -> float:
+    """RankMe: exponential of the entropy of the singular values, normalized to sum 1.
 
+    `exp(-sum_k p_k log p_k)` with `p_k = s_k / sum_j s_j + 1e-7`; Garrido et al. 2023,
+    arXiv 2210.02885. Features are not centered, so identical features have rank 1. The singular
+    values are the roots of the eigenvalues of the smaller Gram matrix, in float64.
 
-def _gather(
-    encoder: Encoder,
-    images: ImageSet,
-    batch_size: int,
-    device: torch.device,
-    accelerator: Accelerator | None,
-    progress: bool,
-) -> Tensor:
-    """Encodes this process's slice, and where there are several processes puts their slices together in order."""
-    if accelerator is None or accelerator.num_processes == 1:
-        return _encode(encoder, images, batch_size, device, progress).cpu()
-    share = math.ceil(len(images) / accelerator.num_processes)
-    start = accelerator.process_index * share
-    # The last slices may be short or empty, and gathering wants equal ones: fill up with the first images.
-    own = np.arange(start, start + share) % len(images)
-    features = _encode(encoder, images.subset(own), batch_size, device, progress)
-    return accelerator.gather(features.to(accelerator.device)).cpu()[: len(images)]
+    Args:
+        features: (N, D), finite. For N < D the rank is at most N, hence comparable for one N only.
+
+    Returns:
+        Between 1 (all features on a line) and min(N, D); 0 if all features are zero.
+    """
+    matrix = features.double()
+    n_samples, n_features = matrix.shape
+    products = matrix.T @ matrix if n_features <= n_samples else matrix @ matrix.T
+    values = torch.linalg.eigvalsh(products).clamp_min(0).sqrt()
+    if values.sum() == 0:
+        return 0.0
+    fractions = values / values.sum() + 1e-7
+    return float((-fractions * fractions.log()).sum().exp())
 
 
 @torch.inference_mode()
-def _encode(encoder: Encoder, images: ImageSet, batch_size: int, device: torch.device, progress: bool) -> Tensor:
-    model = encoder.model.to(device, memory_format=torch.channels_last).eval()
-    mean = torch.tensor(encoder.mean, device=device).view(3, 1, 1)
-    std = torch.tensor(encoder.std, device=device).view(3, 1, 1)
-    features = []
-    with tqdm(
-        total=len(images), desc=f"encoding {images.name}", unit="image", delay=3, disable=None if progress else True
-    ) as bar:
-        for pixels in _ahead(images, encoder.size, batch_size, pinned=device.type == "cuda"):
-            encoded = model((pixels.to(device, non_blocking=True).float() / 255 - mean) / std)
-            if encoded.ndim != 2 or len(encoded) != len(pixels):
-                shape = tuple(encoded.shape)
-                raise ValueError(f"the encoder {encoder.name} must give one feature vector an image, got {shape}")
-            features.append(encoded.float())
+def _encode(
+    encoder: Encoder,
+    images: Images,
+    batch_size: int,
+    device: str | torch.device,
+    progress: bool,
+) -> list[Tensor]:
+    """Features of each batch, on the CPU."""
+    model = encoder.model.eval().to(device).to(memory_format=torch.channels_last)
+    normalize = eval_transform(encoder.size, encoder.mean, encoder.std)
+    batches = []
+    bar = tqdm(
+        total=len(images),
+        desc=f"encoding {images.name}",
+        unit="image",
+        delay=3,
+        disable=None if progress else True,
+    )
+    with bar:
+        for pixels in _decoded_ahead(images, encoder.size, batch_size):
+            encoded = model(normalize(pixels.to(device)))
+            batches.append(encoded.float().cpu())
             bar.update(len(pixels))
-    together = torch.cat(features)
-    if not together.isfinite().all():  # once, as a GPU is waited for
-        raise ValueError(f"the encoder {encoder.name} gives NaN or infinite features: its training may have diverged")
-    return together
+    return batches
 
 
-def _ahead(images: ImageSet, size: int, batch_size: int, pinned: bool) -> Iterator[Tensor]:
-    """Pixels batch by batch, each decoded, or corrupted, while the one before is encoded; pinned, a GPU copies them."""
-
-    def read(start: int) -> Tensor:
-        batch = images.subset(np.arange(start, min(start + batch_size, len(images))))
-        pixels = batch.pixels(size, progress=False)
-        return pixels.pin_memory() if pinned else pixels
-
+def _decoded_ahead(images: Images, size: int, batch_size: int) -> Iterator[Tensor]:
+    """Yields pixels batch by batch, and decodes the next batch meanwhile."""
+    pending: list[Future[Tensor]] = []
     with ThreadPoolExecutor(1) as thread:
-        coming = None
         for start in range(0, len(images), batch_size):
-            before, coming = coming, thread.submit(read, start)
-            if before is not None:
-                yield before.result()
-        if coming is not None:
-            yield coming.result()
+            stop = min(start + batch_size, len(images))
+            batch = images.subset(np.arange(start, stop))
+            pending.append(thread.submit(batch.pixels, size, progress=False))
+            if len(pending) > 1:
+                yield pending.pop(0).result()
+        while pending:
+            yield pending.pop(0).result()
 
 
-def _all_processes(holds: bool, accelerator: Accelerator | None) -> bool:
-    """Whether it holds on every process: they must agree on what to compute, even where another job writes the file."""
-    if accelerator is None or accelerator.num_processes == 1:
-        return holds
-    return bool(accelerator.gather(torch.tensor([holds], device=accelerator.device)).all())
-
-
-def _read(path: Path) -> Tensor | None:
-    if not path.exists():
-        return None
-    try:
-        return load_file(path)["features"]
-    except (SafetensorError, KeyError) as error:
-        warnings.warn(f"the cached features {path} are damaged ({error}), they are computed again", stacklevel=3)
-        return None
+def _fingerprint(encoder: Encoder, images: ImageSet) -> str:
+    """Hash of all that features depend on: weights, preparation, images and their order."""
+    parts = [encoder.fingerprint, encoder.size, encoder.mean, encoder.std, images.fingerprint()]
+    if not isinstance(images.images, np.ndarray):
+        parts += [path.stat().st_mtime_ns for path in images.images]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]

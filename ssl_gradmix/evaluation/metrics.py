@@ -1,26 +1,27 @@
 """Open-set and corruption metrics, exact with ties.
 
-In the open-set metrics, `scores` (N,) are larger the more a sample looks known, of any range, and `is_known` (N,) is
-True for samples of known classes. A threshold t accepts the samples with score >= t, and samples of equal score are
-accepted together, so no result depends on the order of the samples. All sort once, O(N log N), and count in integers.
+Open-set metrics take `scores` (N,), larger for samples that look more known, and `is_known` (N,),
+boolean. A threshold t accepts all samples with score >= t, so samples of equal score are accepted
+together and the order of the samples does not matter. Counts are integers, from one sort.
 
-Arrays and tensors are taken, on any device and in any floating dtype. All open-set metrics raise ValueError where
-shapes or dtypes do not fit, where scores are NaN, and where known or unknown samples are missing.
+Arrays and tensors are accepted, on any device and in any floating dtype.
+All open-set metrics raise ValueError if lengths differ, scores are NaN, or one side is missing.
 
-`weights` (N,) or (B, N) count every sample so many times. With B rows the result has shape (B,): this is how
-`ssl_gradmix.evaluation.intervals` resamples without sorting again.
+With `weights` (B, N), `auroc` and `all_metrics` count each sample that many times and return arrays
+(B,). The bootstrap of `ssl_gradmix.evaluation.intervals` resamples this way, without sorting again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import numpy as np
 from torch import Tensor
 
 Vector = np.ndarray | Tensor
 Positive = Literal["known", "unknown"]
+Errors = Mapping[str, float | Sequence[float]]
 
 ALEXNET_ERRORS = {
     "gaussian_noise": 0.886428,
@@ -39,37 +40,39 @@ ALEXNET_ERRORS = {
     "pixelate": 0.717840,
     "jpeg_compression": 0.606500,
 }
-"""AlexNet's top-1 error on ImageNet-C, averaged over the five severities: the usual baseline of mCE on ImageNet-C."""
-
-ALEXNET_CLEAN_ERROR = 0.435
-"""AlexNet's top-1 error on the clean ImageNet validation set."""
+"""AlexNet's top-1 error on ImageNet-C, mean over severities: the usual baseline of mCE there."""
 
 
-def auroc(scores: Vector, is_known: Vector, *, weights: np.ndarray | None = None) -> float:
-    """Area under the ROC curve: the probability that a known sample scores above an unknown one, ties counting half.
+@overload
+def auroc(scores: Vector, is_known: Vector) -> float: ...
+@overload
+def auroc(scores: Vector, is_known: Vector, *, weights: np.ndarray) -> np.ndarray: ...
+def auroc(
+    scores: Vector, is_known: Vector, *, weights: np.ndarray | None = None
+) -> float | np.ndarray:
+    """Area under the ROC curve: the probability that a known sample scores above an unknown one.
 
         AUROC = sum_{i known, j unknown} (1[s_i > s_j] + 1[s_i = s_j] / 2) / (n_known * n_unknown)
 
-    It is the same with the unknown samples as the positive class and scores negated. Equals scikit-learn's
-    `roc_auc_score`; ARPL's code differs, it counts ties as 0.
+    Equals scikit-learn's `roc_auc_score`. ARPL's code differs: it counts ties as 0.
     """
-    counts = _count(scores, is_known, weights)
-    return _plain(_auroc(counts.known, counts.unknown))
+    counts = _count(scores, is_known, weights=weights)
+    area = _area(counts, counts.known)
+    return float(area) if weights is None else area
 
 
-def average_precision(
-    scores: Vector, is_known: Vector, positive: Positive = "known", *, weights: np.ndarray | None = None
-) -> float:
-    """Average precision, the AUPR of Hendrycks et al.: `sum_t (recall_t - recall_{t-1}) precision_t` over thresholds t.
+def average_precision(scores: Vector, is_known: Vector, positive: Positive = "known") -> float:
+    """Average precision: `sum_t (recall_t - recall_{t-1}) precision_t` over thresholds t.
 
-    Equals scikit-learn's `average_precision_score`. OpenOOD and pytorch-ood report the trapezoid under the
-    precision-recall curve instead, which agrees without ties, but is too large with them (constant scores of 600 known
-    and 400 unknown samples: 0.8 there, the prevalence 0.6 here).
+    This is the AUPR of Hendrycks et al. and scikit-learn's `average_precision_score`. OpenOOD and
+    pytorch-ood report the trapezoid under the precision-recall curve, which is too large with ties:
+    0.8 for constant scores of 600 known and 400 unknown samples, where the prevalence is 0.6.
 
     Args:
-        positive: The class to be found: `"known"` (AUPR-IN), or `"unknown"` with scores negated (AUPR-OUT).
+        positive: `"known"` (AUPR-IN), or `"unknown"` with negated scores (AUPR-OUT).
     """
-    return _plain(_average_precision(*_oriented(_count(scores, is_known, weights), positive)))
+    counts = _count(scores, is_known)
+    return float(_average_precision(*_oriented(counts, positive)))
 
 
 def fpr_at_tpr(
@@ -77,262 +80,217 @@ def fpr_at_tpr(
     is_known: Vector,
     tpr: float = 0.95,
     positive: Positive = "known",
-    *,
-    weights: np.ndarray | None = None,
 ) -> float:
-    """Smallest false positive rate of the thresholds whose true positive rate is at least `tpr`.
+    """Smallest false positive rate among the thresholds whose true positive rate is at least `tpr`.
 
-    With `positive="known"`: the share of unknown samples accepted by the threshold that accepts the share `tpr` of the
-    known ones (ODIN, kNN, energy, OpenOOD v1), which is `threshold_at_tpr`. With `positive="unknown"`: the share of
-    known samples rejected when the share `tpr` of the unknown ones is rejected (Hendrycks et al., OpenOOD v1.5,
-    pytorch-ood). The two differ, so a report has to name its choice. Outlier Exposure and ARPL take the threshold with
-    the nearest true positive rate, which may lie below `tpr`.
+    With `positive="known"`: the fraction of unknown samples accepted at `threshold_at_tpr`, as in
+    ODIN, kNN, energy and OpenOOD v1. With `positive="unknown"`: the fraction of known samples
+    rejected when the fraction `tpr` of the unknown ones is rejected, as in Hendrycks et al.,
+    OpenOOD v1.5 and pytorch-ood. The two differ, so reports must name their choice. Outlier
+    Exposure and ARPL take the threshold with the nearest true positive rate, even below `tpr`.
 
     Args:
-        tpr: In (0, 1].
+        tpr: True positive rate in (0, 1].
         positive: Which samples are the positives.
     """
     _check_tpr(tpr)
-    return _plain(_fpr_at_tpr(*_oriented(_count(scores, is_known, weights), positive), tpr))
+    counts = _count(scores, is_known)
+    return float(_fpr_at_tpr(*_oriented(counts, positive), tpr))
 
 
-def oscr(
-    scores: Vector,
-    is_known: Vector,
-    correct: Vector,
-    ties: Literal["half", "strict"] = "half",
-    *,
-    weights: np.ndarray | None = None,
-) -> float:
-    """Open-set classification rate: the area under the correct classification rate over the false positive rate.
+def oscr(scores: Vector, is_known: Vector, correct: Vector) -> float:
+    """Open-set classification rate: area under correct classification over false positive rate.
 
-        OSCR = sum_{i known, j unknown} correct_i (1[s_i > s_j] + w 1[s_i = s_j]) / (n_known * n_unknown)
+        OSCR = sum_{i known, j unknown} correct_i (1[s_i > s_j] + 1[s_i = s_j] / 2)
+               / (n_known * n_unknown)
 
-    At most AUROC and at most the closed-set accuracy, which a perfect detector reaches; a random one gets half of it.
-    From Dhamija et al., "Reducing Network Agnostophobia", 2018. Their curve counts known samples with score > t and
-    unknown ones with score >= t, so ties count nothing (`ties="strict"`, w = 0). The default, w = 1/2, treats ties as
-    AUROC does, and equals pytorch-ood's `oscr_score` and OpenAUC (Wang et al., 2022): without it, a coarser score looks
-    worse for its ties alone. The `compute_oscr` of ARPL, which the GradMix authors use, lies about 1/(2 n_known) below,
-    and with ties depends on the order of the samples.
+    At most the AUROC and at most the closed-set accuracy, which a perfect detector reaches; a
+    random detector gets half of it. From Dhamija et al., "Reducing Network Agnostophobia", 2018,
+    whose curve counts ties as 0. Here they count half, as in AUROC, in pytorch-ood's `oscr_score`
+    and in OpenAUC (Wang et al., 2022): otherwise a coarser score looks worse for its ties alone.
+    ARPL's `compute_oscr`, which the GradMix authors use, is about 1/(2 n_known) lower and depends
+    on the order of tied samples.
 
     Args:
-        correct: (N,) boolean, whether the predicted class is the true one; not read where `is_known` is False.
-        ties: Whether a tie of a known with an unknown sample counts half or not at all.
+        correct: (N,) boolean, whether the predicted class is the true one. Ignored where `is_known`
+            is False.
     """
-    if ties not in ("half", "strict"):
-        raise ValueError(f"ties must be 'half' or 'strict', got {ties!r}")
-    counts = _count(scores, is_known, weights, correct)
-    if ties == "half":
-        return _plain(_oscr(counts))
-    area = (np.diff(counts.unknown) * counts.correct[..., :-1]).sum(-1)
-    return _plain(area / counts.known[..., -1] / counts.unknown[..., -1])
+    counts = _count(scores, is_known, correct)
+    return float(_area(counts, counts.correct))
 
 
+@overload
 def all_metrics(
-    scores: Vector, is_known: Vector, correct: Vector | None = None, *, weights: np.ndarray | None = None
-) -> dict[str, float]:
-    """The open-set metrics of one score by name, from one sort; without `correct` (N,), see `oscr`, OSCR is left out.
+    scores: Vector, is_known: Vector, correct: Vector | None = None
+) -> dict[str, float]: ...
+@overload
+def all_metrics(
+    scores: Vector, is_known: Vector, correct: Vector | None = None, *, weights: np.ndarray
+) -> dict[str, np.ndarray]: ...
+def all_metrics(
+    scores: Vector,
+    is_known: Vector,
+    correct: Vector | None = None,
+    *,
+    weights: np.ndarray | None = None,
+) -> dict[str, float] | dict[str, np.ndarray]:
+    """All open-set metrics of one score, from one sort.
+
+    Args:
+        correct: As in `oscr`, which is left out without it.
 
     Returns:
-        `auroc`; `aupr_in` and `aupr_out`, the average precision with known and with unknown samples as positives;
-        `fpr95_id_pos` and `fpr95_ood_pos`, the false positive rate at 95% true positive rate likewise; `oscr`.
+        `auroc`; `aupr_in` and `aupr_out`, average precision with known and with unknown samples as
+        positives; `fpr95_id_pos` and `fpr95_ood_pos`, false positive rate at 95% true positive
+        rate, likewise; `oscr`.
     """
-    counts = _count(scores, is_known, weights, correct)
+    counts = _count(scores, is_known, correct, weights)
     known_first, unknown_first = _oriented(counts, "known"), _oriented(counts, "unknown")
     metrics = {
-        "auroc": _auroc(counts.known, counts.unknown),
+        "auroc": _area(counts, counts.known),
         "aupr_in": _average_precision(*known_first),
         "aupr_out": _average_precision(*unknown_first),
         "fpr95_id_pos": _fpr_at_tpr(*known_first, 0.95),
         "fpr95_ood_pos": _fpr_at_tpr(*unknown_first, 0.95),
     }
     if correct is not None:
-        metrics["oscr"] = _oscr(counts)
-    return {name: _plain(value) for name, value in metrics.items()}
-
-
-def roc_curve(scores: Vector, is_known: Vector) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """False and true positive rates and their thresholds, known samples positive; the trapezoid below is `auroc`.
-
-    Returns:
-        Three arrays of one point for each distinct score and one for accepting nothing: from (0, 0) at threshold
-        infinity to (1, 1) at the smallest score.
-    """
-    counts = _count(scores, is_known)
-    return counts.unknown / counts.unknown[-1], counts.known / counts.known[-1], counts.thresholds
-
-
-def oscr_curve(scores: Vector, is_known: Vector, correct: Vector) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """False positive and correct classification rates and their thresholds; the trapezoid below is `oscr`.
-
-    Returns:
-        Three arrays of one point for each distinct score and one for accepting nothing: from (0, 0) at threshold
-        infinity to (1, closed-set accuracy) at the smallest score.
-    """
-    counts = _count(scores, is_known, correct=correct)
-    return counts.unknown / counts.unknown[-1], counts.correct / counts.known[-1], counts.thresholds
+        metrics["oscr"] = _area(counts, counts.correct)
+    if weights is not None:
+        return metrics
+    return {name: float(value) for name, value in metrics.items()}
 
 
 def threshold_at_tpr(scores: Vector, is_known: Vector, tpr: float = 0.95) -> float:
-    """Largest threshold t such that `score >= t` accepts at least the share `tpr` of the known samples.
+    """Largest threshold that accepts at least the fraction `tpr` of the known samples.
 
-    To act on a score: choose t on held-out known samples, then accept what scores t or more. Only the known samples
-    are read, and there need not be others.
+    To deploy a score, choose the threshold on held-out known samples and accept samples that score
+    at least as much. Only the known samples are read; there need not be others.
 
     Args:
         tpr: In (0, 1].
     """
     _check_tpr(tpr)
-    scores, is_known = _checked_scores(scores, is_known)
-    known = np.sort(scores[is_known])[::-1]
-    if len(known) == 0:
-        raise ValueError(f"is_known must hold known samples, got 0 known of {len(scores)}")
-    accepted = np.arange(1, len(known) + 1) / len(known)
-    return float(known[np.argmax(accepted >= tpr)])
+    values, known = _checked(scores, is_known)
+    if not known.any():
+        raise ValueError("is_known must hold known samples")
+    descending = np.sort(values[known])[::-1]
+    accepted = np.arange(1, len(descending) + 1) / len(descending)
+    return float(descending[np.argmax(accepted >= tpr)])
 
 
-def mean_corruption_error(
-    errors: Mapping[str, float | Sequence[float]], baseline: Mapping[str, float | Sequence[float]] | None = None
-) -> float:
-    """Mean corruption error over the corruptions of `errors`, each with equal weight.
+def mean_corruption_error(errors: Errors, baseline: Errors | None = None) -> float:
+    """Mean corruption error, each corruption with equal weight.
 
-    Without a baseline: the mean over corruptions of the mean error over severities, as is usual for CIFAR-C (AugMix).
-    With one: mCE of Hendrycks and Dietterich, "Benchmarking Neural Network Robustness", 2019,
+    Without a baseline: the mean over corruptions of the mean error over severities, as usual for
+    CIFAR-C (AugMix). With a baseline: the mCE of Hendrycks and Dietterich, "Benchmarking Neural
+    Network Robustness", 2019,
 
         CE_c = sum_s errors[c][s] / sum_s baseline[c][s],    mCE = mean_c CE_c
 
-    as a ratio, 1.0 for the baseline itself; papers print 100 times that. For ImageNet-C it is `ALEXNET_ERRORS`.
+    as a ratio, 1.0 for the baseline itself; papers print 100 times that.
 
     Args:
-        errors: Corruption to top-1 errors in [0, 1], one a severity, or their mean as a single number.
-        baseline: The same of the model to compare with, for at least the corruptions of `errors`.
+        errors: Top-1 errors in [0, 1] by corruption, one for each severity, or their mean.
+        baseline: The same for the reference model, with as many severities; on ImageNet-C
+            `ALEXNET_ERRORS`. Corruptions that `errors` lacks are ignored.
 
     Raises:
-        ValueError: If `errors` is no mapping or has no corruption, an error lies outside [0, 1] or is NaN, corruptions
-            differ in their number of severities, or the baseline makes no errors on a corruption.
-        KeyError: If the baseline lacks a corruption.
+        ValueError: `errors` is empty, or an error is not a fraction in [0, 1].
+        KeyError: The baseline lacks a corruption.
     """
-    mean = _mean_errors("errors", errors)
-    if baseline is None:
-        return float(np.mean(list(mean.values())))
-    base = _mean_errors("baseline", baseline, needed=errors)
-    _refuse_not_positive("baseline errors", base)
-    return float(np.mean([mean[name] / base[name] for name in mean]))
+    if not errors:
+        raise ValueError("errors must hold at least one corruption")
+    means = [_mean_error(errors[name]) for name in errors]
+    if baseline is not None:
+        references = [_mean_error(baseline[name]) for name in errors]
+        means = [mean / reference for mean, reference in zip(means, references, strict=True)]
+    return float(np.mean(means))
 
 
-def relative_mce(
-    errors: Mapping[str, float | Sequence[float]],
-    clean_error: float,
-    baseline: Mapping[str, float | Sequence[float]],
-    baseline_clean: float,
-) -> float:
-    """Relative mCE: how much more corruptions cost than clean images do, against the same of a baseline.
-
-        relative CE_c = sum_s (errors[c][s] - clean_error) / sum_s (baseline[c][s] - baseline_clean),    mean over c
-
-    as a ratio, 1.0 for the baseline itself. From Hendrycks and Dietterich, 2019; for ImageNet-C the baseline is
-    `ALEXNET_ERRORS` with `ALEXNET_CLEAN_ERROR`.
-
-    Args:
-        errors: As in `mean_corruption_error`.
-        clean_error: Top-1 error on clean images, in [0, 1].
-        baseline: As in `mean_corruption_error`.
-        baseline_clean: The baseline's error on clean images, in [0, 1].
-
-    Raises:
-        ValueError: As `mean_corruption_error`, and if a corruption does not raise the baseline's error.
-        KeyError: If the baseline lacks a corruption.
-    """
-    clean = _mean_errors("clean_error", {"clean": clean_error})["clean"]
-    base_clean = _mean_errors("baseline_clean", {"clean": baseline_clean})["clean"]
-    rise = {name: error - clean for name, error in _mean_errors("errors", errors).items()}
-    base_rise = {name: error - base_clean for name, error in _mean_errors("baseline", baseline, errors).items()}
-    _refuse_not_positive("baseline errors above baseline_clean", base_rise)
-    return float(np.mean([rise[name] / base_rise[name] for name in rise]))
+def as_numpy(values: Vector) -> np.ndarray:
+    """The values of an array, or of a tensor on any device. Floating tensors become float64."""
+    if isinstance(values, Tensor):
+        values = values.detach().cpu()
+        # NumPy has no bfloat16.
+        values = values.double() if values.is_floating_point() else values
+    return np.asarray(values)
 
 
 class _Counts(NamedTuple):
-    """Weight of the samples accepted at each threshold, falling from infinity: `thresholds` (T,), others (..., T)."""
+    """How many samples each threshold accepts, from infinity down: (T,), or (B, T) with weights."""
 
-    thresholds: np.ndarray
     known: np.ndarray
     unknown: np.ndarray
-    correct: np.ndarray | None
+    correct: np.ndarray
 
 
 def _count(
-    scores: Vector, is_known: Vector, weights: np.ndarray | None = None, correct: Vector | None = None
+    scores: Vector,
+    is_known: Vector,
+    correct: Vector | None = None,
+    weights: np.ndarray | None = None,
 ) -> _Counts:
-    scores, is_known = _checked_scores(scores, is_known)
-    n_known = int(is_known.sum())
-    if n_known in (0, len(scores)):
-        raise ValueError(
-            f"is_known must hold known and unknown samples, got {n_known} known and {len(scores) - n_known} unknown"
-        )
+    """Sorts once. Without `correct`, all known samples are taken as correct."""
+    values, known = _checked(scores, is_known)
+    if known.all() or not known.any():
+        raise ValueError(f"is_known must hold both sides, got {known.sum()} known of {len(known)}")
     if weights is None:
-        weights = np.ones(len(scores), dtype=np.int64)
-    elif not isinstance(weights, np.ndarray) or weights.dtype.kind not in "iuf":
-        kind = getattr(weights, "dtype", type(weights).__name__)
-        raise ValueError(f"weights must be a NumPy array of whole or real numbers, got {kind}")
-    elif weights.ndim not in (1, 2) or weights.shape[-1] != len(scores):
-        raise ValueError(f"weights must have shape ({len(scores)},) or (B, {len(scores)}), got {weights.shape}")
-    else:  # of few bits, their sums would overflow
-        weights = weights.astype(np.float64 if weights.dtype.kind == "f" else np.int64, copy=False)
+        weights = np.ones(len(values), np.int64)
+    # Sums of uint8 would overflow.
+    weights = weights.astype(np.result_type(weights, np.int64), copy=False)
 
-    order = np.argsort(-scores)
-    scores, is_known, weights = scores[order], is_known[order], np.take(weights, order, axis=-1)
-    last_of_ties = np.flatnonzero(np.append(scores[1:] != scores[:-1], True))
+    order = np.argsort(-values)
+    values, times = values[order], np.take(weights, order, axis=-1)
+    is_last_of_ties = np.append(values[1:] != values[:-1], True)
+    ends = np.append(0, np.flatnonzero(is_last_of_ties) + 1)
 
     def accepted(mask: np.ndarray) -> np.ndarray:
-        running = np.zeros((*weights.shape[:-1], len(scores) + 1), dtype=weights.dtype)
-        np.cumsum(weights * mask, axis=-1, out=running[..., 1:])
-        return running if len(last_of_ties) == len(scores) else running[..., np.append(0, last_of_ties + 1)]
+        running = np.zeros((*times.shape[:-1], len(values) + 1), times.dtype)
+        np.cumsum(times * mask[order], axis=-1, out=running[..., 1:])
+        return running[..., ends]
 
-    known, unknown = accepted(is_known), accepted(~is_known)
-    if not (np.all(known[..., -1] > 0) and np.all(unknown[..., -1] > 0)):
-        raise ValueError("weights must leave known and unknown samples in every row")
-    if correct is not None:
-        correct = accepted(is_known & _as_vector("correct", correct, "b", len(scores))[order])
-    return _Counts(np.append(np.inf, scores[last_of_ties]), known, unknown, correct)
+    of_known = accepted(known)
+    if correct is None:
+        return _Counts(of_known, accepted(~known), of_known)
+    right = known & _flags("correct", correct, len(values))
+    return _Counts(of_known, accepted(~known), accepted(right))
 
 
 def _oriented(counts: _Counts, positive: Positive) -> tuple[np.ndarray, np.ndarray]:
-    """Weights of accepted positives and negatives. What a threshold rejects is what the negated scores accept."""
+    """Accepted positives and negatives. Negated scores accept what a threshold rejects."""
     if positive == "known":
         return counts.known, counts.unknown
-    if positive == "unknown":
-        return tuple((accepted[..., -1:] - accepted)[..., ::-1] for accepted in (counts.unknown, counts.known))
-    raise ValueError(f"positive must be 'known' or 'unknown', got {positive!r}")
+    if positive != "unknown":
+        raise ValueError(f"positive must be 'known' or 'unknown', got {positive!r}")
+    return _rejected(counts.unknown), _rejected(counts.known)
 
 
-def _area(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Trapezoids; of integers, so exact up to the division."""
-    return (np.diff(x) * (y[..., 1:] + y[..., :-1])).sum(-1) / 2
+def _rejected(accepted: np.ndarray) -> np.ndarray:
+    return (accepted[..., -1:] - accepted)[..., ::-1]
 
 
-def _auroc(known: np.ndarray, unknown: np.ndarray) -> np.ndarray:
-    return _area(unknown, known) / known[..., -1] / unknown[..., -1]
-
-
-def _oscr(counts: _Counts) -> np.ndarray:
-    return _area(counts.unknown, counts.correct) / counts.known[..., -1] / counts.unknown[..., -1]
+def _area(counts: _Counts, accepted: np.ndarray) -> np.ndarray:
+    """Trapezoids below accepted fractions of the known samples, over false positive rates."""
+    twice_heights = accepted[..., 1:] + accepted[..., :-1]
+    area = (np.diff(counts.unknown) * twice_heights).sum(-1) / 2  # exact: halves of integers
+    return area / counts.known[..., -1] / counts.unknown[..., -1]
 
 
 def _average_precision(positive: np.ndarray, negative: np.ndarray) -> np.ndarray:
-    gained, accepted = np.diff(positive), (positive + negative)[..., 1:]
-    # A resample may draw none of the samples accepted first: nothing accepted gains nothing.
-    precision = np.divide(positive[..., 1:], accepted, out=np.zeros(accepted.shape), where=accepted > 0)
+    gained = np.diff(positive)
+    accepted = (positive + negative)[..., 1:]
+    # A resample may lack all samples accepted first. Accepting nothing gains nothing.
+    nothing = np.zeros(accepted.shape)
+    precision = np.divide(positive[..., 1:], accepted, out=nothing, where=accepted > 0)
     return (gained * precision).sum(-1) / positive[..., -1]
 
 
 def _fpr_at_tpr(positive: np.ndarray, negative: np.ndarray, tpr: float) -> np.ndarray:
-    # Divided before it is compared: in floating point 55 / 100 >= 0.55 holds, but 55 >= 0.55 * 100 does not.
-    first = np.argmax(positive / positive[..., -1:] >= tpr, axis=-1)
-    return np.take_along_axis(negative, first[..., None], axis=-1)[..., 0] / negative[..., -1]
-
-
-def _plain(value: np.ndarray) -> float | np.ndarray:
-    return value if value.ndim else float(value)
+    # Divide, then compare: 55 / 100 >= 0.55 holds in floating point, 55 >= 0.55 * 100 does not.
+    rates = positive / positive[..., -1:]
+    first = np.argmax(rates >= tpr, axis=-1)
+    accepted = np.take_along_axis(negative, first[..., None], axis=-1)
+    return accepted[..., 0] / negative[..., -1]
 
 
 def _check_tpr(tpr: float) -> None:
@@ -340,54 +298,22 @@ def _check_tpr(tpr: float) -> None:
         raise ValueError(f"tpr must be above 0 and at most 1, got {tpr!r}")
 
 
-def _checked_scores(scores: Vector, is_known: Vector) -> tuple[np.ndarray, np.ndarray]:
-    scores = _as_vector("scores", scores, "fiu").astype(np.float64)
-    broken = int(np.isnan(scores).sum())
-    if broken:
-        raise ValueError(f"scores must be numbers, got {broken} NaN of {len(scores)}")
-    return scores, _as_vector("is_known", is_known, "b", len(scores))
+def _checked(scores: Vector, is_known: Vector) -> tuple[np.ndarray, np.ndarray]:
+    values = as_numpy(scores).astype(np.float64)
+    if values.ndim != 1 or np.isnan(values).any():
+        raise ValueError(f"scores must be (N,) without NaN, got shape {values.shape}")
+    return values, _flags("is_known", is_known, len(values))
 
 
-def _as_vector(name: str, values: Vector, kinds: str, length: int | None = None) -> np.ndarray:
-    if isinstance(values, Tensor):
-        values = values.detach().cpu()
-        values = values.double() if values.is_floating_point() else values  # NumPy has no bfloat16
-    values = np.asarray(values)
-    wanted = "boolean" if kinds == "b" else "real numbers"
-    if values.dtype.kind not in kinds:
-        raise ValueError(f"{name} must be {wanted}, got {values.dtype}")
-    if values.ndim != 1 or (length is not None and len(values) != length):
-        raise ValueError(f"{name} must have shape ({'N' if length is None else length},), got {values.shape}")
-    return values
+def _flags(name: str, values: Vector, length: int) -> np.ndarray:
+    flags = as_numpy(values)
+    if flags.dtype != bool or flags.shape != (length,):
+        raise ValueError(f"{name} must be boolean ({length},), got {flags.dtype} {flags.shape}")
+    return flags
 
 
-def _mean_errors(
-    name: str, errors: Mapping[str, float | Sequence[float]], needed: Mapping | None = None
-) -> dict[str, float]:
-    """Mean over severities of each corruption, of the `needed` ones alone where given."""
-    if not isinstance(errors, Mapping):
-        raise ValueError(f"{name} must be a mapping of corruptions to errors, got {type(errors).__name__}")
-    needed = errors if needed is None else needed
-    missing = [corruption for corruption in needed if corruption not in errors]
-    if missing:
-        raise KeyError(f"{name} lacks {missing}: give its errors, or leave these corruptions out of errors")
-    if not needed:
-        raise ValueError(f"{name} must hold at least one corruption, got none")
-    table = {corruption: np.atleast_1d(np.asarray(errors[corruption], np.float64)) for corruption in needed}
-    for corruption, values in table.items():
-        bad = int((~((values >= 0) & (values <= 1))).sum())
-        if bad or values.ndim != 1 or values.size == 0:
-            raise ValueError(
-                f"{name} must be fractions in [0, 1], one a severity (divide percent by 100): "
-                f"{corruption} has shape {values.shape} and {bad} values outside"
-            )
-    sizes = {corruption: values.size for corruption, values in table.items()}
-    if len(set(sizes.values())) > 1:
-        raise ValueError(f"{name} must have as many severities for every corruption, got {sizes}")
-    return {corruption: float(values.mean()) for corruption, values in table.items()}
-
-
-def _refuse_not_positive(name: str, values: Mapping[str, float]) -> None:
-    bad = [corruption for corruption, value in values.items() if not value > 0]
-    if bad:
-        raise ValueError(f"{name} must be above 0 to divide by, got {values[bad[0]]:g} for {bad[0]}")
+def _mean_error(errors: float | Sequence[float]) -> float:
+    fractions = np.asarray(errors, np.float64)
+    if not np.all((fractions >= 0) & (fractions <= 1)):
+        raise ValueError(f"errors must be fractions in [0, 1], got {errors}: divide percent by 100")
+    return float(fractions.mean())
