@@ -15,7 +15,7 @@ import pandas as pd
 from scipy.stats import ttest_1samp
 
 from experiments.variants import TRIALS, Cell, Grid, passes
-from ssl_gradmix.evaluation import results
+from ssl_gradmix.data.open_set import KNOWN_ONLY
 from ssl_gradmix.files import read_json, read_yaml
 
 CELL = (
@@ -156,16 +156,20 @@ def read_value(name: str, cell: Cell, grid: Grid, log: Sequence[Mapping[str, Any
     if name in ("validation_loss", "stamps_validation_loss"):
         found = read_json(cell.result(grid, "linear_probe"))
         return min(found["validation"].values())
-    task, *wanted = measure.source.split()
+    task, score, metric = measure.source.split()
     path = cell.result(grid, task, measure.feature)
-    found, _ = results.read(path)
-    kept = (found.score == wanted[0]) & (found.metric == wanted[1])
-    kept &= [params.get("label_fraction") == measure.labels for params in found.params]
+    wanted = {"label_fraction": measure.labels}
     if task == "osr":  # an encoder that saw the unknown classes does not count
-        kept &= results.param(found, "pretraining") == "known classes only"
-    if not kept.any():
+        wanted["pretraining"] = KNOWN_ONLY
+    values = [
+        row["value"]
+        for row in read_json(path)["rows"]
+        if (row["score"], row["metric"]) == (score, metric)
+        and all(row["params"].get(name) == value for name, value in wanted.items())
+    ]
+    if not values:
         raise ValueError(f"{path} has no row for the measure {name!r}")
-    return float(np.mean(found.value[kept]))
+    return float(np.mean(values))
 
 
 def training_seconds(log: Sequence[Mapping[str, Any]], batch: int) -> float:

@@ -40,7 +40,8 @@ EXPERIMENTS: dict[str, dict[str, Any]] = {
     "shortcuts": {
         **{"images": 5000, "epochs": 8, "corrupted": 0, "kinds": ["stamps-9"]},
         "variants": [
-            *("plain", "third-view", "random-box", "random-center-box", "center-box"),
+            *("plain", "plain-temperature0.1", "plain-temperature0.05", "plain-more-epochs"),
+            *("third-view", "random-box", "random-center-box", "center-box"),
             *("gradmix", "gradmix-loss", "oracle"),
         ],
     },
