@@ -1,37 +1,34 @@
-"""Compares runs in one page: accuracies, open-set recognition, robustness, what was set differently.
+"""Compares runs on one page: settings that differ, results, training curves and figures.
 
-Reads what the evaluations left in the run folders, and writes report.html, which opens without network, and report.md.
+Reads the run folders and what the evaluations wrote there. Writes report.html, which opens without
+network, and report.md, its tables.
 
     python eval/report.py runs/a runs/b
-    python eval/report.py runs/a runs/b results/resnet18 --out report --map tsne
+    python eval/report.py runs/a runs/b results/resnet18 --out report
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Literal
 
-from ssl_gradmix import command_line
+from ssl_gradmix import cli
 from ssl_gradmix.evaluation.report import write_report
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = command_line.Parser(description=__doc__, usage="%(prog)s RUN [RUN ...] [options]")
+    parser = cli.Parser(description=__doc__, usage="%(prog)s RUN [RUN ...] [options]")
     parser.add_argument(
-        "runs", type=str, nargs="+", help="Run folders, or folders of results; differences are to the first."
+        "runs",
+        type=str,
+        nargs="+",
+        help="Run folders, or folders of results. Differences are to the first one.",
     )
     parser.add_argument("--out", type=str, default="report", help="Folder to write to.")
-    parser.add_argument(
-        "--map",
-        type=Literal["pca", "tsne", "none"],
-        default="none",
-        help="Add a map of test features; for it the images are read that the runs' settings name.",
-    )
-    settings = parser.parse_args(argv)
-    for path in write_report(settings.runs, settings.out, settings.map):
+    options = parser.parse_args(argv)
+    for path in write_report(options.runs, options.out):
         print(path)
 
 
 if __name__ == "__main__":
-    sys.exit(command_line.run(main))
+    sys.exit(cli.run(main))
