@@ -65,20 +65,6 @@ def test_resized_crop_equals_torchvisions(height: int, width: int, size: int) ->
         torch.testing.assert_close(crop, expected, rtol=0, atol=1e-3)
 
 
-def test_resized_crop_of_unequal_sizes_equals_that_of_each_image() -> None:
-    images = [photographs(1, *size)[0] for size in [(96, 64), (40, 120), (33, 33), (8, 300)]]
-    boxes = crops_of([list(image.shape[1:]) for image in images])
-    flip = torch.tensor([[0.0], [1.0], [0.0], [1.0]])
-    crops = augmentation.resized_crop(images, boxes, flip, 24)
-    for i, (image, (top, left, height, width)) in enumerate(
-        zip(images, boxes.tolist(), strict=True)
-    ):
-        assert 0 <= top <= image.shape[1] - height
-        assert 0 <= left <= image.shape[2] - width
-        alone = augmentation.resized_crop(image[None], boxes[i : i + 1], flip[i : i + 1], 24)
-        torch.testing.assert_close(crops[i : i + 1], alone, rtol=0, atol=1e-3)
-
-
 @pytest.mark.parametrize("order", ORDERS[::5])
 def test_color_jitter_equals_torchvisions(order: tuple[int, ...]) -> None:
     images = photographs(8) / 255
@@ -204,7 +190,8 @@ def test_views_differ_by_image_view_and_seed() -> None:
     views = torch.cat(views_of(images, STRONG, n_views=3))
     distances = torch.cdist(views.flatten(1), views.flatten(1)) + 100 * torch.eye(12)
     assert distances.min() > 1
-    assert torch.equal(torch.cat(views_of(images, STRONG, n_views=3)), views)
+    with torch.autocast("cpu", torch.bfloat16):  # does not round views
+        assert torch.equal(torch.cat(views_of(images, STRONG, n_views=3)), views)
     assert not torch.equal(torch.cat(views_of(images, STRONG, n_views=3, seed=1)), views)
 
 
@@ -216,6 +203,8 @@ def test_views_of_a_list_equal_those_of_a_batch() -> None:
     unequal = [*images[:-1], photographs(1, 30, 30)[0]]
     (expected,), (found,) = views_of(images, crops, 24), views_of(unequal, crops, 24)
     torch.testing.assert_close(found[:-1], expected[:-1], rtol=0, atol=1e-5)
+    (alone,) = views_of([unequal[-1]] * 70, crops, 24)  # the same draws at the last position
+    torch.testing.assert_close(found[-1], alone[-1], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("processes", [2, 3])
@@ -229,13 +218,6 @@ def test_views_do_not_depend_on_the_number_of_processes(processes: int) -> None:
     together = views_of(images, STRONG, 24, n_views=3)
     assert all(map(torch.equal, map(torch.cat, zip(*parts, strict=True)), together))
     assert torch.equal(torch.random.get_rng_state(), state)
-
-
-def test_autocast_does_not_round_views() -> None:
-    (plain,) = views_of(photographs(3), STRONG)
-    with torch.autocast("cpu", torch.bfloat16):
-        (view,) = views_of(photographs(3), STRONG)
-    assert torch.equal(view, plain)
 
 
 def test_views_do_not_synchronize_with_the_device() -> None:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from io import BytesIO
 
 import numpy as np
 import pytest
 from PIL import Image
 from scipy import ndimage
-from skimage import color
 from sklearn.datasets import load_sample_images
 
 from ssl_gradmix.data.corruptions import (
@@ -105,13 +103,6 @@ def test_strength_follows_preset_and_severity(row: str) -> None:
         )
 
 
-def test_names_are_in_the_benchmarks_order() -> None:
-    assert " ".join(COMMON) == (
-        "gaussian_noise shot_noise impulse_noise defocus_blur glass_blur motion_blur zoom_blur "
-        "snow frost fog brightness contrast elastic_transform pixelate jpeg_compression"
-    )
-
-
 def test_default_preset_is_the_nearest_in_ratio() -> None:
     chosen = [default_preset(size) for size in (28, 45, 46, 119, 120, 384)]
     assert chosen == ["cifar"] * 2 + ["imagenet64"] * 2 + ["imagenet"] * 2
@@ -155,7 +146,7 @@ def generator(name: str, severity: int, seed: int = 0, index: int = 0) -> np.ran
     return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, index]))
 
 
-# Closed forms. Truncation takes half a level off every mean.
+# Recomputations
 
 
 def to_uint8(x: np.ndarray) -> np.ndarray:
@@ -167,47 +158,6 @@ def assert_equal_up_to_rounding(result: np.ndarray, expected: np.ndarray) -> Non
     difference = np.abs(result.astype(int) - expected.astype(int))
     assert difference.max() <= 1
     assert (difference > 0).mean() <= 0.01
-
-
-@pytest.mark.parametrize("severity", [1, 5])
-def test_noise_has_its_distribution(severity: int) -> None:
-    images = np.full((50, 32, 32, 3), 120, np.uint8)
-    (std,), (photons,), (amount,) = (
-        PARAMETERS["cifar"][name][severity - 1]
-        for name in ("gaussian_noise", "shot_noise", "impulse_noise")
-    )
-    noise = corrupt_batch(images, "gaussian_noise", severity) + 0.5 - 120
-    assert noise.mean() == pytest.approx(0, abs=5 * 255 * std / math.sqrt(noise.size))
-    assert noise.std() == pytest.approx(255 * std, rel=0.01)
-    counts = np.ceil(corrupt_batch(images, "shot_noise", severity) / 255 * photons)
-    assert counts.mean() == pytest.approx(120 / 255 * photons, rel=0.01)
-    assert counts.var() == pytest.approx(120 / 255 * photons, rel=0.02)
-    values = corrupt_batch(images, "impulse_noise", severity)
-    for level in (0, 255):
-        assert (values == level).mean() == pytest.approx(amount / 2, rel=0.1)
-
-
-@pytest.mark.parametrize("severity", [1, 3, 5])
-def test_brightness_and_contrast_equal_their_formulas(severity: int) -> None:
-    x = IMAGES[0] / 255
-    hsv = color.rgb2hsv(x)
-    hsv[..., 2] = np.clip(hsv[..., 2] + PARAMETERS["cifar"]["brightness"][severity - 1][0], 0, 1)
-    expected = to_uint8(color.hsv2rgb(hsv))
-    assert np.array_equal(corrupt(IMAGES[0], "brightness", severity), expected)
-    mean, factor = x.mean((0, 1)), PARAMETERS["cifar"]["contrast"][severity - 1][0]
-    contrast = corrupt(IMAGES[0], "contrast", severity)
-    assert_equal_up_to_rounding(contrast, to_uint8(mean + factor * (x - mean)))
-
-
-@pytest.mark.parametrize("severity", [1, 5])
-def test_jpeg_and_pixelate_equal_pillows(severity: int) -> None:
-    encoded = BytesIO()
-    Image.fromarray(IMAGES[0]).save(encoded, "JPEG", quality={1: 80, 5: 40}[severity])
-    assert np.array_equal(corrupt(IMAGES[0], "jpeg_compression", severity), Image.open(encoded))
-    side = {1: 30, 5: 20}[severity]
-    small = Image.fromarray(IMAGES[0]).resize((side, side), Image.Resampling.BOX)
-    expected = small.resize((32, 32), Image.Resampling.BOX)
-    assert np.array_equal(corrupt(IMAGES[0], "pixelate", severity), expected)
 
 
 @pytest.mark.parametrize("severity", [1, 5])
@@ -236,21 +186,6 @@ def test_motion_blur_is_a_weighted_sum_along_a_line(severity: int) -> None:
         expected, total = expected + weight * IMAGES[0][rows][:, columns], total + weight
     blurred = corrupt(IMAGES[0], "motion_blur", severity)
     assert_equal_up_to_rounding(blurred, np.floor(expected / total + 0.5))
-
-
-@pytest.mark.parametrize("severity", [1, 5])
-def test_zoom_blur_is_the_mean_of_scipys_zooms(severity: int) -> None:
-    x = IMAGES[0] / 255
-    layers = [x]
-    for factor in np.arange(1, *PARAMETERS["cifar"]["zoom_blur"][severity - 1]):
-        crop = math.ceil(32 / factor)
-        top = (32 - crop) // 2
-        middle = x[top : top + crop, top : top + crop]
-        large = ndimage.zoom(middle, (factor, factor, 1), order=1)
-        trim = (len(large) - 32) // 2
-        layers.append(large[trim : trim + 32, trim : trim + 32])
-    blurred = corrupt(IMAGES[0], "zoom_blur", severity)
-    assert_equal_up_to_rounding(blurred, to_uint8(np.mean(layers, axis=0).astype(np.float32)))
 
 
 def test_frost_records_its_source_and_never_wraps_around() -> None:

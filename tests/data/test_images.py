@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from io import BytesIO
 from pathlib import Path
 
@@ -35,14 +34,6 @@ def test_find_lists_visible_images_at_any_depth_in_order(tmp_path: Path) -> None
     for name in ("notes.txt", "Thumbs.db", "png", "deep/labels.csv"):
         (tmp_path / name).write_text("")
     assert [str(path.relative_to(tmp_path)) for path in images.find(tmp_path)] == wanted
-
-
-@pytest.mark.parametrize("ending", images.ENDINGS)
-def test_every_ending_is_decoded(tmp_path: Path, ending: str) -> None:
-    mode = {".pbm": "1", ".pgm": "L"}.get(ending, "RGB")
-    path = save(tmp_path / f"a{ending}", Image.new("RGB", (6, 4), "white").convert(mode))
-    assert pixels(path).shape == (4, 6, 3)
-    assert pixels(path).min() > 250
 
 
 def gray(mode: str, *values: object) -> Image.Image:
@@ -112,9 +103,9 @@ def test_exif_orientation_is_applied(tmp_path: Path, orientation: int) -> None:
     assert images.stored_size(path) == (36, 24)
 
 
-def saved(form: str) -> bytes:
+def saved(form: str, mode: str = "RGB") -> bytes:
     file = BytesIO()
-    Image.fromarray(NOISE).save(file, form)
+    Image.fromarray(NOISE).convert("L").convert(mode).save(file, form)
     return file.getvalue()
 
 
@@ -122,10 +113,11 @@ BROKEN = {
     "empty.png": b"",
     "text.jpg": b"not an image\n",
     "postscript.png": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 12 12\n%%EndComments\n%%EOF\n",
-    "truncated.png": saved("PNG")[:1000],
+    "truncated.png": saved("PNG")[:500],
     "truncated.jpg": saved("JPEG")[:800],
-    "truncated.webp": saved("WEBP")[:300],
     "renamed.png": saved("ICO"),
+    "float.tif": saved("TIFF", "F"),
+    "32-bit.tif": saved("TIFF", "I"),
 }
 
 
@@ -134,12 +126,6 @@ def test_broken_file_raises_with_its_path(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(BROKEN[name])
     with pytest.raises(ValueError, match=name):
         images.decode(tmp_path / name)
-
-
-@pytest.mark.parametrize("mode", ["F", "I"])
-def test_pixels_without_a_range_raise_with_their_path(tmp_path: Path, mode: str) -> None:
-    with pytest.raises(ValueError, match=r"a\.tif"):
-        images.decode(save(tmp_path / "a.tif", Image.new(mode, (4, 4))))
 
 
 @pytest.mark.parametrize(("width", "height"), [(96, 96), (64, 96), (20, 30), (200, 50), (32, 32)])
@@ -152,21 +138,14 @@ def test_fit_equals_torchvisions_resize_and_center_crop(width: int, height: int)
     assert np.abs(fitted.astype(int) - np.asarray(expected)).max() <= 1
 
 
-def test_for_each_visits_every_index_once() -> None:
-    lock, done = threading.Lock(), []
+def test_for_each_visits_every_index_and_raises_the_first_failure() -> None:
+    done: set[int] = set()
+    images.for_each(1000, done.add, "test", progress=False)
+    assert done == set(range(1000))
 
-    def work(i: int) -> None:
-        with lock:
-            done.append(i)
-
-    images.for_each(1000, work, "test", progress=False)
-    assert sorted(done) == list(range(1000))
-
-
-def test_for_each_raises_the_first_failure() -> None:
-    def work(i: int) -> None:
+    def fail(i: int) -> None:
         if i in (150, 700):
             raise ValueError(f"failed at {i}")
 
     with pytest.raises(ValueError, match="150"):
-        images.for_each(1000, work, "test", progress=False)
+        images.for_each(1000, fail, "test", progress=False)

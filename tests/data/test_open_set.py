@@ -15,7 +15,6 @@ from ssl_gradmix.data.open_set import (
     FURTHER_CLASSES,
     KNOWN_ONLY,
     NOT_OUR_RUN,
-    data_name,
     known_classes,
     load_known,
     load_labeled,
@@ -35,37 +34,25 @@ def digest(lists: list) -> str:
 
 # The digests are of the lists in the repositories of ARPL and of Vaze et al., in their order.
 @pytest.mark.parametrize(
-    ("dataset", "n_known", "n_classes", "digest_of_known"),
+    ("dataset", "sizes", "digests"),
     [
-        ("mnist", 6, 10, "d90b231de1a12928"),
-        ("svhn", 6, 10, "a7ece39fe505d8f7"),
-        ("cifar10", 6, 10, "f0fe4b8ec627794d"),
-        ("tinyimagenet", 20, 200, "1b20f19879989139"),
+        ("mnist", (6, 4), ("d90b231de1a12928",)),
+        ("svhn", (6, 4), ("a7ece39fe505d8f7",)),
+        ("cifar10", (6, 4), ("f0fe4b8ec627794d",)),
+        ("tinyimagenet", (20, 180), ("1b20f19879989139",)),
+        ("cifar+10", (4, 10), ("5f65fe7bea51ecf3", "8d59321ceb68e756")),
+        ("cifar+50", (4, 50), ("5f65fe7bea51ecf3", "30b23b31d131266e")),
     ],
 )
-def test_unknown_classes_are_the_complement(dataset, n_known, n_classes, digest_of_known) -> None:
-    found = trials(dataset, "folder", n_classes)
+def test_published_trials_are_those_of_the_papers(dataset, sizes, digests) -> None:
+    found = trials(dataset, "folder", 200 if dataset == "tinyimagenet" else 10)
+    lists = [trial.known for trial in found], [trial.unknown for trial in found]
+    assert [digest(each) for each in lists][: len(digests)] == list(digests)
     for trial in found:
-        assert len(trial.known) == n_known
-        assert list(trial.unknown) == sorted(trial.unknown)
-        assert sorted(trial.known + trial.unknown) == list(range(n_classes))
-    assert digest([trial.known for trial in found]) == digest_of_known
-
-
-@pytest.mark.parametrize(
-    ("dataset", "n_unknown", "digest_of_unknown"),
-    [("cifar+10", 10, "8d59321ceb68e756"), ("cifar+50", 50, "30b23b31d131266e")],
-)
-def test_cifar_plus_n_takes_unknown_classes_from_cifar100(
-    dataset, n_unknown, digest_of_unknown
-) -> None:
-    found = trials(dataset, "cifar10", 10)
-    for trial in found:
-        assert trial.elsewhere
-        assert len(set(trial.unknown)) == len(trial.unknown) == n_unknown
-        assert set(trial.unknown) < set(range(100))
-    assert digest([trial.known for trial in found]) == "5f65fe7bea51ecf3"
-    assert digest([trial.unknown for trial in found]) == digest_of_unknown
+        assert (len(set(trial.known)), len(set(trial.unknown))) == sizes
+        assert trial.elsewhere == dataset.startswith("cifar+")
+        if not trial.elsewhere:
+            assert list(trial.unknown) == sorted(set(range(sum(sizes))) - set(trial.known))
 
 
 def drawn(n_classes: int, n_known: int, seed: int) -> set[int]:
@@ -96,23 +83,6 @@ def test_name_gives_one_trial_or_five(name, data, names, first_known) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "data", "n_classes"),
-    [
-        *((name, "cifar10", 10) for name in ("", "cifar11", "cifar10:-1", "cifar10:5")),
-        *((name, "cifar10", 10) for name in ("cifar10:2:1", "random:six:0", "random:6:0:1")),
-        ("cifar10:0", "digits", 10),
-        ("cifar10:0", "folder", 9),
-        ("tinyimagenet", "cifar10", 10),
-        ("random:10", "digits", 10),
-        ("random:1", "digits", 10),
-    ],
-)
-def test_invalid_trial_raises(name, data, n_classes) -> None:
-    with pytest.raises(ValueError, match=r"data\.open_set"):
-        trials(name, data, n_classes)
-
-
-@pytest.mark.parametrize(
     ("data", "names", "first_known"),
     [
         (Data("cifar10"), [f"cifar10:{i}" for i in range(5)], {0, 6, 4, 9, 1, 7}),
@@ -126,12 +96,6 @@ def test_own_trials_follow_the_settings(data, names, first_known) -> None:
     assert [trial.name for trial in found] == names
     assert set(found[0].known) == first_known
     assert sorted(found[0].known + found[0].unknown) == list(range(10))
-
-
-@pytest.mark.parametrize("classes", [["a"], list(TEN)])
-def test_own_trial_without_two_known_and_one_unknown_class_raises(classes) -> None:
-    with pytest.raises(ValueError, match=r"data\.classes"):
-        own_trials(Data("folder", "x", classes=classes), TEN)
 
 
 @pytest.mark.parametrize(
@@ -148,22 +112,26 @@ def test_classes_are_resolved_by_name_and_number(wanted, classes, expected) -> N
     assert known_classes(Data(classes=wanted), classes) == expected
 
 
-@pytest.mark.parametrize(
-    ("settings", "classes", "argument"),
-    [
-        ({"classes": ["wolf"]}, ANIMALS, "data.classes"),
-        ({"classes": [4]}, ANIMALS, "data.classes"),
-        ({"classes": [-1]}, ANIMALS, "data.classes"),
-        ({"classes": []}, ANIMALS, "data.classes"),
-        ({"classes": ["dog", 1]}, ANIMALS, "data.classes"),
-        ({"classes": [1]}, ("01", "02"), "data.classes"),
-        ({"open_set": "random:2"}, ANIMALS, "data.open_set"),
-        ({"open_set": "cifar10:0"}, ANIMALS, "data.open_set"),
-    ],
-)
-def test_invalid_classes_raise(settings, classes, argument) -> None:
-    with pytest.raises(ValueError, match=argument):
-        known_classes(Data(**settings), classes)
+INVALID = [
+    *((trials, (name, "cifar10", 10)) for name in ("", "cifar11", "cifar10:-1", "cifar10:5")),
+    *((trials, (name, "cifar10", 10)) for name in ("cifar10:2:1", "random:six:0", "random:6:0:1")),
+    (trials, ("cifar10:0", "digits", 10)),
+    (trials, ("cifar10:0", "folder", 9)),
+    (trials, ("random:10", "digits", 10)),
+    (trials, ("random:1", "digits", 10)),
+    *((own_trials, (Data(classes=classes), TEN)) for classes in (["a"], list(TEN))),
+    *((known_classes, (Data(classes=classes), ANIMALS)) for classes in (["wolf"], [4], [-1], [])),
+    (known_classes, (Data(classes=["dog", 1]), ANIMALS)),
+    (known_classes, (Data(classes=[1]), ("01", "02"))),
+    (known_classes, (Data(open_set="random:2"), ANIMALS)),
+    (load_labeled, (Data(classes=[1]),)),
+]
+
+
+@pytest.mark.parametrize(("function", "arguments"), INVALID)
+def test_invalid_trial_or_classes_raise(function, arguments) -> None:
+    with pytest.raises(ValueError, match="data"):
+        function(*arguments)
 
 
 def test_load_known_keeps_labels() -> None:
@@ -181,8 +149,6 @@ def test_load_labeled_keeps_a_fraction_of_the_labels() -> None:
     assert len(few) == len(whole)
     counts, kept = (np.bincount(images.labels + 1)[2:4] for images in (whole, few))
     assert kept.tolist() == (counts * 0.1).round().tolist()
-    with pytest.raises(ValueError, match="data"):
-        load_labeled(Data(classes=[1]))
 
 
 # What a run saw
@@ -199,24 +165,20 @@ def test_load_labeled_keeps_a_fraction_of_the_labels() -> None:
         ({"name": "digits"}, [], FURTHER_CLASSES),
         ({"name": "mnist", "root": "data"}, [6, 7, 8, 9], "other data (mnist)"),
         ({"name": "folder", "root": "some/place"}, [6, 7, 8, 9], "other data (folder:place)"),
+        ({"name": "folder", "root": "b/pets"}, [6, 7, 8, 9], ALL_CLASSES),
     ],
 )
 def test_pretraining_follows_the_runs_config(run_data, unknown, expected) -> None:
     config = None if run_data is None else {"recipe": "simclr", "data": run_data}
-    assert pretraining(config, Data(), DIGITS, [0, 1, 2, 3, 4, 5], unknown) == expected
+    pets = expected == ALL_CLASSES and run_data["name"] == "folder"
+    data = Data("folder", "a/pets") if pets else Data()  # folders are the same by their name
+    assert pretraining(config, data, DIGITS, [0, 1, 2, 3, 4, 5], unknown) == expected
 
 
 def test_pretraining_mentions_labels_and_an_earlier_run() -> None:
     config = {"data": {"name": "digits"}, "recipe": "supcon", "init": "runs/first"}
     assert pretraining(config, Data(), DIGITS, [0, 1], [2]).startswith(ALL_LABELED)
     assert pretraining(config, Data(), DIGITS, [0, 1], [2]).endswith("runs/first")
-
-
-def test_pretraining_knows_folders_by_name(tmp_path) -> None:
-    data = Data("folder", str(tmp_path / "a" / "pets"))
-    run_data = {"name": "folder", "root": str(tmp_path / "b" / "pets")}
-    assert data_name(data) == "folder:pets"
-    assert pretraining({"data": run_data}, data, TEN, [0, 1], [2]) == ALL_CLASSES
 
 
 @pytest.mark.parametrize("choice", [{"open_set": "cifar10:2"}, {"classes": [0, 6, 4, 9, 1, 7, 2]}])
