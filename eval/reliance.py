@@ -1,8 +1,9 @@
-"""How much of what makes two views of an image agree an encoder owes to a small part of it; labels are not needed.
+"""Reliance: how strongly the agreement between two views depends on a small part of the image.
 
-The part of the first view that the agreement is attributed to is replaced by another image's pixels, and the agreement
-is read again, beside the same at a random place and in the middle. Views are those of the run's own training, of an
-encoder from elsewhere those of the recipes. A picture shows where.
+The most attributed box of the first view is replaced by another image, and the agreement is
+measured again, next to boxes at random places and in the center. Labels are not needed. Views are
+those of the run's training; of other encoders, those that recipes make by default. A figure shows
+the boxes.
 
     python eval/reliance.py runs/x
     python eval/reliance.py runs/x --feature projector --layers '[layer2, layer3, layer4]'
@@ -12,139 +13,140 @@ encoder from elsewhere those of the recipes. A picture shows where.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
+from jsonargparse.typing import NonNegativeInt, OpenUnitInterval, PositiveInt
 from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
-from ssl_gradmix.command_line import usual_augmentation
-from ssl_gradmix.data.augmentation import Views
+from ssl_gradmix import cli
+from ssl_gradmix.backbones import default_layers
+from ssl_gradmix.data.augmentation import Augmentation, Views, usual_augmentation
 from ssl_gradmix.data.open_set import load_known
-from ssl_gradmix.evaluation import cli, plots, rows
-from ssl_gradmix.evaluation.reliance import PLACES, Fill, Reliance, in_images, measure, two_views, verdict
-from ssl_gradmix.settings import Augmentation
+from ssl_gradmix.evaluation import plots, results
+from ssl_gradmix.evaluation.reliance import (
+    PLACES,
+    Fill,
+    Reliance,
+    in_images,
+    measure,
+    two_views,
+    verdict,
+)
 
 EXAMPLES = 12
-"""Images in the picture."""
+"""Images in the figure."""
 
 
-@dataclass
-class Options:
-    """What is measured, and how.
-
-    Args:
-        images: At most so many training images, at random.
-        part: Share of the image that is replaced.
-        fill: By what of another image: `crop`, the same place of it, or `donor`, all of it, resized into the box.
-        layers: Layers to attribute at, each for itself, for instance [layer3]; null takes the deepest with room.
-        seed: Of images, views, what replaces them, and the random places.
-    """
-
-    images: int = 1024
-    part: float = 0.1
-    fill: Fill = "crop"
-    layers: list[str] | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.images < 2:
-            raise ValueError(f"images must be at least 2, got {self.images}")
-        if not 0 < self.part < 1:
-            raise ValueError(f"part must be above 0 and below 1, got {self.part}")
-        if self.layers == []:
-            raise ValueError("layers must be a list of names such as [layer3], or null")
-        if self.seed < 0:
-            raise ValueError(f"seed must be 0 or larger, got {self.seed}")
-
-
-def numbers(found: Sequence[Reliance], options: Options) -> list[rows.Number]:
-    """What was measured, a layer each; shares of the agreement with bootstrap 95% intervals over images."""
-    first, seed, how = found[0], options.seed, {"part": options.part, "fill": options.fill, "seed": options.seed}
+def numbers(found: Sequence[Reliance], part: float, fill: Fill, seed: int) -> list[results.Number]:
+    """All measurements; fractions of the agreement have bootstrap 95% intervals over images."""
+    first, how = found[0], {"part": part, "fill": fill, "seed": seed}
     n = len(first.whole)
-
-    def share(place: str, each: Reliance, beyond: str | None = None, **params: object) -> rows.Number:
-        metric = "reliance" if beyond is None else f"beyond_{beyond}"
-        return rows.number(place, metric, each.share(place, beyond, seed), n, **params, **how)
-
-    made = [rows.number("two_views", "cosine", first.whole.mean().item(), n, seed=seed)]
-    made += [rows.number("two_images", "cosine", first.chance.mean().item(), n, **how)]
-    made += [share(place, first) for place in PLACES[1:]]
+    made = [
+        results.number("two_views", "cosine", first.whole.mean().item(), n, seed=seed),
+        results.number("two_images", "cosine", first.chance.mean().item(), n, **how),
+    ]
+    for place in PLACES[1:]:
+        made.append(results.number(place, "reliance", first.share(place, seed=seed), n, **how))
     for each in found:
-        made += [share("attributed", each, beyond, layer=each.layer) for beyond in (None, *PLACES[1:])]
-        made += [rows.number("attributed", "flat", each.flat.float().mean().item(), n, layer=each.layer, **how)]
+        of_layer = {"layer": each.layer, **how}
+        for beyond in (None, *PLACES[1:]):
+            metric = f"beyond_{beyond}" if beyond else "reliance"
+            share = each.share("attributed", beyond, seed)
+            made.append(results.number("attributed", metric, share, n, **of_layer))
+        flat = each.flat.float().mean().item()
+        made.append(results.number("attributed", "flat", flat, n, **of_layer))
     return made
 
 
-def augmentation(evaluation: cli.Evaluation) -> Augmentation:
-    """How views are made: as in the training of a run, and else as the recipes make them of such data.
+def draw(found: Reliance, crops: Tensor, views: Views, title: str) -> Figure:
+    """Where the encoder looks, in views and in images, and what each image loses."""
+    fractions = {place: found.by_image(place).numpy() for place in PLACES}
+    most = np.argsort(-fractions["attributed"], kind="stable")[:EXAMPLES]
+    pixels = (found.images[most] * views.std.cpu() + views.mean.cpu()).clamp(0, 1)
+    images = pixels.permute(0, 2, 3, 1).numpy()
+    boxes, lost = found.boxes[most].tolist(), fractions["attributed"][most]
+    maps = {
+        "in the views": found.attribution.mean(0).numpy(),
+        "in the images": in_images(found.attribution, crops).numpy(),
+    }
+    return plots.reliance(maps, list(zip(images, boxes, lost, strict=True)), fractions, title)
 
-    Raises:
-        ValueError: The run's config.yaml says what cannot be.
+
+def evaluate(
+    evaluation: cli.Evaluation,
+    views: Callable[..., Views],
+    *,
+    images: PositiveInt = 1024,
+    part: OpenUnitInterval = 0.1,
+    fill: Fill = "crop",
+    layers: list[str] | None = None,
+    seed: NonNegativeInt = 0,
+) -> None:
+    """Measures reliance, writes the results and a figure, and prints a table and a sentence.
+
+    Args:
+        evaluation: The encoder, its images, and the folder for results.
+        views: `Views` or a class with the same signature.
+        images: At most this many training images, drawn at random.
+        part: Fraction of the image that is replaced.
+        fill: Content of the box: `crop`, the same place of another image, or `donor`, all of it,
+            resized.
+        layers: Layers to attribute, each separately, for instance [layer3]. The default is the
+            deepest one with a map of at least 4x4.
+        seed: Seed of images, views, replacing images, and random places.
     """
-    given = (evaluation.encoder.config or {}).get("augmentation", {})
-    usual = usual_augmentation(evaluation.data.name, evaluation.data.size)
-    try:
-        known = {each.name: given[each.name] for each in fields(Augmentation) if each.name in given}
-        return Augmentation(**usual | known)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{evaluation.encoder.run}/config.yaml is damaged: augmentation: {error}") from error
-
-
-def evaluate(evaluation: cli.Evaluation, options: Options) -> None:
-    """On the main process measures, writes `reliance.json` and `.png`, and prints a table and a sentence."""
-    with evaluation.one_first():
-        images = load_known(evaluation.data, "train")
-    if not evaluation.accelerator.is_main_process:
+    encoder, data, accelerator = evaluation.encoder, evaluation.data, evaluation.accelerator
+    with accelerator.local_main_process_first():
+        every = load_known(data, "train")
+    if not accelerator.is_main_process:
         return
-    encoder, data, device = evaluation.encoder, evaluation.data, evaluation.accelerator.device
-    drawn = images.subset(np.random.default_rng(options.seed).permutation(len(images))[: options.images])
-    views = Views(augmentation(evaluation), encoder.size, encoder.mean, encoder.std, stamps=images.stamps).to(device)
+    order = np.random.default_rng(seed).permutation(len(every))
+    drawn = every.subset(order[:images])
+    of_run = (encoder.config or {}).get("augmentation", {})
+    augmentation = Augmentation(**{**usual_augmentation(data.name, data.size), **of_run})
+    made = views(augmentation, encoder.size, encoder.mean, encoder.std).to(accelerator.device)
     crops: list[Tensor] = []
 
     def pairs() -> Iterator[list[Tensor]]:
-        made = two_views(drawn, views, evaluation.batch_size, options.seed)
-        for pair, crop in tqdm(made, desc=f"replacing parts of {drawn.name}", unit="batch", delay=3, disable=None):
+        batches = two_views(drawn, made, evaluation.batch_size, seed)
+        for pair, crop in tqdm(batches, desc="reliance", unit="batch", delay=3, disable=None):
             crops.append(crop)
             yield pair
 
-    model = encoder.model.to(device)
+    model = encoder.model.to(accelerator.device)
     backbone = model[0] if encoder.feature == "projector" else model
-    found = measure(model, pairs(), options.layers, options.part, options.fill, backbone, options.seed)
-    stamps = {name: value for name, value in asdict(data).items() if name.startswith("stamp_") and images.stamps}
-    params = evaluation.of_classes() | stamps
-    measured = evaluation.frame("reliance", images.name, numbers(found, options), **params)
-    written = evaluation.out / "reliance.json"
-    rows.add(written, measured, evaluation.about(images, **evaluation.of_classes()))
+    layers = layers or default_layers(backbone, encoder.size)
+    found = measure(model, pairs(), layers, part, fill, backbone, seed)
+    rows = results.frame(
+        numbers(found, part, fill, seed),
+        "reliance",
+        every.name,
+        encoder.name,
+        encoder.feature,
+        None,
+        **evaluation.classes,
+    )
+
+    path = evaluation.path("reliance", every)
+    results.write(path, rows, evaluation.about(every))
     most = max(found, key=lambda each: each.by_image("attributed").mean())
-    title = f"{encoder.title} on {images.name}, {most.layer}: what {options.part:.0%} of the image carries"
-    plots.write(written.with_suffix(".png"), picture(most, torch.cat(crops), views, title))
-    print(f"{encoder.title} on {len(drawn):,} images of {images.name}{', stamped' if stamps else ''}, two views each")
-    layers = [{name: value for name, value in each.items() if name == "layer"} for each in measured["params"]]
-    print(rows.console(measured.assign(params=layers)))
+    title = f"{encoder.title} on {every.name}, {most.layer}: {part:.0%} of the image replaced"
+    plots.write(path.with_suffix(".png"), draw(most, torch.cat(crops), made, title))
+    print(f"{encoder.title} on {len(drawn):,} images of {every.name}, two views each")
+    print(results.console(rows))
     share, at_random = (most.by_image(place).mean().item() for place in PLACES[:2])
-    print(f"{verdict(share, at_random, options.part)}\nRows: {written}, picture: {written.with_suffix('.png')}")
+    print(verdict(share, at_random, part))
+    print(f"Written: {path}")
 
 
-def picture(found: Reliance, crops: Tensor, views: Views, title: str) -> Figure:
-    """Where the encoder looks, in views and put back in images; what it relies on most; and the shares by image."""
-    shares = {place: found.by_image(place).numpy() for place in PLACES}
-    most = np.argsort(-shares["attributed"], kind="stable")[:EXAMPLES]
-    pixels = (found.images[most] * views.std.cpu() + views.mean.cpu()).clamp(0, 1).permute(0, 2, 3, 1).numpy()
-    examples = list(zip(pixels, found.boxes[most].tolist(), shares["attributed"][most], strict=True))
-    maps = {
-        "in the views": found.attribution.mean(0).numpy(),
-        "in the whole images": in_images(found.attribution, crops).numpy(),
-    }
-    return plots.reliance(maps, examples, shares, title)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return cli.main(evaluate, Options, __doc__, argv)
+def main(argv: Sequence[str] | None = None, views: Callable[..., Views] = Views) -> None:
+    evaluation, options = cli.evaluation(evaluate, __doc__, argv)
+    evaluate(evaluation, views, **options)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.run(main))
