@@ -151,7 +151,7 @@ def _protocol(row: Any, fingerprints: Mapping[str, str]) -> list[str]:
     if pd.notna(row.trial):
         protocol.append(f"trial {row.trial}")
     params = [name for name in row.params if name not in OUTCOMES]
-    return protocol + [f"{plots.plain(name)} {row.params[name]}" for name in params]
+    return protocol + [f"{name.replace('_', ' ')} {row.params[name]}" for name in params]
 
 
 def differing_settings(runs: Sequence[Run]) -> pd.DataFrame:
@@ -227,7 +227,7 @@ def comparison(rows: pd.DataFrame) -> pd.DataFrame:
 
 def _label(row: Any, shared: set[str]) -> str:
     """Score and metric, and the part of the protocol that other rows do not share."""
-    measure = plots.plain(f"{row.score} {SHOWN.get(row.metric, row.metric)}")
+    measure = f"{row.score} {SHOWN.get(row.metric, row.metric)}".replace("_", " ")
     arrow = "↓ " if re.search("error|fpr95", row.metric) else ""
     own = [part for part in row.protocol if part not in shared]
     return ", ".join([arrow + measure, *own])
