@@ -1,218 +1,74 @@
-"""What GradMix costs: a training step against the same step with a plain third view, with as many encoder passes.
+"""What GradMix costs: a training step against the same step with a plain third view.
 
-Steps are timed in turn, on views that stay the same. Making views is left out, in the plain third view's favor: it
-would have to be augmented, while the mixed view is not. FLOPs, operations (views of tensors left out) and the peak of
-memory, beside parameters, optimizer state and views, are counted in a further step and repeat exactly. On a GPU the
-step runs once under `torch.cuda.set_sync_debug_mode("error")`, which raises wherever the host waits for the device.
+Both have the same number of encoder passes. The steps take turns, on views that stay the same, so
+that a machine that slows down slows all of them. FLOPs repeat exactly. On a GPU one more step runs
+under `torch.cuda.set_sync_debug_mode("error")`, which raises where the host waits for the device.
 
     python benchmarks/step_cost.py
     python benchmarks/step_cost.py --backbone resnet50_small --batch 16
-    python benchmarks/step_cost.py --backbone vit_small_patch16_224 --kwargs '{"img_size": 32, "patch_size": 4}' \\
-        --layers blocks.8 blocks.5
-    python benchmarks/step_cost.py --profile       where the time of a step goes
+    python benchmarks/step_cost.py --backbone vit_small_patch16_224 --layers blocks.8 \\
+        --kwargs '{"img_size": 32, "patch_size": 4}'
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
+import platform
+import statistics
 import time
-import weakref
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from functools import wraps
-from typing import NamedTuple
 
-import timing
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from ssl_gradmix import GradMix, attribution, backbones
-from ssl_gradmix import gradmix as gradmix_module
-from ssl_gradmix.data.augmentation import Views
-from ssl_gradmix.methods.byol import BYOL
-from ssl_gradmix.methods.simclr import SimCLR
-from ssl_gradmix.methods.supcon import SupCon
-from ssl_gradmix.settings import Augmentation
+from ssl_gradmix import GradMix, backbones
+from ssl_gradmix.methods import METHODS
 
-METHODS = {"simclr": SimCLR, "byol": BYOL, "supcon": SupCon}
-PARTS = ("views", "forward", "attribution", "mixing", "backward", "optimizer")
-
-
-def main() -> None:
-    parser = timing.parser(__doc__)
-    parser.add_argument("--method", choices=METHODS, nargs="+", default=list(METHODS))
-    parser.add_argument("--backbone", default="resnet18_small", help="any timm model (default: %(default)s)")
-    parser.add_argument("--kwargs", type=json.loads, default={}, help="the model's own arguments, as JSON")
-    parser.add_argument("--size", type=int, default=32, help="side of the images in pixels (default: %(default)s)")
-    parser.add_argument("--batch", type=int, nargs="+", default=[32], help="images a step (default: %(default)s)")
-    parser.add_argument(
-        "--layers",
-        nargs=2,
-        default=["layer3", "layer2"],
-        help="observed layers: the first alone, then both (default: %(default)s)",
-    )
-    parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--profile", action="store_true", help="where the time of a step goes, in place of ratios")
-    options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    print(
-        f"{options.backbone}, {options.size} px, {options.precision}, {options.rounds} rounds, "
-        f"{timing.origin(options.device)}\n"
-    )
-    report = profile if options.profile else ratios
-    for name, batch in itertools.product(options.method, options.batch):
-        options.batch = batch
-        print(f"{name}, batch {batch}\n\n{report(METHODS[name], options)}\n", flush=True)
-
-
-def ratios(kind: type[nn.Module], options: argparse.Namespace) -> str:
-    """Times of the steps, and their ratios to a plain third view."""
-    first, second = options.layers
-    third = "plain third view"
-    steps = {
-        "two views": Step(kind, None, 2, options),
-        third: Step(kind, None, 3, options),
-        "GradMix, layers=None": Step(kind, GradMix(), 2, options),
-        f"GradMix, {first}": Step(kind, GradMix(layers=[first]), 2, options),
-        f"GradMix, {first} and {second}": Step(kind, GradMix(layers=[first, second]), 2, options),
-    }
-    taken = timing.take_turns(steps, options.rounds, options.device)
-    counts = {name: step.counts() for name, step in steps.items()}
-    if options.device.startswith("cuda"):
-        for step in steps.values():
-            step.without_waiting()
-    rows = [
-        [
-            name,
-            timing.median_ms(times.wall),
-            timing.ratio(times.wall, taken[third].wall),
-            timing.ratio(times.processor, taken[third].processor),
-            f"{counts[name].flops / 1e9:,.1f}",
-            f"{counts[name].flops / counts[third].flops:.4f}",
-            f"{counts[name].operations:,}",
-            f"{counts[name].peak / 2**20:,.0f}",
-            f"{counts[name].peak / counts[third].peak:.3f}",
-        ]
-        for name, times in taken.items()
-    ]
-    header = ["step", "ms", "ratio, wall", "ratio, processor", "GFLOP", "ratio", "operations", "peak, MiB", "ratio"]
-    return timing.table(header, rows)
-
-
-def profile(kind: type[nn.Module], options: argparse.Namespace) -> str:
-    """Share of each part in a step with GradMix; views are made on the device. A GPU is waited for after each part."""
-    step = Step(kind, GradMix(layers=options.layers[:1]), 2, options)
-    taking = "backward" if kind is BYOL else "attribution"  # BYOL's pair goes backwards once, and early
-    parts = Parts(options.device)
-    make_views = Views(Augmentation(), options.size, (0.5,) * 3, (0.25,) * 3).to(options.device)
-    images = torch.randint(256, (options.batch, 3, options.size, options.size), dtype=torch.uint8).to(options.device)
-
-    def once() -> None:
-        with parts.measured("views"):
-            step.views = [v.contiguous(memory_format=torch.channels_last) for v in make_views(images, 2)]
-        step.optimizer.zero_grad()
-        with parts.measured("forward"):
-            losses = step.forward()
-        with parts.measured("backward"):
-            losses.total.backward()
-        with parts.measured("optimizer"):
-            step.optimizer.step()
-
-    once()
-    step.method.gradmix._mix_box = parts.watch("mixing", step.method.gradmix._mix_box)
-    gradmix_module.gradients = parts.watch(taking, attribution.gradients)
-    gradmix_module.summed_maps = parts.watch("attribution", attribution.summed_maps)
-    try:
-        parts.spent.clear()
-        for _ in range(options.rounds):
-            once()
-    finally:
-        gradmix_module.gradients, gradmix_module.summed_maps = attribution.gradients, attribution.summed_maps
-    total = sum(parts.spent.values())
-    rows = [[p, f"{parts.spent[p] / options.rounds * 1e3:,.1f}", f"{parts.spent[p] / total:.1%}"] for p in PARTS]
-    return timing.table([f"part, GradMix at {options.layers[0]}", "ms", "share"], rows)
-
-
-class Counts(NamedTuple):
-    """Of a step: FLOPs of convolutions and matrix products, operations, and the most bytes that its tensors take."""
-
-    flops: int
-    operations: int
-    peak: int
-
-
-class Meter(TorchDispatchMode):
-    """Counts operations, and the bytes of tensors that are made until they are freed; some are there before."""
-
-    def __init__(self, before: Iterable[Tensor]) -> None:
-        super().__init__()
-        self.operations = self.peak = self._bytes = 0
-        self._alive = {tensor.untyped_storage()._cdata for tensor in before}
-
-    def __torch_dispatch__(self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
-        made = func(*args, **(kwargs or {}))
-        self.operations += not func.is_view
-        for each in tree_leaves(made):
-            self._note(each)
-        return made
-
-    def _note(self, tensor: object) -> None:
-        if isinstance(tensor, Tensor) and (key := (storage := tensor.untyped_storage())._cdata) not in self._alive:
-            self._alive.add(key)
-            self._bytes += storage.nbytes()
-            self.peak = max(self.peak, self._bytes)
-            weakref.finalize(storage, self._free, key, storage.nbytes())
-
-    def _free(self, key: int, size: int) -> None:
-        self._alive.remove(key)
-        self._bytes -= size
+PLAIN = "plain third view"
 
 
 class Step:
-    """One optimizer step of a method, on random views that stay the same."""
+    """One optimizer step of a method on random views."""
 
-    def __init__(self, kind: type[nn.Module], gradmix: GradMix | None, n_views: int, options: argparse.Namespace):
+    def __init__(
+        self, name: str, gradmix: GradMix | None, n_views: int, options: argparse.Namespace
+    ) -> None:
         torch.manual_seed(0)
         backbone = backbones.create(options.backbone, **options.kwargs)
-        self.method = kind(backbone, backbones.num_features(backbone), gradmix=gradmix)
+        features = backbones.num_features(backbone)
+        self.method = METHODS[name](backbone, features, gradmix=gradmix)  # type: ignore[call-arg]
         self.method.to(options.device, memory_format=torch.channels_last)
-        self.optimizer = torch.optim.SGD([p for p in self.method.parameters() if p.requires_grad], 0.01, momentum=0.9)
-        images = torch.randn(n_views, options.batch, 3, options.size, options.size, device=options.device)
+        weights = [each for each in self.method.parameters() if each.requires_grad]
+        self.optimizer = torch.optim.SGD(weights, 0.01, momentum=0.9)
+        shape = (n_views, options.batch, 3, options.size, options.size)
+        images = torch.randn(shape, device=options.device)
         self.views = [view.contiguous(memory_format=torch.channels_last) for view in images]
-        self.labels = torch.arange(options.batch, device=options.device) % 10  # for methods that take labels
-        self.autocast = {
-            "device_type": options.device.split(":")[0],
-            "dtype": torch.bfloat16,
-            "enabled": options.precision == "bfloat16",
-        }
-
-    def forward(self):
-        with torch.autocast(**self.autocast):
-            return self.method(self.views, self.labels)
+        self.labels = torch.arange(options.batch, device=options.device) % 10
+        self.device = options.device
+        self.bf16 = options.precision == "bf16"
 
     def __call__(self) -> None:
         self.optimizer.zero_grad()
-        self.forward().total.backward()
+        with torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=self.bf16):
+            loss, _ = self.method(self.views, self.labels)
+        loss.backward()
         self.optimizer.step()
 
-    def counts(self) -> Counts:
-        """What a step takes, once its optimizer has a state."""
-        self.optimizer.zero_grad()
-        state = tree_leaves(list(self.optimizer.state.values()))
-        before = (*self.method.parameters(), *self.method.buffers(), *self.views, *state)
-        with FlopCounterMode(display=False) as counter, Meter(before) as meter:
-            self()
-        return Counts(counter.get_total_flops(), meter.operations, meter.peak)
+    def seconds(self) -> tuple[float, float]:
+        """Wall and processor time of a step; other programs disturb the latter less."""
+        began = time.perf_counter(), time.process_time()
+        self()
+        if self.device.startswith("cuda"):
+            torch.cuda.synchronize()
+        return time.perf_counter() - began[0], time.process_time() - began[1]
 
-    def without_waiting(self) -> None:
-        """Raises where the host waits for the GPU."""
+    def flops(self) -> int:
+        with FlopCounterMode(display=False) as counter:
+            self()
+        return counter.get_total_flops()
+
+    def check_synchronization(self) -> None:
+        """Raises RuntimeError where the host waits for the GPU."""
         torch.cuda.set_sync_debug_mode("error")
         try:
             self()
@@ -220,34 +76,74 @@ class Step:
             torch.cuda.set_sync_debug_mode("default")
 
 
-class Parts:
-    """Time spent in named parts; what is spent in a part inside another counts for the inner one alone."""
+def take_turns(steps: dict[str, Step], rounds: int) -> dict[str, list[tuple[float, float]]]:
+    """Times every step once a round, in an order that rotates, after two rounds to warm up."""
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
+    names = list(steps)
+    for turn in range(-2, rounds):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            seconds = steps[name].seconds()
+            if turn >= 0:
+                taken[name].append(seconds)
+    return taken
 
-    def __init__(self, device: str) -> None:
-        self.device = device
-        self.spent: dict[str, float] = defaultdict(float)
-        self._inside: list[str] = []
 
-    @contextmanager
-    def measured(self, part: str) -> Iterator[None]:
-        timing.synchronize(self.device)
-        began = time.perf_counter()
-        self._inside.append(part)
-        yield
-        timing.synchronize(self.device)
-        self._inside.pop()
-        seconds = time.perf_counter() - began
-        self.spent[part] += seconds
-        if self._inside:
-            self.spent[self._inside[-1]] -= seconds
+def ratio(ours: list[tuple[float, float]], theirs: list[tuple[float, float]], clock: int) -> str:
+    """The median of the rounds' ratios, with their range."""
+    ratios = sorted(a[clock] / b[clock] for a, b in zip(ours, theirs, strict=True))
+    return f"{statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})"
 
-    def watch(self, part: str, function: Callable) -> Callable:
-        @wraps(function)
-        def watched(*args: object, **kwargs: object) -> object:
-            with self.measured(part):
-                return function(*args, **kwargs)
 
-        return watched
+def table(name: str, options: argparse.Namespace) -> str:
+    """Times and FLOPs of the steps of a method as Markdown."""
+    steps = {
+        "two views": Step(name, None, 2, options),
+        PLAIN: Step(name, None, 3, options),
+        "random box": Step(name, GradMix(region="random"), 2, options),
+        f"GradMix, {', '.join(options.layers)}": Step(name, GradMix(options.layers), 2, options),
+    }
+    taken = take_turns(steps, options.rounds)
+    flops = {key: step.flops() for key, step in steps.items()}
+    if options.device.startswith("cuda"):
+        for step in steps.values():
+            step.check_synchronization()
+    lines = [
+        f"| {name}, batch {options.batch} | ms | ratio, wall | ratio, processor | FLOPs, ratio |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for key, times in taken.items():
+        milliseconds = 1000 * statistics.median(wall for wall, _ in times)
+        wall, processor = (ratio(times, taken[PLAIN], clock) for clock in (0, 1))
+        share = flops[key] / flops[PLAIN]
+        lines.append(f"| {key} | {milliseconds:,.1f} | {wall} | {processor} | {share:.4f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    add = parser.add_argument
+    add("--method", choices=METHODS, nargs="+", default=list(METHODS))
+    add("--backbone", default="resnet18_small", help="any timm model (default: %(default)s)")
+    add("--kwargs", type=json.loads, default={}, help="the model's own arguments, as JSON")
+    add("--size", type=int, default=32, help="side of the images in pixels (default: %(default)s)")
+    add("--batch", type=int, default=32, help="images per step (default: %(default)s)")
+    add("--layers", nargs="+", default=["layer3"], help="observed layers (default: %(default)s)")
+    add("--precision", choices=["float32", "bf16"], default="float32")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
+    add("--rounds", type=int, default=9, help="timed rounds (default: %(default)s)")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    where = f"{options.threads} threads"
+    if options.device.startswith("cuda"):
+        where = torch.cuda.get_device_name()
+    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
+    print(f"{options.backbone}, {options.size} px, {options.precision}, {where}, {versions}")
+    print(f"{options.rounds} rounds, {time.strftime('%F')}")
+    for name in options.method:
+        print(f"\n{table(name, options)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ class Method(nn.Module):
     def third_loss(
         self, third: Tensor, z: Embeddings, targets: Embeddings, mixed: MixedViews | None
     ) -> Tensor:
-        """Loss of the third view's embeddings; `mixed` tells how it was made, None if it is plain."""
+        """Loss of the third view's embeddings; `mixed` is None if it is a plain view."""
         raise NotImplementedError
 
     def embed(self, images: Tensor) -> Tensor:
@@ -161,8 +161,9 @@ class SimCLR(Method):
 class SupCon(SimCLR):
     """What GradMix's authors train for open set recognition: SimCLR and supervised contrast.
 
-    `supervised * SupCon(z0, z1, labels) + self_supervised * (NTX(z0, z1) + lam * NTX(z2, z1))` (Khosla
-    et al. 2020, arXiv 2004.11362). GradMix attributes the loss of the pair without labels.
+        supervised * SupCon(z0, z1, labels) + self_supervised * (NTX(z0, z1) + lam * NTX(z2, z1))
+
+    Khosla et al. 2020, arXiv 2004.11362. GradMix attributes the loss of the pair without labels.
 
     Args:
         backbone: Encoder from images (N, C, H, W) to features (N, D).
