@@ -35,8 +35,8 @@ def knn_predict(
     Raises:
         ValueError: `labels` is not as long as `bank`, or `k` or `temperature` is not positive.
     """
-    if temperature <= 0:
-        raise ValueError(f"temperature must be above 0, got {temperature}")
+    if k < 1 or temperature <= 0:
+        raise ValueError(f"k and temperature must be above 0, got {k} and {temperature}")
     if len(labels) != len(bank):
         raise ValueError(f"labels must be one a bank feature, got {len(labels)} for {len(bank)}")
     if features.dtype != torch.float64:
@@ -70,6 +70,4 @@ def knn_accuracy(
 
 def used_k(k: int, bank: Tensor) -> int:
     """Number of neighbors that vote: `k`, or all of the bank (N, D) if it is smaller."""
-    if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")
     return min(k, len(bank))

@@ -267,17 +267,14 @@ def _vim_dim(n_samples: int, n_features: int) -> int:
 
 def _prepared(train: Matrix, labels: Matrix, test: Matrix) -> tuple[Tensor, Tensor, Tensor]:
     """Features in float32 or float64 on one device, and classes numbered from 0 in order."""
-    bank = _real(train)
-    queries = _real(test).to(bank)
+    bank = torch.as_tensor(train)
+    if bank.dtype != torch.float64:
+        bank = bank.float()
+    queries = torch.as_tensor(test).to(bank)
     classes = torch.as_tensor(labels, device=bank.device)
     if classes.shape != bank.shape[:1] or classes.min() < 0:
         raise ValueError(f"labels must be {len(bank)} known classes from 0, got {classes}")
     return bank, classes.unique(return_inverse=True)[1], queries
-
-
-def _real(features: Matrix) -> Tensor:
-    values = torch.as_tensor(features)
-    return values if values.dtype == torch.float64 else values.float()
 
 
 def _array(values: Tensor) -> np.ndarray:

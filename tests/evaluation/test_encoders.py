@@ -1,7 +1,6 @@
 from __future__ import annotations
 
-import json
-import pickle
+import copy
 from pathlib import Path
 
 import pytest
@@ -9,16 +8,18 @@ import timm
 import torch
 import yaml
 from huggingface_hub.errors import EntryNotFoundError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from torch import nn
 
 from ssl_gradmix import backbones
 from ssl_gradmix.evaluation.encoders import Encoder, load_encoder
+from ssl_gradmix.methods import BYOL, METHODS, Method, SimCLR, SupCon
 
 IMAGES = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
-def perturbed(model: torch.nn.Module) -> torch.nn.Module:
-    """No weight and no BatchNorm statistic is left at its initial value, so that each must be loaded."""
+def perturbed(model: nn.Module) -> nn.Module:
+    """No weight and no BatchNorm statistic keeps its initial value, so that each must be loaded."""
     generator = torch.Generator().manual_seed(1)
     for tensor in model.state_dict().values():
         if tensor.is_floating_point():
@@ -26,248 +27,130 @@ def perturbed(model: torch.nn.Module) -> torch.nn.Module:
     return model.eval()
 
 
-@pytest.fixture
-def backbone():
-    return perturbed(backbones.create("resnet10_tiny"))
+def pooled(model: nn.Module) -> torch.Tensor:
+    """Features of a timm model that has a classifier."""
+    return model.forward_head(model.forward_features(IMAGES), pre_logits=True)
+
+
+@pytest.fixture(params=[SimCLR, BYOL, SupCon])
+def method(request: pytest.FixtureRequest) -> Method:
+    """A method with widths other than the defaults, and all weights perturbed."""
+    backbone = backbones.create("resnet10_tiny")
+    return perturbed(request.param(backbone, 128, hidden_dim=40, output_dim=24))
 
 
 @pytest.fixture
-def run(tmp_path, backbone) -> Path:
+def run(tmp_path: Path, method: Method) -> Path:
     folder = tmp_path / "runs" / "mine"
-    backbones.save(backbone, folder / "backbone", image_size=32)
-    (folder / "config.yaml").write_text(yaml.safe_dump({"data": {"name": "digits"}, "method": "simclr"}))
+    (recipe,) = (name for name, kind in METHODS.items() if type(method) is kind)
+    config = {"recipe": recipe, "method": {"hidden_dim": 40, "output_dim": 24}}
+    backbones.save(method.backbone, folder / "backbone", image_size=32)
+    backbones.write_weights(method.projector, folder / "projector.safetensors")
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
     return folder
 
 
-def saved_by_timm(folder: Path, name: str, **kwargs) -> torch.nn.Module:
-    from timm.models._hub import save_for_hf
-
-    model = perturbed(timm.create_model(name, **kwargs))
-    save_for_hf(model, folder, model_args=kwargs, safe_serialization=True)
-    return model
-
-
-class TestRun:
-    def test_is_the_saved_backbone_frozen(self, run, backbone):
-        encoder = load_encoder(run)
-        assert torch.equal(encoder.model(IMAGES), backbone(IMAGES))
-        assert not encoder.model.training
-        assert not any(parameter.requires_grad for parameter in encoder.model.parameters())
-        assert (encoder.size, encoder.name, encoder.run) == (32, "mine", run)
-        assert encoder.mean == pytest.approx(timm.data.IMAGENET_DEFAULT_MEAN)
-        assert encoder.std == pytest.approx(timm.data.IMAGENET_DEFAULT_STD)
-        assert encoder.config == {"data": {"name": "digits"}, "method": "simclr"}
-
-    def test_equals_what_timm_reads_from_its_backbone(self, run):
-        by_timm = timm.create_model(f"local-dir:{run / 'backbone'}", pretrained=True, num_classes=0).eval()
-        assert torch.equal(load_encoder(run).model(IMAGES), by_timm(IMAGES))
-
-    def test_its_backbone_alone_has_no_run(self, run):
-        encoder = load_encoder(f"local-dir:{run / 'backbone'}")
-        assert encoder.run is None
-        assert encoder.config is None
-        assert encoder.fingerprint == load_encoder(run).fingerprint
+def test_run_gives_its_frozen_backbone(run: Path, method: Method) -> None:
+    encoder = load_encoder(run)
+    assert torch.equal(encoder.model(IMAGES), method.backbone(IMAGES))
+    assert not any(module.training for module in encoder.model.modules())
+    assert not any(parameter.requires_grad for parameter in encoder.model.parameters())
+    assert (encoder.size, encoder.name, encoder.title, encoder.run) == (32, "mine", "mine", run)
+    assert encoder.mean == pytest.approx(timm.data.IMAGENET_DEFAULT_MEAN)
+    assert encoder.std == pytest.approx(timm.data.IMAGENET_DEFAULT_STD)
+    assert encoder.config == yaml.safe_load((run / "config.yaml").read_text())
 
 
-class TestLocalDir:
-    def test_classification_head_is_left_out(self, tmp_path):
-        model = saved_by_timm(tmp_path, "resnet10t", num_classes=7)
-        pooled = model.forward_head(model.forward_features(IMAGES), pre_logits=True)
-        encoder = load_encoder(f"local-dir:{tmp_path}")
-        assert torch.equal(encoder.model(IMAGES), pooled)
-        assert encoder.size == model.pretrained_cfg["input_size"][-1]
-
-    def test_position_embeddings_follow_the_size_as_in_timm(self, tmp_path):
-        saved_by_timm(tmp_path, "vit_tiny_patch16_224", num_classes=0, depth=1, img_size=64)
-        encoder = load_encoder(f"local-dir:{tmp_path}", image_size=96)
-        by_timm = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=0, img_size=96).eval()
-        images = torch.rand(2, 3, 96, 96)
-        assert encoder.size == 96
-        assert torch.allclose(encoder.model(images), by_timm(images), atol=1e-6)
+def test_run_gives_the_embeddings_of_its_projector(run: Path, method: Method) -> None:
+    encoder = load_encoder(str(run), feature="projector")
+    expected = method.projector(method.backbone(IMAGES))
+    assert expected.shape == (4, 24)
+    assert torch.equal(encoder.model(IMAGES), expected)
+    assert not any(module.training for module in encoder.model.modules())
+    assert (encoder.feature, encoder.title) == ("projector", "mine (projector)")
+    assert (encoder.size, encoder.run) == (32, run)
+    assert encoder.fingerprint != load_encoder(run).fingerprint
 
 
-class TestWeights:
-    @pytest.mark.parametrize("num_classes", [0, 5])
-    def test_file_with_or_without_head(self, tmp_path, num_classes):
-        model = perturbed(timm.create_model("resnet10t", num_classes=num_classes))
-        save_file(model.state_dict(), tmp_path / "mine.safetensors")
-        encoder = load_encoder("timm:resnet10t", weights=tmp_path / "mine.safetensors", image_size=32)
-        assert torch.equal(encoder.model(IMAGES), model.forward_head(model.forward_features(IMAGES), pre_logits=True))
-        assert encoder.name == "timm:resnet10t@mine.safetensors"
-        assert encoder.size == 32
-
-    def test_must_fit(self, tmp_path, backbone):
-        weights = backbone.state_dict()
-        weights["other.weight"] = weights.pop("bn1.weight")
-        weights["conv1.weight"] = weights["conv1.weight"][:3].clone()
-        save_file(weights, tmp_path / "w.safetensors")
-        message = r"1 \(bn1.weight\) missing; 1 \(other.weight\) un.*; 1 \(conv1.weight\) of"
-        with pytest.raises(ValueError, match=message):
-            load_encoder("timm:resnet10_tiny", weights=tmp_path / "w.safetensors")
-        save_file({"x": torch.zeros(1)}, tmp_path / "w.safetensors")
-        with pytest.raises(ValueError, match=r"\d\d \(conv1.weight, bn1.weight, bn1.bias, ...\) missing; 1 \(x\)"):
-            load_encoder("timm:resnet10_tiny", weights=tmp_path / "w.safetensors")
-
-    @pytest.mark.parametrize("prefix", ["backbone.", "module.", "student.backbone."])
-    def test_of_a_part_of_another_model(self, tmp_path, backbone, prefix, caplog):
-        weights = {f"{prefix}{key}": value for key, value in backbone.state_dict().items()}
-        save_file(weights | {"head.weight": torch.ones(2)}, tmp_path / "w.safetensors")
-        with caplog.at_level("INFO"):
-            encoder = load_encoder("timm:resnet10_tiny", weights=tmp_path / "w.safetensors")
-        assert torch.equal(encoder.model(IMAGES), backbone(IMAGES))
-        assert f"the weights under {prefix} are read" in caplog.text
-
-    def test_of_two_parts_are_not_guessed(self, tmp_path, backbone):
-        own = backbone.state_dict()
-        weights = {f"{part}.{key}": own[key].clone() for part in ("student", "teacher") for key in own}
-        save_file(weights, tmp_path / "w.safetensors")
-        with pytest.raises(ValueError, match=r"several such models, under (student\.|teacher\.) and"):
-            load_encoder("timm:resnet10_tiny", weights=tmp_path / "w.safetensors")
-
-    @pytest.mark.parametrize("prefix", ["", "backbone."])
-    def test_of_numbered_modules_say_how_to_name_them(self, tmp_path, prefix):
-        model = perturbed(timm.create_model("resnet10t"))
-        numbered = torch.nn.Sequential(*list(model.children())[:-1])
-        save_file({f"{prefix}{key}": value for key, value in numbered.state_dict().items()}, tmp_path / "w.safetensors")
-        with pytest.raises(ValueError, match=r"nn\.Sequential.* save model\.state_dict\(\)$"):
-            load_encoder("timm:resnet10t", weights=tmp_path / "w.safetensors")
-        again = timm.create_model("resnet10t")  # what the message says
-        torch.nn.Sequential(*list(again.children())[:-1]).load_state_dict(numbered.state_dict())
-        save_file(again.state_dict(), tmp_path / "named.safetensors")
-        encoder = load_encoder("timm:resnet10t", weights=tmp_path / "named.safetensors")
-        assert torch.equal(encoder.model(IMAGES), model.forward_head(model.forward_features(IMAGES), pre_logits=True))
-
-    def test_need_an_architecture(self, run):
-        with pytest.raises(ValueError, match="give timm:NAME in place of"):
-            load_encoder(run, weights="w.safetensors")
-        with pytest.raises(ValueError, match="weights only: give them as weights beside"):
-            load_encoder(run / "backbone" / "model.safetensors")
-        with pytest.raises(FileNotFoundError, match=r"there are no weights .*w.safetensors"):
-            load_encoder("timm:resnet10t", weights=run / "nowhere" / "w.safetensors")
+def test_local_dir_equals_timm(run: Path) -> None:
+    spec = f"local-dir:{run / 'backbone'}"
+    encoder = load_encoder(spec)
+    by_timm = timm.create_model(spec, pretrained=True, num_classes=0).eval()
+    assert torch.equal(encoder.model(IMAGES), by_timm(IMAGES))
+    assert (encoder.name, encoder.run, encoder.config) == (spec, None, None)
+    assert encoder.fingerprint == load_encoder(run).fingerprint
 
 
-class TestPublished:
-    """The hub is stood in for: what it is asked for, and what it has."""
-
-    @pytest.fixture
-    def asked(self, monkeypatch):
-        asked = []
-
-        def download(repo_id, filename, **kwargs):
-            asked.append((repo_id, filename))
-            if filename not in self.files:
-                raise EntryNotFoundError(f"404: no {filename}")
-            return str(self.files[filename])
-
-        monkeypatch.setattr("timm.models._hub.hf_hub_download", download)
-        self.files = {}
-        return asked
-
-    def test_safetensors_from_the_hub(self, asked, tmp_path):
-        model = perturbed(timm.create_model("resnet10t"))
-        save_file(model.state_dict(), tmp_path / "model.safetensors")
-        self.files = {"model.safetensors": tmp_path / "model.safetensors"}
-        encoder = load_encoder("timm:resnet10t.c3_in1k", image_size=32)
-        assert torch.equal(encoder.model(IMAGES), model.forward_head(model.forward_features(IMAGES), pre_logits=True))
-        assert encoder.name == "timm:resnet10t.c3_in1k"
-        assert {filename for _, filename in asked} == {"model.safetensors"}
-
-    def test_a_pickle_on_the_hub_is_never_asked_for(self, asked, tmp_path):
-        torch.save(timm.create_model("resnet10t").state_dict(), tmp_path / "pytorch_model.bin")
-        self.files = {"pytorch_model.bin": tmp_path / "pytorch_model.bin"}
-        with pytest.raises(ValueError, match=r"weights of 'resnet10t.c3_in1k' are not in the local cache and hugg"):
-            load_encoder("timm:resnet10t.c3_in1k")
-        assert {filename for _, filename in asked} == {"model.safetensors"}
-
-    @pytest.mark.parametrize(
-        ("spec", "message"),
-        [
-            ("timm:resnet10_tiny", "no safetensors for 'resnet10_tiny'"),
-            ("timm:hf-hub:someone/model", "one of timm's own models, got 'hf-hub:someone/model'"),
-            ("timm:local-dir:here", "one of timm's own models, got 'local-dir:here'"),
-        ],
-    )
-    def test_unknown_names(self, spec, message):
-        with pytest.raises(ValueError, match=message):
-            load_encoder(spec)
+def test_position_embeddings_are_resampled_as_in_timm(tmp_path: Path) -> None:
+    arguments = {"depth": 1, "img_size": 64, "num_classes": 0}
+    model = perturbed(timm.create_model("vit_tiny_patch16_224", **arguments))
+    timm.models.save_for_hf(model, tmp_path, model_args=arguments, safe_serialization=True)
+    encoder = load_encoder(f"local-dir:{tmp_path}", image_size=96)
+    resampled = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, img_size=96).eval()
+    images = torch.rand(2, 3, 96, 96)
+    assert encoder.size == 96
+    assert torch.allclose(encoder.model(images), resampled(images), atol=1e-6)
 
 
-class TestPickles:
-    @pytest.mark.parametrize("save", [torch.save, lambda what, path: path.write_bytes(pickle.dumps(what))])
-    def test_refused_with_how_to_convert(self, tmp_path, save):
-        for path in (tmp_path / "model.pt", tmp_path / "model.bin"):
-            save({}, path)
-            refused = rf"(?s){path.name} is a pickled .*torch.load\(.*weights_only=True.*save_file"
-            with pytest.raises(ValueError, match=refused):
-                load_encoder(path)
-            with pytest.raises(ValueError, match=refused):
-                load_encoder("timm:resnet10_tiny", weights=path)
-
-    def test_the_way_out_works(self, tmp_path, backbone, monkeypatch):
-        monkeypatch.chdir(tmp_path)
-        torch.save(backbone.state_dict(), "old.pt")
-        with pytest.raises(ValueError, match="pickled") as refusal:
-            load_encoder("old.pt")
-        exec("\n".join(line.strip() for line in str(refusal.value).splitlines()[1:4]), {})
-        encoder = load_encoder("timm:resnet10_tiny", weights="weights.safetensors")
-        assert torch.equal(encoder.model(IMAGES), backbone(IMAGES))
+@pytest.mark.parametrize(("prefix", "num_classes"), [("", 0), ("", 5), ("module.student.", 5)])
+def test_weights_file_with_or_without_prefix_and_head(tmp_path, prefix, num_classes) -> None:
+    model = perturbed(timm.create_model("resnet10t", num_classes=num_classes))
+    weights = {f"{prefix}{name}": tensor for name, tensor in model.state_dict().items()}
+    save_file(weights, tmp_path / "mine.safetensors")
+    path = tmp_path / "mine.safetensors"
+    encoder = load_encoder("timm:resnet10t", weights=path, image_size=32)
+    assert torch.equal(encoder.model(IMAGES), pooled(model))
+    assert (encoder.name, encoder.size) == ("timm:resnet10t@mine.safetensors", 32)
 
 
-class TestNoRun:
-    def test_other_folder(self, tmp_path, run):
-        with pytest.raises(FileNotFoundError, match=r"is no run: it has no config.yaml"):
-            load_encoder(tmp_path)
-        with pytest.raises(FileNotFoundError, match=r"is no run .*: give it as local-dir:.*backbone"):
-            load_encoder(run / "backbone")
-        with pytest.raises(FileNotFoundError, match=r"is no folder in timm's layout: it has no config.json"):
-            load_encoder(f"local-dir:{run}")
+def test_published_weights_are_read_from_safetensors_alone(tmp_path, monkeypatch) -> None:
+    requested = []
+
+    def download(repo_id: str, filename: str, **kwargs: object) -> str:
+        requested.append(filename)
+        if not (tmp_path / filename).exists():
+            raise EntryNotFoundError(f"404: {filename}")
+        return str(tmp_path / filename)
+
+    monkeypatch.setattr("timm.models._hub.hf_hub_download", download)
+    model = perturbed(timm.create_model("resnet10t"))
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises((OSError, ValueError, EntryNotFoundError)):
+        load_encoder("timm:resnet10t.c3_in1k")
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    encoder = load_encoder("timm:resnet10t.c3_in1k", image_size=32)
+    assert torch.equal(encoder.model(IMAGES), pooled(model))
+    assert encoder.name == "timm:resnet10t.c3_in1k"
+    assert set(requested) == {"model.safetensors"}
 
 
-class TestDamaged:
-    @pytest.mark.parametrize("text", ["", "[]", "3"])
-    def test_description_of_another_kind(self, run, text):
-        (run / "backbone" / "config.json").write_text(text)
-        with pytest.raises(ValueError, match=r"config.json is damaged: [^\n]+$"):
-            load_encoder(run)
+@pytest.mark.parametrize("method", [SimCLR], indirect=True)
+@pytest.mark.parametrize(
+    ("spec", "arguments", "error", "named"),
+    [
+        ("{run}/nowhere", {}, FileNotFoundError, "nowhere"),
+        ("{run}/backbone", {}, FileNotFoundError, "backbone"),
+        ("local-dir:{run}", {}, FileNotFoundError, "config.json"),
+        ("timm:resnet10_tinny", {}, ValueError, "resnet10_tinny"),
+        ("{run}", {"weights": "w.safetensors"}, ValueError, "weights"),
+        ("timm:resnet10t", {"weights": "w.safetensors"}, FileNotFoundError, "w.safetensors"),
+        ("timm:resnet10_tiny", {"feature": "projector"}, ValueError, "projector"),
+    ],
+)
+def test_invalid_inputs_raise(run: Path, spec, arguments, error, named) -> None:
+    with pytest.raises(error, match=named):
+        load_encoder(spec.format(run=run), **arguments)
 
-    def test_description_of_another_model(self, run):
-        path = run / "backbone" / "config.json"
-        described = json.loads(path.read_text())
-        path.write_text(json.dumps(described | {"architecture": "resnet18_small"}))
-        with pytest.raises(ValueError, match=r"model.safetensors does not fit the model: .* missing; .* of another sh"):
-            load_encoder(run)
+
+def fingerprint(*modules: nn.Module) -> str:
+    return Encoder(nn.Sequential(*modules), 8, (0, 0, 0), (1, 1, 1), "mine").fingerprint
 
 
-class TestFingerprint:
-    def test_is_of_the_weights_and_buffers(self, run, tmp_path, backbone):
-        same = load_encoder(run).fingerprint
-        backbones.save(backbone, tmp_path / "copy", image_size=32)
-        assert load_encoder(f"local-dir:{tmp_path / 'copy'}", image_size=64).fingerprint == same
-        found = {same}
-        for key in ("conv1.weight", "layer4.0.bn1.running_var"):
-            weights = load_file(run / "backbone" / "model.safetensors")
-            weights[key].view(-1)[-1] += 1e-6
-            save_file(weights, tmp_path / "w.safetensors")
-            found.add(load_encoder("timm:resnet10_tiny", weights=tmp_path / "w.safetensors").fingerprint)
-        assert len(found) == 3
-
-    def test_tells_modules_with_the_same_weights_apart(self):
-        def fingerprint(*modules):
-            return Encoder(torch.nn.Sequential(*modules), 8, (0, 0, 0), (1, 1, 1), "mine").fingerprint
-
-        plain, relu, gelu = torch.nn.Flatten(), torch.nn.ReLU(), torch.nn.GELU()
-        assert len({fingerprint(plain), fingerprint(plain, relu), fingerprint(plain, gelu)}) == 3
-
-    def test_tells_modules_with_other_attributes_apart(self):
-        def fingerprint(**arguments):
-            model = timm.create_model("vit_tiny_patch16_224", num_classes=0, depth=1, embed_dim=24, **arguments)
-            return Encoder(model, 224, (0, 0, 0), (1, 1, 1), "mine").fingerprint
-
-        torch.manual_seed(0)
-        state = torch.get_rng_state()
-        found = []
-        for arguments in ({"num_heads": 3}, {"num_heads": 3}, {"num_heads": 6}, {"num_heads": 3, "global_pool": "max"}):
-            torch.set_rng_state(state)
-            found.append(fingerprint(**arguments))
-        assert found[0] == found[1]
-        assert len(set(found)) == 3
+def test_fingerprint_depends_on_modules_weights_and_buffers() -> None:
+    model = backbones.create("resnet10_tiny")
+    found = [fingerprint(copy.deepcopy(model)), fingerprint(model, nn.ReLU()), fingerprint(model)]
+    assert found[0] == found[2] != found[1]
+    for changed in (model.conv1.weight, model.layer4[0].bn1.running_var):
+        changed.data.view(-1)[-1] += 1e-6
+        found.append(fingerprint(model))
+    assert len(set(found)) == 4
