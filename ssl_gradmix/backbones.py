@@ -93,10 +93,12 @@ class SmallResNet(ResNet):
         width = channels[0]
         # timm's deep stem is the only one whose width is not fixed at 64. Its layers are replaced.
         super().__init__(channels=channels, stem_type="deep", stem_width=width // 2, **kwargs)
-        self.conv1 = nn.Conv2d(kwargs.get("in_chans", 3), width, 3, padding=1, bias=False)
-        nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
-        self.maxpool = nn.Identity()
-        for stage in self.feature_info:
+        stem = nn.Conv2d(kwargs.get("in_chans", 3), width, 3, padding=1, bias=False)
+        nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
+        self.add_module("conv1", stem)
+        self.add_module("maxpool", nn.Identity())
+        stages = cast(list[dict[str, Any]], self.feature_info)
+        for stage in stages:
             stage["reduction"] //= 4 if stage["module"] != "act1" else 2
 
 
@@ -169,7 +171,7 @@ def _create(name: str, kwargs: dict[str, Any], pretrained: bool = False) -> nn.M
         )
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"backbone {name} cannot be created with {kwargs}: {error}") from error
-    model.model_args = kwargs  # for `save`
+    cast(Any, model).model_args = kwargs  # for `save`
     return model
 
 

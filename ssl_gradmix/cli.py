@@ -6,32 +6,37 @@ import logging
 import os
 import sys
 from argparse import SUPPRESS, ArgumentError, RawDescriptionHelpFormatter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
+import pandas as pd
 import timm
 import torch
 from accelerate import Accelerator
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
 from jsonargparse.typing import PositiveInt
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from ssl_gradmix.backbones import Backbone
 from ssl_gradmix.data.augmentation import Augmentation, usual_augmentation
 from ssl_gradmix.data.datasets import Data, ImageSet
 from ssl_gradmix.data.open_set import load_known
+from ssl_gradmix.evaluation import plots, results
 from ssl_gradmix.evaluation.encoders import load_encoder
 from ssl_gradmix.evaluation.features import extract
+from ssl_gradmix.files import write_whole
 from ssl_gradmix.gradmix import GradMix
 from ssl_gradmix.training.optimizers import Optimizer
 from ssl_gradmix.training.trainer import Training
 from ssl_gradmix.version import __version__
 
 # In a config file a section can name a class, which jsonargparse would import.
-set_parsing_settings(import_path_denylist=["*"])
+set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=[Data.__module__])
 
 # --- What recipes and evaluations share
 
@@ -44,8 +49,10 @@ class Parser(ArgumentParser):
     """An argument parser that raises errors, and does not accept abbreviated options."""
 
     def __init__(self, **kwargs: Any) -> None:
+        # jsonargparse makes further parsers of this class and sets some of these arguments.
         defaults = {"formatter_class": Formatter, "exit_on_error": False, "allow_abbrev": False}
-        super().__init__(**(defaults | kwargs))
+        options: dict[str, Any] = {**defaults, **kwargs}
+        super().__init__(**options)
         self.add_argument("--config", action="config", help="YAML file of these options.")
 
 
@@ -112,11 +119,11 @@ def recipe_parser(
     sections = {"data": Data, "augmentation": Augmentation, "backbone": Backbone}
     for name, settings in sections.items():
         parser.add_class_arguments(settings, name)
-    inner = {"backbone", "num_features", "gradmix"}
+    inner: set[str | int] = {"backbone", "num_features", "gradmix"}
     parser.add_class_arguments(method_class, "method", skip=inner, instantiate=False)
     parser.add_class_arguments(Optimizer, "optimizer")
     parser.add_class_arguments(Training, "training")
-    functions = {"attribution", "generator"}  # for Python only
+    functions: set[str | int] = {"attribution", "generator"}  # for Python only
     parser.add_class_arguments(GradMix, "gradmix", skip=functions, instantiate=False)
     parser.set_defaults({**_usual(Data()), **(defaults or {})})
     return parser
@@ -224,28 +231,56 @@ class Evaluation:
             cache=self.cache,
             accelerator=self.accelerator,
         )
-        return features.to(self.accelerator.device), labels.to(self.accelerator.device)
+        device = self.accelerator.device
+        # The memory of a cached file is not aligned, which changes last digits of products.
+        return features.to(device, copy=True), labels.to(device)
 
-    def path(self, task: str, images: ImageSet) -> Path:
-        """The JSON file for the results of a task on a data set."""
-        dataset = images.name.rpartition("/")[0].removeprefix("folder:")
-        feature = self.encoder.feature
-        suffix = "" if feature == "backbone" else f"-{feature}"
-        return self.out / f"{task}-{dataset}{suffix}.json"
+    def frame(
+        self,
+        task: str,
+        images: ImageSet,
+        numbers: Iterable[results.Number],
+        trial: int | None = None,
+        **params: Any,
+    ) -> pd.DataFrame:
+        """A table of numbers about images, see `results.frame`."""
+        names = (images.name, self.encoder.name, self.encoder.feature)
+        return results.frame(numbers, task, *names, trial, **params)
 
-    def about(self, *images: ImageSet) -> dict[str, Any]:
-        """What a file of results records beside its rows."""
-        names = ("name", "feature", "fingerprint")
-        return {
-            "encoder": {name: getattr(self.encoder, name) for name in names},
+    def write(
+        self,
+        rows: pd.DataFrame,
+        figure: Figure,
+        images: Sequence[ImageSet],
+        samples: pd.DataFrame | None = None,
+        **about: Any,
+    ) -> None:
+        """Writes results, replacing earlier ones of the same task and data set.
+
+        Args:
+            rows: The results.
+            figure: Written next to them as PNG.
+            images: The images that were used. The file is named after the last.
+            samples: A line per image, written next to the results as CSV.
+            **about: Further entries of the file of results.
+        """
+        encoder = self.encoder
+        dataset = images[-1].name.rpartition("/")[0].removeprefix("folder:")
+        suffix = "" if encoder.feature == "backbone" else f"-{encoder.feature}"
+        path = self.out / f"{rows['task'].iloc[0]}-{dataset}{suffix}.json"
+        identity = {name: getattr(encoder, name) for name in ("name", "feature", "fingerprint")}
+        versions = {"ssl_gradmix": __version__, "torch": torch.__version__}
+        shared = {
+            "encoder": identity,
             "data": asdict(self.data),
             "images": {each.name: each.fingerprint() for each in images},
-            "versions": {
-                "ssl_gradmix": __version__,
-                "torch": torch.__version__,
-                "timm": timm.__version__,
-            },
+            "versions": {**versions, "timm": timm.__version__},
         }
+        results.write(path, rows, {**shared, **about})
+        plots.write(path.with_suffix(".png"), figure)
+        if samples is not None:
+            write_whole(path.with_suffix(".csv"), partial(samples.to_csv, index=False))
+        print(f"Written: {path}")
 
 
 def evaluation(
@@ -263,7 +298,9 @@ def evaluation(
         What is evaluated, and the options that were given, as arguments for `function`.
     """
     arguments = signature(function).parameters.values()
-    positional = {each.name for each in arguments if each.kind is not each.KEYWORD_ONLY}
+    positional: set[str | int] = {
+        each.name for each in arguments if each.kind is not each.KEYWORD_ONLY
+    }
     parser = Parser(description=description, usage="%(prog)s ENCODER [options]")
     parser.add_class_arguments(Evaluation, as_positional=True, skip={"data"}, instantiate=False)
     parser.add_class_arguments(Data, "data", instantiate=False)

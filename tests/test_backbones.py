@@ -1,51 +1,172 @@
-"""What backbones are made of: of names and arguments, and of a saved one when another training starts from it."""
+"""Backbones: their maps, the layers to attribute at, and their weights on disk."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from training_support import create_method
 
 from ssl_gradmix import backbones
-from ssl_gradmix.evaluation.encoders import load_encoder
+from ssl_gradmix.methods import SimCLR
 
-ARGUMENTS = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 24}
+VIT: dict[str, Any] = {"img_size": 32, "patch_size": 8, "depth": 3, "embed_dim": 24, "num_heads": 3}
 
 
-def test_a_model_that_goes_on_from_a_saved_one_is_saved_with_the_same_arguments(tmp_path: Path) -> None:
-    first = backbones.create("vit_tiny_patch16_224", **ARGUMENTS, num_heads=3)
-    backbones.save(first, tmp_path / "first", image_size=32)
-    second = backbones.create(f"local-dir:{tmp_path / 'first'}", pretrained=True, drop_path_rate=0.1)
-    assert second.model_args == {**ARGUMENTS, "num_heads": 3, "drop_path_rate": 0.1}
-    backbones.save(second, tmp_path / "second", image_size=32)
+def images(size: int = 32) -> Tensor:
+    return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
 
-    read = load_encoder(f"local-dir:{tmp_path / 'second'}").model
-    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(read(images), first.eval()(images))
+
+@pytest.mark.parametrize("name", backbones.SMALL)
+def test_small_resnets_keep_the_resolution_of_small_images(name: str) -> None:
+    model, sides = backbones.create(name).eval(), []
+    for stage in ("layer1", "layer2", "layer3", "layer4"):
+        model.get_submodule(stage).register_forward_hook(
+            lambda _, __, output: sides.append(output.shape[-1])
+        )
+    features = model(images())
+    assert sides == [32, 16, 8, 4]
+    assert features.shape == (2, backbones.num_features(model))
+    assert not any(isinstance(module, nn.MaxPool2d) for module in model.modules())
 
 
 @pytest.mark.parametrize(
-    ("name", "kwargs", "message"),
+    ("name", "kwargs", "size"),
     [
-        ("resnet1o", {}, "timm knows no model 'resnet1o'; near names are "),
-        ("resnet18.nosuch", {}, "timm has no weights 'resnet18.nosuch', but resnet18.a1_in1k, "),
-        ("resnet10_tiny.a1_in1k", {}, "timm has no weights 'resnet10_tiny.a1_in1k', but none of that model"),
-        ("hf-hub:timm/resnet18.a1_in1k", {}, "must be one of timm's own models, got 'hf-hub:"),
-        ("resnet10_tiny", {"depth": 3}, r"backbone.kwargs: resnet10_tiny does not take {'depth': 3} \(.+\)"),
-        ("resnet10_tiny", {"output_stride": 3}, "does not take {'output_stride': 3}"),
+        ("resnet10_tiny", {}, 32),
+        ("resnet10_tiny", {}, 16),
+        ("resnet18", {}, 32),
+        ("convnext_atto", {}, 128),
+        (
+            "swin_tiny_patch4_window7_224",
+            {"img_size": 64, "window_size": 2, "depths": (1,) * 4},
+            64,
+        ),
+        ("vit_tiny_patch16_224", VIT, 32),
+        ("vit_tiny_patch16_224", {**VIT, "global_pool": "avg", "class_token": False}, 32),
+        ("mobilenetv3_small_050", {}, 64),
     ],
 )
-def test_what_cannot_be_created_is_said_in_one_line(name: str, kwargs: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message) as refused:
+def test_default_layer_is_the_deepest_with_a_map_and_a_gradient(
+    name: str, kwargs: dict[str, Any], size: int
+) -> None:
+    """Against the gradients and shapes of all stages that timm lists."""
+    model = backbones.create(name, **kwargs).eval()
+    stages = [stage["module"] for stage in model.feature_info]
+    outputs: dict[str, Tensor] = {}
+    for stage in stages:
+        model.get_submodule(stage).register_forward_hook(
+            lambda _, __, output, stage=stage: outputs.update({stage: output})
+        )
+    features = model(images(size))
+    usable = []
+    for stage, output in outputs.items():
+        (gradient,) = torch.autograd.grad(features.sum(), output, retain_graph=True)
+        if output.ndim == 3:
+            tokens = gradient[:, model.num_prefix_tokens :]
+            side, reached = int(tokens.shape[1] ** 0.5), bool(tokens.any())
+        else:
+            side, reached = (
+                min(output.shape[1:3] if output.shape[1] < 30 else output.shape[2:]),
+                True,
+            )
+        if side >= 4 and reached:
+            usable.append(stage)
+    assert backbones.default_layers(model, size) == usable[-1:]
+
+
+def test_model_without_large_maps_takes_its_first_stage() -> None:
+    assert backbones.default_layers(backbones.create("resnet18"), 8) == ["act1"]
+
+
+def test_saved_model_is_loaded_with_its_arguments(tmp_path: Path) -> None:
+    first = backbones.create("vit_tiny_patch16_224", **VIT).eval()
+    backbones.save(first, tmp_path / "first", image_size=32)
+    name = f"local-dir:{tmp_path / 'first'}"
+    second = backbones.create(name, pretrained=True, drop_path_rate=0.1).eval()
+    assert second.model_args == {**VIT, "drop_path_rate": 0.1}
+    backbones.save(second, tmp_path / "second", image_size=32)
+    third = backbones.load_folder(tmp_path / "second").eval()
+    assert torch.equal(third(images()), first(images()))
+    assert backbones.preparation(third.pretrained_cfg)[0] == 32
+    assert not torch.equal(backbones.create(name).eval()(images()), first(images()))
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "named"),
+    [
+        ("resnet1o", {}, "resnet18"),
+        ("hf-hub:timm/resnet18.a1_in1k", {}, "backbone.name"),
+        ("resnet18.nosuch", {}, "nosuch"),
+        ("resnet10_tiny", {"depth": 3}, "depth"),
+        ("resnet10_tiny", {"checkpoint_path": "w.pt"}, "backbone.kwargs"),
+        ("resnet10_tiny", {"pretrained_cfg": {"file": "w.pt"}}, "backbone.kwargs"),
+    ],
+)
+def test_invalid_model_raises(name: str, kwargs: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match="backbone") as raised:
         backbones.create(name, **kwargs)
-    assert len(str(refused.value).splitlines()) == 1
+    assert named in str(raised.value)
 
 
-def test_a_saved_model_of_other_widths_is_refused_in_one_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize("prefix", ["", "backbone.", "module.encoder."])
+def test_foreign_weights_are_loaded_without_prefix_and_head(tmp_path: Path, prefix: str) -> None:
+    model, other = backbones.create("resnet10_tiny"), backbones.create("resnet10_tiny")
+    weights = {f"{prefix}{name}": value for name, value in other.state_dict().items()}
+    weights |= {f"{prefix}fc.weight": torch.zeros(5, 128), f"{prefix}fc.bias": torch.zeros(5)}
+    if prefix:
+        weights["projector.weight"] = torch.zeros(2)
+    save_file(weights, tmp_path / "w.safetensors")
+    backbones.load_weights(model, tmp_path / "w.safetensors")
+    torch.testing.assert_close(dict(model.state_dict()), dict(other.state_dict()), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("change", ["missing", "unexpected", "shape"])
+def test_weights_that_do_not_fit_raise(tmp_path: Path, change: str) -> None:
+    weights = backbones.create("resnet10_tiny").state_dict()
+    if change == "missing":
+        del weights["bn1.weight"]
+    else:
+        weights["bn1.weight" if change == "shape" else "bn1.extra"] = torch.zeros(3)
+    save_file(weights, tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match=r"bn1\.(weight|extra)"):
+        backbones.load_weights(backbones.create("resnet10_tiny"), tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize("output_dim", [16, 24])
+def test_method_starts_from_a_run_and_its_projector_if_it_fits(
+    tmp_path: Path, output_dim: int
+) -> None:
+    first = create_method(SimCLR)
+    backbones.save(first.backbone, tmp_path / "backbone", image_size=32)
+    backbones.write_weights(first.projector, tmp_path / "projector.safetensors")
+    second = SimCLR(backbones.create("resnet10_tiny"), 128, hidden_dim=32, output_dim=output_dim)
+    before = second.projector.state_dict()["layers.0.weight"].clone()
+    backbones.start_from(second, tmp_path)
+    assert second.backbone.conv1.weight.equal(first.backbone.conv1.weight)
+    expected = first.projector.state_dict()["layers.0.weight"] if output_dim == 16 else before
+    assert second.projector.state_dict()["layers.0.weight"].equal(expected)
+    with pytest.raises(FileNotFoundError, match="none"):
+        backbones.start_from(second, tmp_path / "none")
+
+
+def test_written_weights_may_share_memory(tmp_path: Path) -> None:
+    tied = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    tied[1].weight = tied[0].weight
+    backbones.write_weights(tied, tmp_path / "w.safetensors")
+    assert load_file(tmp_path / "w.safetensors")["1.weight"].equal(tied[0].weight)
+
+
+@pytest.mark.parametrize("size", [[1, 32, 32], [3, 32, 24]])
+def test_images_that_are_not_square_and_color_raise(tmp_path: Path, size: list[int]) -> None:
     backbones.save(backbones.create("resnet10_tiny"), tmp_path, image_size=32)
-    description = (tmp_path / "config.json").read_text()
-    (tmp_path / "config.json").write_text(description.replace("resnet10_tiny", "resnet18_small"))
-    with pytest.raises(ValueError, match="backbone.pretrained: no weights to be had for .*Missing key") as refused:
-        backbones.create(f"local-dir:{tmp_path}", pretrained=True)
-    assert len(str(refused.value).splitlines()) == 1
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["pretrained_cfg"]["input_size"] = size
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="input_size"):
+        backbones.load_folder(tmp_path)

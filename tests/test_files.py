@@ -1,16 +1,18 @@
-"""Files written whole; what hostile ones do when read is in test_hostile_files.py."""
+"""Files that are written whole, and read as plain data."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from ssl_gradmix.files import parse_yaml, write_whole
+from ssl_gradmix.files import read_json, read_yaml, write_whole
 
 
-def test_a_write_that_fails_half_way_leaves_the_old_file(tmp_path: Path) -> None:
+def test_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "figure.png"
     path.write_text("old")
 
@@ -24,27 +26,40 @@ def test_a_write_that_fails_half_way_leaves_the_old_file(tmp_path: Path) -> None
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        ("[3, -3, 0, +1]", [3, -3, 0, 1]),
-        ("[1e-3, .5, 5., 1.5e3, -.5E+2]", [0.001, 0.5, 5.0, 1500.0, -50.0]),
-        ("[010, 0x10, 1_0, 2020-01-01, 1.2.3, '5', a-b]", ["010", "0x10", "1_0", "2020-01-01", "1.2.3", "5", "a-b"]),
-        ("[true, null, ~, abc]", [True, None, None, "abc"]),
-        ('{"a": [1e-05, null, "x\\u00e9", "1:30"]}', {"a": [1e-05, None, "xé", "1:30"]}),
-    ],
-)
-def test_what_does_not_look_like_a_number_is_none(text: str, value: object) -> None:
-    assert parse_yaml(text) == value
-    assert list(map(type, parse_yaml(text))) == list(map(type, value))
+def test_write_creates_folders_and_replaces(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b" / "c.txt"
+    for text in ("first", "second"):
+        write_whole(path, lambda temporary, text=text: temporary.write_text(text))
+        assert path.read_text() == text
 
 
-@pytest.mark.parametrize("kind", ["file", "link"])
-def test_what_lies_where_a_file_is_being_written_is_not_followed(tmp_path: Path, kind: str) -> None:
+def test_link_in_place_of_the_temporary_file_is_not_followed(tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.write_text("mine")
-    temporary = tmp_path / f".new.{os.getpid()}.tmp"
-    temporary.write_text("left by a kill") if kind == "file" else temporary.symlink_to(other)
+    (tmp_path / f".new.{os.getpid()}.tmp").symlink_to(other)
     write_whole(tmp_path / "new", lambda path: path.write_text("whole"))
     assert ((tmp_path / "new").read_text(), other.read_text()) == ("whole", "mine")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "other"]
+
+
+@pytest.mark.parametrize(
+    ("read", "content"),
+    [
+        (read_json, b"{"),
+        (read_json, b"\xff"),
+        (read_json, b"[" * 1_000_000),
+        (read_yaml, b"{"),
+        (read_yaml, b"[1, 2]"),
+        (read_yaml, b"\xff"),
+        (read_yaml, b"!!python/name:os.system x"),
+    ],
+)
+def test_damaged_file_raises(read: Callable[[Path], Any], content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(content)
+    with pytest.raises(ValueError, match=str(tmp_path / "x")):
+        read(tmp_path / "x")
+
+
+def test_values_are_read(tmp_path: Path) -> None:
+    (tmp_path / "x").write_text('{"a": [1.0e-05, null, "é"]}', encoding="utf-8")
+    assert read_json(tmp_path / "x") == read_yaml(tmp_path / "x") == {"a": [1e-05, None, "é"]}

@@ -1,85 +1,93 @@
-"""A tiny training on noise, for the tests of several modules; a plain module, imported by its name."""
+"""A tiny training on noise, for tests of several modules; a plain module, imported by its name."""
 
 from __future__ import annotations
 
-import resource
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import io
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 
 from ssl_gradmix import GradMix, backbones
+from ssl_gradmix.data.augmentation import Augmentation, Views
 from ssl_gradmix.data.datasets import ImageSet
-from ssl_gradmix.methods.simclr import SimCLR
+from ssl_gradmix.methods import Method, SimCLR
 from ssl_gradmix.run_folder import RunFolder
-from ssl_gradmix.settings import Augmentation, Optimizer, Training
-from ssl_gradmix.training.loop import Trainer
-from ssl_gradmix.training.processes import create_accelerator
+from ssl_gradmix.training import checkpoint
+from ssl_gradmix.training.optimizers import Optimizer
+from ssl_gradmix.training.pretrain import create_accelerator
+from ssl_gradmix.training.trainer import Trainer, Training
 
 TIMED = ("images_per_second", "images_per_second_overall", "seconds_left")
-"""Readings in the log that differ from run to run."""
+"""Values in the log that differ from run to run."""
 
-TRAINING = Training(epochs=3, batch_size=8, workers=0, threads=1, knn_every=0, samples_every=0)
+TRAINING = Training(epochs=3, batch_size=8, threads=1, knn_every=0, samples_every=0)
 
 
 def image_set(count: int = 36) -> ImageSet:
     """Two classes, dark and bright, in noise."""
     labels = np.arange(count) % 2
-    pixels = np.random.default_rng(0).integers(0, 100, (count, 16, 16, 3)) + 150 * labels[:, None, None, None]
-    return ImageSet(pixels.astype(np.uint8), labels.astype(np.int64), ("dark", "bright"), "noise")
+    noise = np.random.default_rng(0).integers(0, 100, (count, 16, 16, 3))
+    pixels = (noise + 150 * labels[:, None, None, None]).astype(np.uint8)
+    return ImageSet(pixels, labels.astype(np.int64), ("dark", "bright"), "noise")
 
 
-def trainer(path: Path, kind: type = SimCLR, training: Training = TRAINING, **kwargs) -> Trainer:
+def create_method(kind: type[Method], backbone: torch.nn.Module | None = None) -> Method:
+    backbone = backbone or backbones.create("resnet10_tiny")
+    features, gradmix = backbones.num_features(backbone), GradMix(layers=["layer2"])
+    return kind(backbone, features, hidden_dim=32, output_dim=16, gradmix=gradmix)
+
+
+def trainer(
+    path: Path,
+    kind: type[Method] = SimCLR,
+    training: Training = TRAINING,
+    images: ImageSet | None = None,
+    optimizer: Optimizer | None = None,
+    augmentation: Augmentation | None = None,
+    method: Method | None = None,
+    **kwargs: Any,
+) -> Trainer:
+    images = images or image_set()
     accelerator = create_accelerator(training)
     torch.manual_seed(training.seed)
-    backbone = kwargs.pop("backbone", None) or backbones.create("resnet10_tiny")
-    method = kind(backbone, backbone.num_features, hidden_dim=32, output_dim=16, gradmix=GradMix(layers=["layer2"]))
+    method = method or create_method(kind)
     folder = RunFolder(path)
-    images = kwargs.pop("images", image_set())
-    folder.start({"training": {}}, images)
-    return Trainer(
-        method,
-        images,
-        folder,
-        accelerator,
-        16,
-        kwargs.pop("augmentation", Augmentation()),
-        kwargs.pop("optimizer", Optimizer()),
-        training,
-        **kwargs,
-    )
+    if accelerator.is_main_process:
+        folder.start({"training": {}}, images)
+    accelerator.wait_for_everyone()
+    process, processes = accelerator.process_index, accelerator.num_processes
+    views = Views(augmentation or Augmentation(), 16, (0.5,) * 3, (0.25,) * 3, process, processes)
+    optimizer = optimizer or Optimizer()
+    return Trainer(method, views, images, folder, accelerator, optimizer, training, **kwargs)
 
 
-def tree(folder: Path) -> list[str]:
-    """The files of a folder, by their paths in it."""
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+def newest(path: Path) -> dict[str, Any]:
+    """The newest checkpoint of a run folder."""
+    content = max((path / "checkpoint").iterdir()).read_bytes()
+    return torch.load(io.BytesIO(content[checkpoint._DIGEST_BYTES :]), weights_only=True)
 
 
 def final(path: Path) -> dict[str, torch.Tensor]:
-    return load_file(sorted((path / "checkpoint").glob("epoch-*"))[-1] / "method.safetensors")
+    """The method's weights in the newest checkpoint."""
+    return newest(path)["method"]
+
+
+def log_of(path: Path) -> list[dict[str, Any]]:
+    """The log, without times."""
+    entries = RunFolder(path).read_log()
+    return [{k: v for k, v in entry.items() if k not in TIMED} for entry in entries]
 
 
 def before_step(training: Trainer, place: tuple[int, int], act: Callable[[], object]) -> None:
-    """Makes something happen before the step of an (epoch, batch), counted from 0."""
+    """Calls `act` before the step of an (epoch, batch), counted from 0."""
     step = training._step
 
-    def watched(batch: object) -> object:
+    def watched(*batch: Any) -> Any:
         if (training.epoch, training.batch) == place:
             act()
-        return step(batch)
+        return step(*batch)
 
     training._step = watched
-
-
-@contextmanager
-def file_size_limit(size: int) -> Iterator[None]:
-    """No file can grow beyond so many bytes: what a full disk does to those who write, on any machine."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)

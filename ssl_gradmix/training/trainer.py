@@ -177,7 +177,7 @@ class Trainer:
         if self.training.trackers:
             self.accelerator.end_training()
         passed = clock(time.perf_counter() - self.began)
-        following = "linear_probe" if self.images.labeled else "reliance"
+        following = "linear_probe" if (self.images.labels >= 0).any() else "reliance"
         command = f"python eval/{following}.py {shlex.quote(str(path))}"
         self._print(f"finished in {passed}, results are in {path}. Next: {command}")
 
@@ -236,7 +236,7 @@ class Trainer:
             self.optimizer.step()
             self.optimizer.zero_grad()
         if self.accelerator.sync_gradients and hasattr(self.bare, "update_target"):
-            self.bare.update_target(step, self.steps)
+            cast(Any, self.bare).update_target(step, self.steps)
         return {"loss": loss.detach(), **metrics}
 
     def _step_number(self) -> int:

@@ -1,14 +1,14 @@
-"""Trains on a device that computes nothing and cannot be read: what a GPU would make the host wait for raises here.
+"""Trains on a device that computes nothing and cannot be read.
 
-Usage: fake_device.py FOLDER. A process of its own, as torch keeps the device for ever. Prints a line a step: what
-was trained, and on how many operations of the device.
+What would make the host wait for a GPU raises here. Usage: fake_device.py FOLDER. It needs a
+process of its own, because torch cannot unregister a device. Prints a line per step: what was
+trained, and how many operations ran on the device.
 """
 
 from __future__ import annotations
 
 import itertools
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,21 +18,19 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
-from training_support import image_set, trainer
+from training_support import create_method, trainer
 
-from ssl_gradmix import GradMix, backbones, mixing
-from ssl_gradmix.data.planted import Stamps
-from ssl_gradmix.gradmix import Region
-from ssl_gradmix.methods.byol import BYOL
-from ssl_gradmix.methods.simclr import SimCLR
-from ssl_gradmix.methods.supcon import SupCon
-from ssl_gradmix.settings import Augmentation, Optimizer
+from ssl_gradmix import GradMix, backbones
+from ssl_gradmix.data.augmentation import Augmentation
+from ssl_gradmix.gradmix import Fill, Region
+from ssl_gradmix.methods import BYOL, SimCLR, SupCon
 from ssl_gradmix.training import optimizers
-from ssl_gradmix.training.loop import Trainer
+from ssl_gradmix.training.optimizers import Optimizer
+from ssl_gradmix.training.trainer import Trainer
 
 torch.set_num_threads(1)
 NAME = "fake"
-ENCODERS = {
+ENCODERS: dict[str, dict[str, int]] = {
     "resnet10_tiny": {},
     "vit_tiny_patch16_224": {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2},
 }
@@ -64,28 +62,32 @@ class Backend:
 
 
 class FakeDevice(TorchDispatchMode):
-    """Operations of the host are computed, those of the device only checked: shapes, devices, and that nobody waits."""
+    """Computes the operations of the host, and only checks those of the device."""
 
     def __init__(self) -> None:
         super().__init__()
         self.fake, self.operations = FakeTensorMode(), 0
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        wanted = kwargs.get("device")
-        if not any(isinstance(tensor, FakeTensor) for tensor in tensors) and torch.device(wanted or "cpu").type != NAME:
+        on_device = any(isinstance(tensor, FakeTensor) for tensor in tensors)
+        if not on_device and torch.device(kwargs.get("device") or "cpu").type != NAME:
             return function(*args, **kwargs)
         copied = function is torch.ops.aten._to_copy.default and kwargs.get("non_blocking")
         for tensor in tensors:
             if not isinstance(tensor, FakeTensor) and tensor.ndim and not copied:
-                raise RuntimeError(f"{function} takes a tensor of the host, {tuple(tensor.shape)}, and waits for it")
+                raise RuntimeError(f"{function} waits for a host tensor, {tuple(tensor.shape)}")
         args, kwargs = tree_map_only(Tensor, self.taken, (args, kwargs))
         with self.fake:
             results = function(*args, **kwargs)
         for result in tree_leaves(results):
             if isinstance(result, Tensor) and result.device.type != NAME:
-                raise RuntimeError(f"{function} reads a tensor of the device, {tuple(result.shape)}")
+                raise RuntimeError(
+                    f"{function} reads a tensor of the device, {tuple(result.shape)}"
+                )
         self.operations += function.namespace == "aten"
         return results
 
@@ -94,18 +96,19 @@ class FakeDevice(TorchDispatchMode):
 
     def moved(self, tensor: Tensor) -> Tensor:
         """Memory on the device like a tensor's."""
-        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=NAME)
+        kind = {"dtype": tensor.dtype, "device": NAME}
+        return torch.empty_strided(tensor.shape, tensor.stride(), **kind)
 
 
 def move(training: Trainer, device: FakeDevice) -> None:
-    """Puts a training on the device, as far as a step is concerned."""
+    """Puts what a step needs on the device."""
+    batches = training.batches
     with device:
         training.method._apply(device.moved)
-        training.source.make_views._apply(device.moved)
-        training.source.device = torch.device(NAME)
-        for name, value in vars(training.source).items():
-            if isinstance(value, Tensor):
-                setattr(training.source, name, device.moved(value))
+        batches.make_views._apply(device.moved)
+        batches.device = torch.device(NAME)
+        batches.labels = device.moved(batches.labels)
+        batches.resident = device.moved(batches.resident)
 
 
 def check_that_waiting_raises(device: FakeDevice) -> None:
@@ -132,28 +135,34 @@ def check_that_waiting_raises(device: FakeDevice) -> None:
 def main(folder: Path) -> None:
     _setup_privateuseone_for_python_backend(NAME, backend_module=Backend())
     check_that_waiting_raises(FakeDevice())
-    fills, names = get_args(mixing.Fill), ("sgd", "lars", "adamw")
-    augmentation, images = Augmentation(blur=0.5, solarize=0.5), replace(image_set(), stamps=Stamps(4))
-    packed = torch.zeros(3 * 16 * 16 + 3 * 20 * 24, dtype=torch.uint8), [(3, 16, 16), (3, 20, 24)]
+    fills, updates = get_args(Fill), ("sgd", "lars", "adamw")
+    augmentation = Augmentation(blur=0.5, solarize=0.5)
+    unequal = [torch.zeros(3, height, 16, dtype=torch.uint8) for height in (16, 20)]
+    kinds = itertools.product((SimCLR, BYOL, SupCon), ENCODERS.items())
     # Each method and encoder meets all regions, fills and optimizers, and each region all fills.
-    for i, (kind, (name, arguments)) in enumerate(itertools.product((SimCLR, BYOL, SupCon), ENCODERS.items())):
-        backbone = backbones.create(name, **arguments)
-        training = trainer(folder / str(i), kind, backbone=backbone, augmentation=augmentation, images=images)
-        training.settings = Optimizer(clip=1.0)
-        gradmix = training.bare.gradmix = GradMix()
+    for i, (kind, (name, arguments)) in enumerate(kinds):
+        method = create_method(kind, backbones.create(name, **arguments))
+        gradmix = method.gradmix = GradMix()
+        clip = Optimizer(clip=1.0)
+        training = trainer(
+            folder / str(i), method=method, augmentation=augmentation, optimizer=clip
+        )
         training.method.train()
-        training._step(next(training.source.epoch(0, 0)))  # where attribution chooses its layer, on the host
+        training._step(*next(training.batches.epoch(0, 0)))  # GradMix chooses its layer
         device = FakeDevice()
         move(training, device)
         with device:
-            training.source.views(packed)  # as it comes from loader processes
-            for j, gradmix.region in enumerate(get_args(Region), i):
-                gradmix.fill, update = fills[j % len(fills)], names[j % len(names)]
-                created = optimizers.create(training.bare, Optimizer(update))
-                training.optimizer = training.accelerator.prepare_optimizer(created, device_placement=False)
+            training.batches.views([image.to(NAME, non_blocking=True) for image in unequal])
+            for j, region in enumerate(get_args(Region), i):
+                gradmix.region, gradmix.fill = region, fills[j % len(fills)]
+                update = updates[j % len(updates)]
+                created = optimizers.create(training.bare, Optimizer(name=update))
+                prepare = training.accelerator.prepare_optimizer
+                training.optimizer = prepare(created, device_placement=False)
                 device.operations = 0
-                training._step(next(training.source.epoch(0, 0)))
-                print(kind.__name__, name, gradmix.region, gradmix.fill, update, device.operations, flush=True)
+                training._step(*next(training.batches.epoch(0, 0)))
+                shown = kind.__name__, name, region, gradmix.fill, update, device.operations
+                print(*shown, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""A step of the loop on a device of torch's that computes nothing and that the host cannot wait for, as it must not."""
+"""A training step on a device that the host cannot read, see scripts/fake_device.py."""
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -10,11 +11,10 @@ from typing import get_args
 import pytest
 from torch.utils import backend_registration
 
-from ssl_gradmix.gradmix import Region
-from ssl_gradmix.mixing import Fill
+from ssl_gradmix.gradmix import Fill, Region
 
 
-def test_no_step_waits_for_the_device_or_takes_a_tensor_of_the_host(
+def test_step_does_not_wait_for_the_device(
     script: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
     if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
@@ -22,10 +22,8 @@ def test_no_step_waits_for_the_device_or_takes_a_tensor_of_the_host(
     done = script("tests/scripts/fake_device.py", str(tmp_path))
     assert done.returncode == 0, done.stderr
     steps = [line.split() for line in done.stdout.splitlines()]
-    assert {(region, fill) for _, _, region, fill, *_ in steps} == {
-        (r, f) for r in get_args(Region) for f in get_args(Fill)
-    }
-    assert {(method, update) for method, *_, update, _ in steps} >= {
-        (method, update) for method in ("SimCLR", "BYOL") for update in ("sgd", "lars", "adamw")
-    }
-    assert all(int(operations) > 1000 for *_, operations in steps)  # forwards and backwards, on the device
+    made = {(region, fill) for _, _, region, fill, *_ in steps}
+    assert made == set(itertools.product(get_args(Region), get_args(Fill)))
+    updated = {(method, update) for method, *_, update, _ in steps}
+    assert len(updated) == 9
+    assert all(int(operations) > 1000 for *_, operations in steps)  # forward and backward passes
