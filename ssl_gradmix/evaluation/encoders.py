@@ -96,7 +96,7 @@ def load_encoder(
 def _from_run(run: RunFolder, image_size: int | None, feature: Feature) -> Encoder:
     if not run.config.is_file():
         raise FileNotFoundError(
-            f"{run.path} is no run folder: give one, timm:NAME or local-dir:PATH"
+            f"{run.path} is not a run folder: give one, timm:NAME or local-dir:PATH"
         )
     model = backbones.load_folder(run.backbone)
     encoder = _encoder(model, run.path.resolve().name, image_size)

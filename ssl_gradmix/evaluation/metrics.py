@@ -247,7 +247,7 @@ def _count(
     def accepted(mask: np.ndarray) -> np.ndarray:
         running = np.zeros((*times.shape[:-1], len(values) + 1), times.dtype)
         np.cumsum(times * mask[order], axis=-1, out=running[..., 1:])
-        return running[..., ends]
+        return running if len(ends) > len(values) else running[..., ends]
 
     of_known = accepted(known)
     if correct is None:
