@@ -36,7 +36,7 @@ class Step:
         torch.manual_seed(0)
         backbone = backbones.create(options.backbone, **options.kwargs)
         features = backbones.num_features(backbone)
-        self.method = METHODS[name](backbone, features, gradmix=gradmix)  # type: ignore[call-arg]
+        self.method = METHODS[name](backbone, features, gradmix=gradmix)
         self.method.to(options.device, memory_format=torch.channels_last)
         weights = [each for each in self.method.parameters() if each.requires_grad]
         self.optimizer = torch.optim.SGD(weights, 0.01, momentum=0.9)

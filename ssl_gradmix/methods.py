@@ -8,6 +8,7 @@ sees one forward and one backward pass.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import torch
 from lightly.loss import NegativeCosineSimilarity
@@ -269,5 +270,5 @@ class BYOL(Method):
         return 2 + 2 * self.criterion(predicted, target)
 
 
-METHODS: dict[str, type[Method]] = {"simclr": SimCLR, "byol": BYOL, "supcon": SupCon}
+METHODS: dict[str, Callable[..., Method]] = {"simclr": SimCLR, "byol": BYOL, "supcon": SupCon}
 """The methods by the names of their recipes, which config.yaml records."""

@@ -31,7 +31,7 @@ class Stage(nn.Module):
 
 def method(name: str, **kwargs) -> Method:
     torch.manual_seed(0)
-    return METHODS[name](Stage(), 8, hidden_dim=16, output_dim=6, **kwargs)  # type: ignore[call-arg]
+    return METHODS[name](Stage(), 8, hidden_dim=16, output_dim=6, **kwargs)
 
 
 def views(number: int, count: int = 6) -> list[Tensor]:
