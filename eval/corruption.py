@@ -23,7 +23,6 @@ import pandas as pd
 import torch
 from joblib import cpu_count
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
-from torch import Tensor
 from tqdm import tqdm
 
 from ssl_gradmix import cli
@@ -32,11 +31,10 @@ from ssl_gradmix.data.corruptions import COMMON, GROUP_OF, SEVERITIES
 from ssl_gradmix.data.datasets import ImageSet, load
 from ssl_gradmix.data.open_set import known_classes
 from ssl_gradmix.evaluation import plots, results
+from ssl_gradmix.evaluation.detection import closed_set
 from ssl_gradmix.evaluation.features import extract
-from ssl_gradmix.evaluation.intervals import accuracy_interval
-from ssl_gradmix.evaluation.knn import knn_predict, used_k
 from ssl_gradmix.evaluation.metrics import mean_corruption_error
-from ssl_gradmix.evaluation.probes import LinearProbe, label_subset, linear_probe
+from ssl_gradmix.evaluation.probes import label_subset, linear_probe
 
 SCORES = ("linear", "knn")
 
@@ -74,37 +72,6 @@ def select(
     return positions[drawn.numpy()]
 
 
-def measure(
-    probe: LinearProbe,
-    train: tuple[Tensor, Tensor],
-    test: tuple[Tensor, Tensor],
-    metric: str,
-    k: int,
-    temperature: float,
-    **params: object,
-) -> list[results.Number]:
-    """Accuracy of a linear probe and of weighted kNN, with Wilson 95% intervals.
-
-    Args:
-        probe: Trained on `train`.
-        train: Features (N, D) and labels (N,) of clean training images.
-        test: The same of test images, clean or corrupted.
-        metric: Name of the metric, `accuracy` or `clean_accuracy`.
-        k: Number of neighbors that vote.
-        temperature: Temperature of their weights.
-        **params: Recorded with both numbers.
-    """
-    features, labels = test
-    linear = accuracy_interval(probe.predict(features) == labels)
-    nearest = accuracy_interval(knn_predict(features, *train, k, temperature) == labels)
-    votes = {"k": used_k(k, train[0]), "temperature": temperature}
-    of_probe = {"learning_rate": probe.learning_rate}
-    return [
-        results.number("linear", metric, linear, len(labels), **params, **of_probe),
-        results.number("knn", metric, nearest, len(labels), **params, **votes),
-    ]
-
-
 def by_corruption(rows: pd.DataFrame, score: str) -> pd.DataFrame:
     """Accuracies of one score, one line per corruption and one column per severity."""
     found = rows[(rows["score"] == score) & (rows["metric"] == "accuracy")]
@@ -135,14 +102,6 @@ def summarize(rows: pd.DataFrame) -> list[results.Number]:
             mean = mean_corruption_error(members)
             means.append(results.number(score, metric, mean, int(first["n"]), **params))
     return means
-
-
-def report(table: pd.DataFrame, clean: float) -> str:
-    """Accuracies in % for the terminal: one line per corruption, one column per severity."""
-    first = pd.DataFrame({"mean": clean}, index=["clean images"])
-    lines = pd.concat([first, table.assign(mean=table.mean(axis=1))])[[*SEVERITIES, "mean"]]
-    lines = (100 * lines).rename_axis(columns="severity")
-    return lines.to_string(na_rep="", float_format="{:.1f}".format, col_space=5)
 
 
 def evaluate(
@@ -194,42 +153,46 @@ def evaluate(
     for name in names:
         source.read(name, SEVERITIES[-1])  # a missing or damaged file fails before hours of work
 
-    bank, of_clean = evaluation.features(train), evaluation.features(clean)
-    numbers: list[results.Number] = []
+    bank, queries = evaluation.features(train), evaluation.features(clean)
+    numbers = []
     if is_main:
         probe = linear_probe(*bank, epochs=epochs, seed=seed)
-        numbers += measure(probe, bank, of_clean, "clean_accuracy", k, temperature)
+        training = {"learning_rate": probe.learning_rate, "epochs": epochs}
+        for number in closed_set(probe, bank, queries, k, temperature, **training):
+            numbers.append({**number, "metric": "clean_accuracy"})
     passes = [(name, severity) for name in names for severity in SEVERITIES]
     for name, severity in tqdm(passes, "corruptions", unit="pass", disable=not is_main or None):
-        corrupt = source.read(name, severity)
-        found = extract(
-            encoder, corrupt, evaluation.batch_size, accelerator=accelerator, progress=False
+        features, labels = extract(
+            encoder,
+            source.read(name, severity),
+            evaluation.batch_size,
+            accelerator=accelerator,
+            progress=False,
         )
-        if is_main:
-            features, labels = (part.to(accelerator.device) for part in found)
-            where = {"corruption": name, "severity": severity, "group": GROUP_OF[name]}
-            numbers += measure(probe, bank, (features, labels), "accuracy", k, temperature, **where)
+        if not is_main:
+            continue
+        queries = features.to(accelerator.device), labels.to(accelerator.device)
+        where = {"corruption": name, "severity": severity, "group": GROUP_OF[name]}
+        for number in closed_set(probe, bank, queries, k, temperature, **training):
+            numbers.append({**number, "params": {**number["params"], **where}})
     if not is_main:
         return
 
-    params = {**source.origin(), "seed": seed, "epochs": epochs, **evaluation.classes}
+    params = {**source.origin(), "seed": seed, **evaluation.classes}
     if images is not None:
         params |= {"images": len(clean), "draw_seed": seed}
-    of_encoder = ("corruption", clean.name, encoder.name, encoder.feature)
-    rows = results.frame(numbers, *of_encoder, None, **params)
-    means = results.frame(summarize(rows), *of_encoder)
-
-    path = evaluation.path("corruption", clean)
-    rows = pd.concat([rows, means], ignore_index=True)
-    results.write(path, rows, evaluation.about(train, test))
+    rows = evaluation.frame("corruption", clean, numbers, **params)
+    means = evaluation.frame("corruption", clean, summarize(rows))
     table, clean_accuracy = by_corruption(rows, "linear"), rows["value"].iloc[0]
     title = (
         f"{encoder.title} on {len(clean):,} images of {clean.name}: accuracy of the linear probe"
     )
-    plots.write(path.with_suffix(".png"), plots.corruptions(table, clean_accuracy, title))
-    print(f"{title}, in %\n{report(table, clean_accuracy)}\n")
-    print(results.console(means))
-    print(f"Written: {path}")
+    figure = plots.corruptions(table, clean_accuracy, title)
+    evaluation.write(pd.concat([rows, means], ignore_index=True), figure, [train, test])
+    print(f"{title}, {clean_accuracy:.1%} on clean images\n{100 * table.round(3)}\n")
+    groups = means.assign(group=results.param(means, "group").fillna("all corruptions"))
+    summary = groups.pivot(index="group", columns="score", values="value")
+    print(f"mean errors\n{summary.to_string(float_format='{:.4f}'.format)}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -4,7 +4,7 @@ Images are not augmented and BatchNorm is frozen. The learning rate of the linea
 chosen by its loss on held-out training images; test accuracy is read once, after the last epoch.
 
     python eval/linear_probe.py runs/x
-    python eval/linear_probe.py timm:resnet18.a1_in1k --data.name cifar10 --data.root data --out results
+    python eval/linear_probe.py timm:resnet18.a1_in1k --data.name cifar10 --out results
     accelerate launch eval/linear_probe.py runs/x --label_fractions '[0.01, 0.1]'
 """
 
@@ -85,28 +85,19 @@ def measure(
 
 def main(argv: Sequence[str] | None = None) -> None:
     evaluation, options = cli.evaluation(measure, __doc__, argv)
-    encoder = evaluation.encoder
     train, test = evaluation.load("train"), evaluation.load("test")
     features = evaluation.features(train), evaluation.features(test)
     if not evaluation.accelerator.is_main_process:
         return
-
     *numbers, probe = measure(*features, train.classes, **options)
-    of_encoder = (encoder.name, encoder.feature, None)
     overall, by_class = (
-        results.frame(found, "linear_probe", test.name, *of_encoder, **evaluation.classes)
-        for found in numbers
+        evaluation.frame("linear_probe", test, found, **evaluation.classes) for found in numbers
     )
-
-    path = evaluation.path("linear_probe", test)
-    validation = {f"{rate:g}": loss for rate, loss in probe.validation.items()}
-    about = {**evaluation.about(train, test), "validation": validation}
-    results.write(path, pd.concat([overall, by_class], ignore_index=True), about)
-    title = f"{encoder.title} on {test.name}: linear probe by class"
-    plots.write(path.with_suffix(".png"), plots.class_accuracies(by_class, overall.iloc[0], title))
-    print(f"{encoder.title} on {test.name}, trained on {len(train):,} labeled images")
-    print(results.console(overall))
-    print(f"Written, with accuracies by class: {path}")
+    rows = pd.concat([overall, by_class], ignore_index=True)
+    title = f"{evaluation.encoder.title} on {test.name}, linear probe on {len(train):,} images"
+    figure = plots.class_accuracies(by_class, overall.iloc[0], title)
+    evaluation.write(rows, figure, [train, test], validation=probe.validation)
+    print(f"{title}\n{results.console(overall)}")
 
 
 if __name__ == "__main__":

@@ -17,9 +17,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 
-import numpy as np
 import pandas as pd
 import torch
 from jsonargparse.typing import NonNegativeInt, PositiveInt
@@ -27,11 +25,10 @@ from tqdm import tqdm
 
 from ssl_gradmix import cli
 from ssl_gradmix.data import open_set
-from ssl_gradmix.data.datasets import Data, load
+from ssl_gradmix.data.datasets import Data
 from ssl_gradmix.evaluation import plots, results
 from ssl_gradmix.evaluation.detection import SHOWN, Labeled, closed_set, detect
 from ssl_gradmix.evaluation.probes import linear_probe
-from ssl_gradmix.files import write_whole
 
 
 def choose_trials(
@@ -145,11 +142,12 @@ def evaluate(
         seed: Seed of its training.
     """
     encoder, data = evaluation.encoder, evaluation.data
-    train, test = (evaluation.load(split, all_classes=True) for split in ("train", "test"))
+    every_class = replace(data, classes=None, open_set=None)
+    train, test = evaluation.load("train", every_class), evaluation.load("test", every_class)
     chosen = choose_trials(trials, data, test.classes)
     unknown = test
     if chosen[0].elsewhere:
-        unknown = load(replace(data, name="cifar100", classes=None, open_set=None), "test")
+        unknown = evaluation.load("test", replace(every_class, name="cifar100"))
     params = {}
     for trial in chosen:
         missing = set(trial.known) - set(train.labels.tolist())
@@ -157,45 +155,34 @@ def evaluate(
             raise ValueError(f"trials: {train.name} has no image of the known classes {missing}")
         here = trial.unknown if unknown is test else ()
         seen = open_set.pretraining(encoder.config, data, test.classes, trial.known, here)
-        protocol = {"protocol": trial.protocol, "n_known": len(trial.known), "pretraining": seen}
-        params[trial] = protocol if unknown is test else {**protocol, "unknown": unknown.name}
+        params[trial] = {
+            "protocol": trial.protocol,
+            "n_known": len(trial.known),
+            "pretraining": seen,
+        }
 
     known = sorted({label for trial in chosen for label in trial.known})
-    of_train, of_test = (evaluation.features(each) for each in (train.only(known), test))
-    of_unknown = of_test if unknown is test else evaluation.features(unknown)
+    bank, queries = evaluation.features(train.only(known)), evaluation.features(test)
+    others = queries if unknown is test else evaluation.features(unknown)
     if not evaluation.accelerator.is_main_process:
         return
-
     frames, samples = [], {}
     for trial in tqdm(chosen, desc="trials", delay=3, disable=None):
-        numbers, samples[trial.name] = measure(
-            of_train, of_test, of_unknown, trial, k, top_k, epochs, seed
-        )
-        names = ("osr", test.name, encoder.name, encoder.feature)
-        frames.append(results.frame(numbers, *names, trial.number, **params[trial]))
-    rows = pd.concat(frames, ignore_index=True)
-    shown = over_trials(rows) if len(chosen) > 1 else rows
+        found = measure(bank, queries, others, trial, k, top_k, epochs, seed)
+        numbers, samples[trial.name] = found
+        frames.append(evaluation.frame("osr", test, numbers, trial.number, **params[trial]))
+    rows = summary = pd.concat(frames, ignore_index=True)
     if len(chosen) > 1:
-        rows = pd.concat([rows, shown], ignore_index=True)
+        summary = over_trials(rows)
+        rows = pd.concat([rows, summary], ignore_index=True)
 
-    path = evaluation.path("osr", test)
-    classes = {each.name: {"known": each.known, "unknown": each.unknown} for each in chosen}
-    about = {**evaluation.about(*dict.fromkeys([train, test, unknown])), "trials": classes}
-    results.write(path, rows, about)
+    names, seen = ", ".join(samples), params[chosen[0]]["pretraining"]
+    title = f"{encoder.title} on {test.name}, {names}, pretrained on: {seen}"
     lines = pd.concat(samples, names=["trial", None]).reset_index("trial")
-    write_whole(path.with_suffix(".csv"), partial(lines.to_csv, index=False))
-    settings = ", ".join(dict.fromkeys(each["pretraining"] for each in params.values()))
-    title = f"{encoder.title} on {test.name}, pretrained on: {settings}"
-    plots.write(path.with_suffix(".png"), plots.open_set(samples, rows, title))
-
-    print(title)
-    for trial in chosen:
-        print(f"{trial.name}: known {', '.join(test.classes[label] for label in trial.known)}")
-    accuracies = shown[shown["metric"] == "accuracy"]
-    print(f"\n{results.comparison(accuracies, {'accuracy': 'closed-set accuracy'})}")
-    print(f"\n{results.comparison(shown[shown['metric'].isin(SHOWN)], SHOWN)}")
-    print("± standard deviation over trials" if len(chosen) > 1 else "(bootstrap 95% interval)")
-    print(f"Written, with scores of each image in {path.with_suffix('.csv').name}: {path}")
+    classes = {each.name: {"known": each.known, "unknown": each.unknown} for each in chosen}
+    used = [train, unknown, test] if unknown is not test else [train, test]
+    evaluation.write(rows, plots.open_set(samples, rows, title), used, lines, trials=classes)
+    print(f"{title}\n{results.comparison(summary, SHOWN)}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

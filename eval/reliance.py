@@ -7,7 +7,7 @@ the boxes.
 
     python eval/reliance.py runs/x
     python eval/reliance.py runs/x --feature projector --layers '[layer2, layer3, layer4]'
-    python eval/reliance.py timm:resnet18.a1_in1k --data.name folder --data.root IMAGES --out results
+    python eval/reliance.py timm:resnet18.a1_in1k --data.name cifar10 --out results
 """
 
 from __future__ import annotations
@@ -121,26 +121,16 @@ def evaluate(
     backbone = model[0] if encoder.feature == "projector" else model
     layers = layers or default_layers(backbone, encoder.size)
     found = measure(model, pairs(), layers, part, fill, backbone, seed)
-    rows = results.frame(
-        numbers(found, part, fill, seed),
-        "reliance",
-        every.name,
-        encoder.name,
-        encoder.feature,
-        None,
-        **evaluation.classes,
+    rows = evaluation.frame(
+        "reliance", every, numbers(found, part, fill, seed), **evaluation.classes
     )
-
-    path = evaluation.path("reliance", every)
-    results.write(path, rows, evaluation.about(every))
     most = max(found, key=lambda each: each.by_image("attributed").mean())
     title = f"{encoder.title} on {every.name}, {most.layer}: {part:.0%} of the image replaced"
-    plots.write(path.with_suffix(".png"), draw(most, torch.cat(crops), made, title))
+    evaluation.write(rows, draw(most, torch.cat(crops), made, title), [every])
     print(f"{encoder.title} on {len(drawn):,} images of {every.name}, two views each")
     print(results.console(rows))
     share, at_random = (most.by_image(place).mean().item() for place in PLACES[:2])
     print(verdict(share, at_random, part))
-    print(f"Written: {path}")
 
 
 def main(argv: Sequence[str] | None = None, views: Callable[..., Views] = Views) -> None:

@@ -7,7 +7,7 @@ import os
 import sys
 from argparse import SUPPRESS, ArgumentError, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -208,15 +208,14 @@ class Evaluation:
         chosen = self.data.open_set or ", ".join(map(str, self.data.classes or ()))
         return {"classes": chosen} if chosen else {}
 
-    def load(self, split: Literal["train", "test"], all_classes: bool = False) -> ImageSet:
-        """Loads labeled images, of the classes that the settings select or of all.
+    def load(self, split: Literal["train", "test"], data: Data | None = None) -> ImageSet:
+        """Loads labeled images, of the data and classes of the settings or of other ones.
 
         Raises:
             ValueError: No image has a label.
         """
-        data = replace(self.data, classes=None, open_set=None) if all_classes else self.data
         with self.accelerator.local_main_process_first():  # loading may download
-            images = load_known(data, split)
+            images = load_known(data or self.data, split)
         labeled = images.subset(images.labels >= 0)
         if len(labeled) == 0:
             raise ValueError(f"data.root: {images.name} has no labels; use one folder per class")
@@ -240,6 +239,7 @@ class Evaluation:
         task: str,
         images: ImageSet,
         numbers: Iterable[results.Number],
+        /,
         trial: int | None = None,
         **params: Any,
     ) -> pd.DataFrame:

@@ -19,7 +19,7 @@ Labeled = tuple[Tensor, Tensor]
 ON_LOGITS = ("vim", "msp", "max_logit", "energy")
 """Scores that depend on the linear probe."""
 
-SHOWN = {"auroc": "AUROC", "fpr95_id_pos": "FPR95, known positive", "oscr": "OSCR"}
+SHOWN = ("accuracy", "auroc", "fpr95_id_pos", "oscr")
 """Metrics that the evaluations print."""
 
 
@@ -75,10 +75,10 @@ def detect(
         **training: Recorded with the numbers that depend on the probe.
 
     Returns:
-        The numbers of `metrics.all_metrics` with bootstrap 95% intervals, where OSCR counts an image
-        as correct if the probe classifies it correctly, and `threshold_tpr95`, which 95% of the
-        known images reach. And a table with one line per image, the known ones first: `is_known`,
-        `correct` (False for unknown images), `label`, and each score.
+        The numbers of `metrics.all_metrics` with bootstrap 95% intervals, and `threshold_tpr95`,
+        which 95% of the known images reach. And a table with one line per image, the known ones
+        first: `is_known`, `correct` (whether the probe classifies a known image correctly),
+        `label`, and each score.
     """
     features, labels = (torch.cat(parts) for parts in zip(known, unknown, strict=True))
     logits = probe.logits(train[0]), probe.logits(features)

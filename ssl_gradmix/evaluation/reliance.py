@@ -13,6 +13,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
 from typing import Literal
 
 import numpy as np
@@ -162,14 +164,10 @@ def measure(
     """
     backbone = model if backbone is None else backbone
     generator = torch.Generator()
-    keep = (1 - part, 1 - part)
+    make = partial(GradMix, fill=fill, lam_range=(1 - part, 1 - part), generator=generator)
     observer = GradMix(list(layers) if layers else None)
-    chosen = [[name] for name in layers] if layers else [None]
-    mixers = [GradMix(each, fill=fill, lam_range=keep, generator=generator) for each in chosen]
-    controls = [
-        GradMix(region=region, fill=fill, lam_range=keep, generator=generator)
-        for region in CONTROLS
-    ]
+    mixers = [make([name]) for name in layers] if layers else [make()]
+    controls = [make(region="random"), make(region="center")]
     batches = []
     for number, (first, second) in enumerate(pairs):
         if len(first) < 2:
@@ -180,7 +178,8 @@ def measure(
             _check(z, 2 * len(first))
             whole = F.cosine_similarity(*z.chunk(2))
         z0, z1 = z.detach().chunk(2)
-        measured, replaced = [], {}
+        measured = []
+        replaced: dict[str, Tensor] = {}
         for mixer in (*controls, *mixers):
             generator.manual_seed(_seed(seed, number))  # the same donors for all
             mixed = mixer(first, -whole.sum(), activations)
@@ -235,15 +234,16 @@ def _join(batches: Sequence[Reliance]) -> Reliance:
         joined = torch.cat(list(parts)).cpu()
         return joined.float() if joined.is_floating_point() else joined
 
-    starts = np.cumsum([0, *(len(batch.whole) for batch in batches)])
-    donors = join(batch.donors + start for batch, start in zip(batches, starts.tolist()))
+    starts = [0, *accumulate(len(batch.whole) for batch in batches[:-1])]
+    pairs = zip(batches, starts, strict=True)
+    donors = join(batch.donors + start for batch, start in pairs)
     whole = join(batch.whole for batch in batches)
     chance = join(batch.chance for batch in batches)
     above = whole - chance
     if not above.mean() > 2 * above.std() / math.sqrt(len(above)):  # fractions of it are noise
         raise ValueError(
-            f"encoder: two views of an image (cosine {whole.mean():.3f}) hardly agree more than two "
-            f"images ({chance.mean():.3f}); take more images, unless the encoder has collapsed"
+            f"encoder: two views of an image (cosine {whole.mean():.3f}) hardly agree more than "
+            f"two images ({chance.mean():.3f}); use more images, unless the encoder has collapsed"
         )
     return Reliance(
         layer=batches[0].layer,

@@ -121,57 +121,36 @@ def read(path: str | Path) -> tuple[pd.DataFrame, dict[str, Any]]:
         ValueError: The file is not JSON, or does not hold rows with these columns.
     """
     about = read_json(path)
-    records = about.pop("rows", None) if isinstance(about, dict) else None
-    if not isinstance(records, list):
-        raise ValueError(f"{path} is not a file of results: it has no rows")
-    for record in records:
-        if not isinstance(record, dict) or set(record) != set(COLUMNS):
-            raise ValueError(f"{path} is not a file of results: a row has other columns")
     try:
+        records = [{name: row[name] for name in COLUMNS} for row in about.pop("rows")]
         return table(records), about
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path} is not a file of results: {error}") from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not a file of results: {error!r}") from error
 
 
 def console(rows: pd.DataFrame) -> str:
-    """A table for the terminal: score, metric, value, interval, number of images, parameters."""
-    lines = [("score", "metric", "value", "95% interval", "n", "")]
-    for row in rows.to_dict("records"):
-        interval = ""
-        if pd.notna(row["ci_low"]):
-            interval = f"{row['ci_low']:.4f} to {row['ci_high']:.4f}"
-        params = ", ".join(f"{name} {_short(value)}" for name, value in row["params"].items())
-        value = f"{row['value']:.4f}"
-        lines.append((row["score"], row["metric"], value, interval, str(row["n"]), params))
-    return _aligned(lines)
+    """A table for the terminal, one line per row."""
+    params = [
+        ", ".join(f"{name} {value}" for name, value in each.items()) for each in rows["params"]
+    ]
+    shown = rows[["score", "metric", "value", "ci_low", "ci_high", "n"]].assign(params=params)
+    return shown.to_string(index=False, na_rep="", float_format="{:.4f}".format)
 
 
-def comparison(rows: pd.DataFrame, metrics: Mapping[str, str]) -> str:
-    """A table for the terminal with one line per score and one column per metric.
+def comparison(rows: pd.DataFrame, metrics: Sequence[str]) -> str:
+    """A table for the terminal, one line per score and one column per metric.
 
     Args:
-        rows: At most one row for each score and metric. The spread is the parameter `std` if there
+        rows: At most one row for each score and metric. Its spread is the parameter `std` if there
             is one, else the interval.
-        metrics: Titles of the columns by metric.
+        metrics: The columns.
     """
-    cells = {score: {"score": score} for score in rows["score"]}
-    for row in rows.to_dict("records"):
-        spread = ""
+    shown = rows[rows["metric"].isin(metrics)]
+    cells = []
+    for row in shown.to_dict("records"):
+        spread = f"({row['ci_low']:.4f} to {row['ci_high']:.4f})"
         if "std" in row["params"]:
-            spread = f" ± {row['params']['std']:.4f}"
-        elif pd.notna(row["ci_low"]):
-            spread = f" ({row['ci_low']:.4f} to {row['ci_high']:.4f})"
-        cells[row["score"]][row["metric"]] = f"{row['value']:.4f}{spread}"
-    titles = {"score": "score", **metrics}
-    lines = [[cell.get(name, "") for name in titles] for cell in cells.values()]
-    return _aligned([list(titles.values()), *lines])
-
-
-def _short(value: object) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _aligned(lines: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    padded = [map(str.ljust, line, widths) for line in lines]
-    return "\n".join("  ".join(cells).rstrip() for cells in padded)
+            spread = f"± {row['params']['std']:.4f}"
+        cells.append(f"{row['value']:.4f} {spread}")
+    table = shown.assign(cell=cells).pivot(index="score", columns="metric", values="cell")
+    return table.reindex(shown["score"].unique())[list(metrics)].to_string(na_rep="")

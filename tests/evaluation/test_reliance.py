@@ -1,4 +1,4 @@
-"""Reliance against a loop over single images, and on encoders of which it is known what they read."""
+"""Reliance against a loop over single images, and on encoders that read a known place."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ import torch.nn.functional as F
 from support import tiny_encoder
 from torch import Tensor, nn
 
-from ssl_gradmix.data.augmentation import Views
-from ssl_gradmix.data.datasets import ImageSet, load
+from ssl_gradmix.data.augmentation import Augmentation, Views
+from ssl_gradmix.data.datasets import Data, ImageSet, load
 from ssl_gradmix.evaluation.reliance import PLACES, in_images, measure, two_views, verdict
-from ssl_gradmix.settings import Augmentation, Data
 
 
 class Reader(nn.Module):
-    """Reads 4x4 pixels of an image, or the mean of all of it, behind a ReLU: no two of its features are orthogonal."""
+    """Reads 4x4 pixels of an image, or the mean of all of it, behind a ReLU."""
 
     def __init__(self, patch: bool) -> None:
         super().__init__()
@@ -28,7 +27,7 @@ class Reader(nn.Module):
 
 
 def pairs(count: int = 64, batches: int = 2, size: int = 32) -> list[tuple[Tensor, Tensor]]:
-    """Two views of images, which differ by noise."""
+    """Batches of two views that differ by noise."""
     generator = torch.Generator().manual_seed(0)
     made = []
     for _ in range(batches):
@@ -40,15 +39,17 @@ def pairs(count: int = 64, batches: int = 2, size: int = 32) -> list[tuple[Tenso
 
 
 def telling_apart(encoder: nn.Module, images: Tensor) -> nn.Sequential:
-    """The encoder with its features centered and scaled, as random ones are alike for all images."""
+    """The encoder with centered and scaled features; random ones are alike for all images."""
     norm = nn.BatchNorm1d(32, momentum=None)
     with torch.no_grad():
         norm(encoder.eval()(images))
     return nn.Sequential(encoder, norm).eval()
 
 
-def by_hand(model: nn.Module, first: Tensor, second: Tensor, donor: Tensor) -> tuple[float, float, list[int]]:
-    """Similarity of a pair (3, 16, 16), whole and with 5x5 pixels replaced, and the box: LayerCAM at layer1."""
+def by_hand(
+    model: nn.Module, first: Tensor, second: Tensor, donor: Tensor
+) -> tuple[float, float, list[int]]:
+    """Similarity of a pair (3, 16, 16), whole and with the LayerCAM box at layer1 replaced."""
     kept: list[Tensor] = []
     handle = model[0].layer1.register_forward_hook(lambda module, args, output: kept.append(output))
     z0, z1 = model(first[None])[0], model(second[None])[0]
@@ -63,36 +64,46 @@ def by_hand(model: nn.Module, first: Tensor, second: Tensor, donor: Tensor) -> t
         for x, weight_x in enumerate((1, 2, 1))
     )
     cam = (kept[0][0].detach().numpy() * np.maximum(smoothed, 0)).sum(0)
-    cam = (cam - cam.min()) / (cam.max() - cam.min())  # else a plateau at the border is not level, by rounding
-    cam = F.interpolate(torch.from_numpy(cam)[None, None], size=(16, 16), mode="bilinear")[0, 0].numpy()
+    cam = (cam - cam.min()) / (cam.max() - cam.min())
+    cam = F.interpolate(torch.from_numpy(cam)[None, None], size=(16, 16), mode="bilinear")[
+        0, 0
+    ].numpy()
     y, x = np.unravel_index(cam.argmax(), cam.shape)
     top, left = min(max(y - 2, 0), 11), min(max(x - 2, 0), 11)
     mixed = first.clone()
     mixed[:, top : top + 5, left : left + 5] = donor[:, top : top + 5, left : left + 5]
     z0, z1 = (each.detach().double().numpy() for each in (model(mixed[None])[0], z1))
-    return cosine.item(), z0 @ z1 / np.linalg.norm(z0) / np.linalg.norm(z1), [left, top, left + 5, top + 5]
+    return (
+        cosine.item(),
+        z0 @ z1 / np.linalg.norm(z0) / np.linalg.norm(z1),
+        [left, top, left + 5, top + 5],
+    )
 
 
-def test_one_image_at_a_time_gives_the_same() -> None:
+def test_measure_equals_a_loop_over_images() -> None:
     torch.manual_seed(0)
     given = pairs(count=9, batches=2, size=16)
     first, second = (torch.cat(views) for views in zip(*given, strict=True))
     model = telling_apart(tiny_encoder(), first)
     (found,) = measure(model, given, ["layer1"], backbone=model[0])
-    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+    assert all(
+        parameter.grad is None and parameter.requires_grad for parameter in model.parameters()
+    )
     assert found.layer == "layer1"
     assert found.images.equal(first)
     assert (found.donors // 9 == torch.arange(18) // 9).all()  # of the same batch
     assert (found.donors != torch.arange(18)).all()
     whole, replaced, boxes = zip(
-        *(by_hand(model, first[i], second[i], first[found.donors[i]]) for i in range(18)), strict=True
+        *(by_hand(model, first[i], second[i], first[found.donors[i]]) for i in range(18)),
+        strict=True,
     )
     assert found.boxes.tolist() == list(map(list, boxes))
     np.testing.assert_allclose(found.whole, whole, atol=1e-5)
     np.testing.assert_allclose(found.replaced["attributed"], replaced, atol=1e-5)
     with torch.no_grad():
         chance = [
-            F.cosine_similarity(model(first[[j]]), model(second[[i]])) for i, j in enumerate(found.donors.tolist())
+            F.cosine_similarity(model(first[[j]]), model(second[[i]]))
+            for i, j in enumerate(found.donors.tolist())
         ]
     chance = torch.cat(chance).numpy()
     np.testing.assert_allclose(found.chance, chance, atol=1e-5)
@@ -106,7 +117,7 @@ def test_one_image_at_a_time_gives_the_same() -> None:
     assert beyond.value == pytest.approx(share.value - found.share("random").value, abs=1e-6)
 
 
-def test_an_encoder_that_reads_a_patch_loses_all_with_it() -> None:
+def test_encoder_of_a_patch_loses_all_agreement_with_it() -> None:
     (found,) = measure(Reader(patch=True), pairs(), ["stem"])
     x0, y0, x1, y1 = found.boxes.unbind(1)
     assert ((x0 <= 20) & (x1 >= 24) & (y0 <= 4) & (y1 >= 8)).all()
@@ -118,7 +129,7 @@ def test_an_encoder_that_reads_a_patch_loses_all_with_it() -> None:
     assert not other.donors.equal(found.donors)
 
 
-def test_an_encoder_that_reads_all_of_the_image_loses_as_little_anywhere() -> None:
+def test_encoder_of_the_whole_image_loses_little_anywhere() -> None:
     given = pairs()
     (found,) = measure(Reader(patch=False), given, ["stem"])
     for place in PLACES:
@@ -127,51 +138,48 @@ def test_an_encoder_that_reads_all_of_the_image_loses_as_little_anywhere() -> No
     assert half.share("random").value > 3 * found.share("random").value
 
 
-def test_flat_maps_are_told() -> None:
-    flat = [(first.mean((2, 3), keepdim=True).expand_as(first).clone(), second) for first, second in pairs()]
-    flat = [(first, first + 0.01) for first, _ in flat]
-    (found,) = measure(Reader(patch=False), flat, ["stem"])
-    assert found.flat.all()
-    assert found.boxes[:, 0].unique().numel() > 10  # anywhere
-
-
-def test_the_same_seed_gives_the_same_numbers_whatever_was_drawn_before() -> None:
-    images = load(Data(stamp_bits=4), "train").subset(range(20))
-    views = Views(Augmentation(min_scale=0.8), 16, (0.5,) * 3, (0.25,) * 3, stamps=images.stamps)
+@pytest.mark.parametrize("fill", ["crop", "donor"])
+def test_same_seed_repeats_all_numbers(fill) -> None:
+    images = load(Data(), "train").subset(range(20))
+    views = Views(Augmentation(min_scale=0.8), 16, (0.5,) * 3, (0.25,) * 3)
     torch.manual_seed(0)
-    model = telling_apart(tiny_encoder(), torch.cat([pair[0] for pair, _ in two_views(images, views, 7, 5)]))
+    first = torch.cat([pair[0] for pair, _ in two_views(images, views, 7, 5)])
+    model = telling_apart(tiny_encoder(), first)
     found = []
     for _ in range(2):
         torch.rand(3)
         before = torch.get_rng_state()
-        made = list(two_views(images, views, 7, 5))
+        made = [pair for pair, _ in two_views(images, views, 7, 5)]
         assert torch.get_rng_state().equal(before)
-        assert [len(pair[0]) for pair, _ in made] == [7, 7, 6]
-        found.append(measure(model, [pair for pair, _ in made], ["0.layer1", "0.layer2"], fill="donor", seed=5))
+        assert [len(pair[0]) for pair in made] == [7, 7, 6]
+        found.append(measure(model, made, ["0.layer1", "0.layer2"], fill=fill, seed=5))
     for one, other in zip(*found, strict=True):
         assert one.share("attributed") == other.share("attributed")
         assert one.replaced["random"].equal(other.replaced["random"])
-    assert found[0][0].replaced["random"].equal(found[0][1].replaced["random"])  # whatever the layer
     assert [each.layer for each in found[0]] == ["0.layer1", "0.layer2"]
+    assert found[0][0].replaced["random"].equal(found[0][1].replaced["random"])
 
 
-def test_views_say_where_in_their_image_they_lie() -> None:
-    """Of images whose red rises from left to right, and green from top to bottom."""
+def test_crops_are_where_views_lie_and_maps_are_put_back_there() -> None:
+    """In images whose red rises from left to right, and green from top to bottom."""
     ramp = np.linspace(0, 255, 64).round().astype(np.uint8)
     red, green = np.meshgrid(ramp, ramp)
     pixels = np.stack([red, green, 0 * red], -1)[None].repeat(16, 0)
     images = ImageSet(pixels, np.zeros(16, np.int64), ("ramp",), "ramps/train")
     views = Views(Augmentation(jitter=0, gray=0), 32, (0.0,) * 3, (1.0,) * 3)
-    ((first, _), crops), *rest = two_views(images, views, 16, 0)
-    assert not rest
+    (((first, _), crops),) = two_views(images, views, 16, 0)
     top, left, height, width, flipped = crops.unbind(1)
     assert 0 < flipped.sum() < 16
-    start, end = torch.where(flipped > 0, left + width, left), torch.where(flipped > 0, left, left + width)
-    torch.testing.assert_close(first[:, 0, :, 0].mean(1), start, atol=0.03, rtol=0)
-    torch.testing.assert_close(first[:, 0, :, -1].mean(1), end, atol=0.03, rtol=0)
-    torch.testing.assert_close(first[:, 1, 0].mean(1), top, atol=0.03, rtol=0)
-    torch.testing.assert_close(first[:, 1, -1].mean(1), top + height, atol=0.03, rtol=0)
-    # A map that marks a corner of the images, wherever the views show it, marks it again when they are put back.
+    start = torch.where(flipped > 0, left + width, left)
+    end = torch.where(flipped > 0, left, left + width)
+    edges = [
+        (first[:, 0, :, 0], start),
+        (first[:, 0, :, -1], end),
+        (first[:, 1, 0], top),
+        (first[:, 1, -1], top + height),
+    ]
+    for pixels_of_edge, expected in edges:
+        torch.testing.assert_close(pixels_of_edge.mean(1), expected, atol=0.03, rtol=0)
     corner = ((first[:, 0] > 0.75) & (first[:, 1] > 0.75)).float()
     back = in_images(corner, crops)
     assert back[26:30, 26:30].min() > 0.9
@@ -180,35 +188,45 @@ def test_views_say_where_in_their_image_they_lie() -> None:
 
 
 class Vector(nn.Module):
-    def forward(self, images: Tensor) -> Tensor:
-        return self.head(images.flatten(1))
+    """An encoder without maps."""
 
     def __init__(self) -> None:
         super().__init__()
         self.head = nn.Linear(3 * 32 * 32, 5)
 
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(images.flatten(1))
+
 
 @pytest.mark.parametrize(
-    ("model", "given", "layers", "message"),
+    ("model", "given", "layers", "error", "argument"),
     [
-        (Reader(True), pairs(count=1), ["stem"], "at least 2 are needed"),
-        (Vector(), pairs(), None, "no layer has a map of at least 4x4"),
-        (Vector(), pairs(), ["head"], "'head' has no spatial extent"),
-        (nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()), pairs(), ["0"], "one feature vector an image"),
-        (Reader(True), [(first, first.roll(1, 0)) for first, _ in pairs()], ["stem"], "hardly agree more"),
-        (Reader(True), [(first * float("nan"), second) for first, second in pairs()], ["stem"], "NaN or infinite"),
+        (Reader(True), pairs(count=1), ["stem"], ValueError, "images"),
+        (Vector(), pairs(), None, ValueError, "layers"),
+        (Vector(), pairs(), ["head"], ValueError, "layers"),
+        (Vector(), pairs(), ["neck"], KeyError, "layers"),
+        (nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()), pairs(), ["0"], ValueError, "model"),
+        (Reader(True), [(x * float("nan"), y) for x, y in pairs()], ["stem"], ValueError, "model"),
+        (Reader(True), [(x, x.roll(1, 0)) for x, _ in pairs()], ["stem"], ValueError, "encoder"),
     ],
 )
-def test_what_cannot_be_measured_is_said(model, given, layers, message) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_invalid_input_raises(model, given, layers, error, argument) -> None:
+    with pytest.raises(error, match=argument):
         measure(model, given, layers)
 
 
-def test_the_sentence() -> None:
-    assert "loses 97% of its agreement with 10% of the image (13% with one at random), and those without" in verdict(
-        0.97, 0.13, 0.1
-    )
-    assert verdict(0.14, -0.02, 0.1).endswith(
-        "loses 14% of its agreement with 10% of the image, the part that matters most (0% with one at random)"
-    )
-    assert "loses all of its agreement" in verdict(1.2, 0.1, 0.1)
+@pytest.mark.parametrize(
+    ("share", "at_random", "stands_out", "relies"),
+    [
+        (0.97, 0.13, True, True),
+        (0.14, -0.02, True, False),
+        (0.1, 0.1, False, False),
+        (0.6, 0.7, False, False),
+    ],
+)
+def test_verdict_has_the_numbers_and_the_comparison(share, at_random, stands_out, relies) -> None:
+    sentence = verdict(share, at_random, 0.1)
+    assert f"{share:.0%}" in sentence
+    assert f"{max(at_random, 0):.0%}" in sentence
+    assert ("No part" in sentence) is not stands_out
+    assert ("shortcut" in sentence) is relies
