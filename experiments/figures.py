@@ -15,11 +15,12 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from experiments import rows
 from experiments.rows import MEASURES
 from experiments.stamps import StampedViews, Stamps
-from ssl_gradmix import GradMix, MixedViews
+from ssl_gradmix import GradMix
 from ssl_gradmix.data.augmentation import Augmentation
 from ssl_gradmix.data.datasets import MEMORY, Data
 from ssl_gradmix.data.open_set import load_known
@@ -92,25 +93,22 @@ def accuracy_by_bits(found: pd.DataFrame) -> Figure:
     probe = probe.assign(bits=probe.data.map({f"stamps-{n}": n for n in bits})).dropna()
     figure = Figure(figsize=(7, 3.2), layout="constrained")
     axes = figure.subplots()
-    for i, (variant, title) in enumerate(TITLES.items()):
+    for (variant, title), color in zip(TITLES.items(), (*plots.COLORS, "0.4"), strict=True):
         seeds = probe[probe.variant == variant].groupby("bits")["value"].agg(["mean", "std"]) * 100
-        if len(seeds):
-            marks = {"marker": "o", "markersize": 4, "capsize": 2}
-            color, deviation = plots.COLORS[i % len(plots.COLORS)], seeds["std"].fillna(0)
-            axes.errorbar(seeds.index, seeds["mean"], deviation, label=title, color=color, **marks)
+        marks = {"marker": "o", "markersize": 4, "capsize": 2, "color": color}
+        axes.errorbar(seeds.index, seeds["mean"], seeds["std"].fillna(0), label=title, **marks)
     axes.axhline(10, color="0.5", linewidth=0.8, linestyle=":")
     axes.text(16, 10, "chance", ha="right", va="bottom", fontsize=8, color="0.4")
     axes.set(xlabel="bits of the stamp (0: no stamp)", ylabel="linear probe without stamps, %")
     axes.set_xticks(bits)
-    if axes.containers:
-        figure.legend(loc="outside right center", frameon=False, fontsize=8)
+    figure.legend(loc="outside right center", frameon=False, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 
-def mixed_views(run: Path) -> tuple[np.ndarray, MixedViews, np.ndarray]:
-    """Stamped views and GradMix's mixed views by the encoder of a run, (N, H, W, 3) in [0, 1]."""
-    encoder = load_encoder(str(run), feature="projector")
+def mixed_views(run: Path) -> tuple[Tensor, Tensor, Tensor]:
+    """Stamped views (N, H, W, 3), the maps of a run's encoder (N, H, W), and mixed views."""
+    encoder = load_encoder(run, feature="projector")
     images = load_known(Data(**encoder.config["data"]), "train")
     augmentation = Augmentation(**encoder.config["augmentation"])
     how = (augmentation, encoder.size, encoder.mean, encoder.std)
@@ -123,13 +121,11 @@ def mixed_views(run: Path) -> tuple[np.ndarray, MixedViews, np.ndarray]:
     loss = -torch.cosine_similarity(z0, z1).sum()
     mixed = gradmix(first, loss, activations, donors=second)
     pixels = ((each * views.std + views.mean).clamp(0, 1) for each in (first, mixed.images))
-    before, after = (each.permute(0, 2, 3, 1).numpy() for each in pixels)
-    return before, mixed, after
+    before, after = (each.permute(0, 2, 3, 1) for each in pixels)
+    return before, mixed.attribution, after
 
 
-def shortcuts(
-    before: np.ndarray, mixed: MixedViews, after: np.ndarray, measured: pd.DataFrame
-) -> Figure:
+def shortcuts(pictures: tuple[Tensor, Tensor, Tensor], measured: pd.DataFrame) -> Figure:
     """Views, maps and mixed views on the left, and a bar for each variant on the right."""
     figure = Figure(figsize=(10.5, 3), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(1.3, 1))
@@ -137,14 +133,11 @@ def shortcuts(
         *("views: each image\nhas a stamp of its own", "where SimCLR\nhas learned to look"),
         "GradMix mixes\nanother image in",
     )
-    grid = left.subplots(len(lines), IMAGES, gridspec_kw={"hspace": 0.05, "wspace": 0.05})
-    for axes, text in zip(grid[:, 0], lines, strict=True):
-        axes.set_ylabel(text, rotation=0, ha="right", va="center", fontsize=9)
-    for i, column in enumerate(grid.T):
-        column[0].imshow(before[i])
-        column[1].imshow(mixed.attribution[i], cmap="inferno")
-        column[2].imshow(after[i])
-        for axes in column:
+    grid = left.subplots(3, IMAGES, gridspec_kw={"hspace": 0.05, "wspace": 0.05})
+    for row, text, pictured in zip(grid, lines, pictures, strict=True):
+        row[0].set_ylabel(text, rotation=0, ha="right", va="center", fontsize=9)
+        for axes, picture in zip(row, pictured, strict=False):
+            axes.imshow(picture, cmap="inferno")
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_visible(False)
     values = measured.groupby(["data", "variant"])["value"].agg(list)
@@ -170,6 +163,6 @@ def shortcuts(
 
 if __name__ == "__main__":
     run, out = map(Path, sys.argv[1:])
-    found = rows.read(Path(__file__).parent / "results" / "shortcuts.jsonl")
+    found = rows.read(rows.RESULTS / "shortcuts.jsonl")
     usual = "grid == 'cpu' and method == 'simclr' and measure == 'unstamped_linear'"
-    plots.write(out, shortcuts(*mixed_views(run), found.query(usual)))
+    plots.write(out, shortcuts(mixed_views(run), found.query(usual)))

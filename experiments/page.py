@@ -18,12 +18,11 @@ from experiments.rows import MEASURES
 from experiments.variants import VARIANTS
 from ssl_gradmix.evaluation import plots
 
-RESULTS = Path(__file__).parent / "results"
 PRIMARY = "unstamped_linear"
 """The measure of the planted shortcuts that was fixed beforehand."""
 
 
-def main(folder: Path = RESULTS) -> None:
+def main(folder: Path = rows.RESULTS) -> None:
     evidence, stamps = (rows.read(folder / f"{name}.jsonl") for name in ("evidence", "shortcuts"))
     rewrite(folder / "evidence.md", evidence_page(evidence))
     rewrite(folder / "shortcuts.md", stamps_page(stamps))
@@ -112,19 +111,16 @@ def summary(part: pd.DataFrame) -> list[str]:
     compared = rows.differences(part, figures.REFERENCE)
     cells = {}
     for key, row in part.groupby(["measure", "variant"]).value.agg(["mean", "count"]).iterrows():
-        mean = number(key[0], row["mean"])
+        behind = f" ({row['count']:.0f})"
         if key in compared.index:
-            cells[key[::-1]] = f"{mean}; {difference(key[0], compared.loc[key])}"
-        else:
-            cells[key[::-1]] = f"{mean} ({row['count']:.0f})"
+            behind = f"; {difference(key[0], compared.loc[key])}"
+        cells[key[::-1]] = number(key[0], row["mean"]) + behind
     return pivot(cells, "variant")
 
 
 def described(part: pd.DataFrame) -> str:
     """Number of cells, commits, and the settings that all cells share."""
     first = part.iloc[0].settings
-    if any(settings != first for settings in part.settings):
-        raise ValueError(f"grid {part.iloc[0].grid!r} has cells with different settings")
     cells = part.groupby(["variant", "data", "seed"]).ngroups
     names = ("data", "images", "epochs", "batch", "backbone", "corrupted")
     shared = ", ".join(f"{name} {first[name]}" for name in names)

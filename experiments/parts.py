@@ -1,11 +1,7 @@
-"""Parts that replace those of a recipe: where boxes lie, and the loss of mixed views.
-
-recipe.main(argv, gradmix=Anywhere, method=DonorPositive)
-"""
+"""Parts for a recipe's `main(argv, gradmix=..., method=...)`: where boxes lie, and other losses."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,17 +10,15 @@ from torch.nn.functional import normalize
 
 from experiments.stamps import Stamps
 from ssl_gradmix import GradMix, MixedViews, SimCLR
+from ssl_gradmix.gradmix import Activations
 from ssl_gradmix.losses import nt_xent
 from ssl_gradmix.methods import Embeddings, Method
-
-Activations = Mapping[str, Sequence[Tensor]]
 
 
 class Anywhere(GradMix):
     """Centers boxes on a uniformly random pixel and shifts them inside the image.
 
-    Constant maps have this effect. With `region="random"` all boxes inside the image are equally
-    likely; here those at the border are more likely.
+    Constant maps have this effect. It makes boxes at the border more likely than `region="random"`.
     """
 
     def attribute(self, images: Tensor, loss: Tensor | None, activations: Activations) -> Tensor:

@@ -18,6 +18,8 @@ from experiments.variants import TRIALS, Cell, Grid, passes
 from ssl_gradmix.data.open_set import KNOWN_ONLY
 from ssl_gradmix.files import read_json, read_yaml
 
+RESULTS = Path(__file__).parent / "results"
+
 CELL = (
     *("grid", "method", "variant", "data", "seed", "passes", "attributions", "target_passes"),
     *("seconds", "threads", "commit", "settings"),
@@ -30,7 +32,7 @@ class Measure:
     """A quantity measured in a cell.
 
     Args:
-        title: Name in tables.
+        name: Name in tables, to which "(less is better)" is added.
         kind: Kind of cells that have it, see `Cell.kinds`. The kinds `two-cue` and `past` belong to
             evaluations that were removed.
         source: Evaluation whose file has it, and score and metric of its rows there, which are
@@ -42,7 +44,7 @@ class Measure:
         digits: Digits after the decimal point.
     """
 
-    title: str
+    name: str
     kind: str
     source: str = ""
     labels: float | None = None
@@ -50,6 +52,10 @@ class Measure:
     better: int = 1
     percent: bool = True
     digits: int = 1
+
+    @property
+    def title(self) -> str:
+        return self.name if self.better > 0 else f"{self.name} (less is better)"
 
 
 _LOSS = partial(Measure, better=-1, percent=False, digits=2)
@@ -60,14 +66,12 @@ _KNN = partial(Measure, source="linear_probe knn top1")
 MEASURES = {
     "validation_knn": Measure("kNN, held-out training images", "all"),
     "validation_linear": Measure("linear probe, held-out training images", "past"),
-    "validation_loss": _LOSS(
-        "linear probe's loss, held-out training images (less is better)", "all"
-    ),
+    "validation_loss": _LOSS("linear probe's loss, held-out training images", "all"),
     "linear": _PROBE("linear probe", "all"),
     "knn": _KNN("kNN", "all"),
     "linear_10": _PROBE("linear probe, 10% of labels", "all", labels=0.1),
     "linear_1": _PROBE("linear probe, 1% of labels", "all", labels=0.01),
-    "corruption_error": _ERROR("mean corruption error (less is better)", "all"),
+    "corruption_error": _ERROR("mean corruption error", "all"),
     "ood_auroc": Measure("OOD AUROC, kNN distance", "all", "ood knn_distance auroc"),
     "ood_auroc_mahalanobis": Measure("OOD AUROC, Mahalanobis", "all", "ood mahalanobis auroc"),
     "rankme": Measure("RankMe", "all", percent=False),
@@ -86,9 +90,7 @@ MEASURES = {
     "known_ood_auroc": Measure(
         "OOD AUROC, kNN distance, known classes", "labels", "ood knn_distance auroc"
     ),
-    "known_corruption_error": _ERROR(
-        "mean corruption error, known classes (less is better)", "labels"
-    ),
+    "known_corruption_error": _ERROR("mean corruption error, known classes", "labels"),
     "usual_cue": Measure("two cues: the usual one", "two-cue"),
     "neglected_cue": Measure("two cues: the neglected one", "two-cue"),
     "two_cue_rank": Measure("two cues: RankMe", "two-cue", percent=False),
@@ -99,24 +101,18 @@ MEASURES = {
     "same_stamp": Measure("cosine of two views", "past"),
     "other_bits": Measure("cosine, stamp of other bits", "past"),
     "other_place": Measure("cosine, stamp elsewhere", "past"),
-    "other_image": Measure("cosine, other image (less is better)", "past", better=-1),
-    "reliance": Measure(
-        "reliance (less is better)", "stamps", "reliance attributed reliance", better=-1
-    ),
+    "other_image": Measure("cosine, other image", "past", better=-1),
+    "reliance": Measure("reliance", "stamps", "reliance attributed reliance", better=-1),
     "hit": Measure("share of the stamp in the box, last epoch", "hit"),
-    "unstamped_corruption_error": _ERROR(
-        "mean corruption error, without stamps (less is better)", "corrupted"
-    ),
-    "stamps_validation_loss": _LOSS(
-        "linear probe's loss, held-out images (less is better)", "stamps"
-    ),
+    "unstamped_corruption_error": _ERROR("mean corruption error, without stamps", "stamps"),
+    "stamps_validation_loss": _LOSS("linear probe's loss, held-out images", "stamps"),
 }
 """Measures by their names in rows, in the order of the tables."""
 
 IN_LOG = {"validation_knn": "knn", "rankme": "rankme", "hit": "hit"}
 """Measures that training itself logs."""
 
-CHOSEN_BY = (*("validation_knn", "validation_linear", "validation_loss", "stamps_validation_loss"),)
+CHOSEN_BY = ("validation_knn", "validation_linear", "validation_loss", "stamps_validation_loss")
 """Measures of held-out training images. Settings are chosen by these, and verdicts ignore them."""
 
 
@@ -130,20 +126,23 @@ def condense(cell: Cell, grid: Grid) -> dict[str, Any]:
     folder = cell.folder(grid)
     config = read_yaml(folder / "config.yaml")
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    kinds = cell.kinds(grid) | ({"hit"} if "hit" in log[-1] else set())
+    steps = np.diff([0, *(entry["step"] for entry in log)])
+    rates = np.array([entry["images_per_second"] for entry in log])  # without interruptions
+    seconds = float((steps * config["training"]["batch_size"] / rates).sum())
+    kinds = cell.kinds | ({"hit"} if "hit" in log[-1] else set())
     measures = {
         name: read_value(name, cell, grid, log)
         for name, measure in MEASURES.items()
-        if measure.kind in kinds
+        if measure.kind in kinds and (grid.corrupted or not measure.source.startswith("corruption"))
     }
     return {
         "grid": grid.name,
         **cell._asdict(),
         **dict(zip(("passes", "attributions", "target_passes"), passes(cell, grid), strict=True)),
-        "seconds": round(training_seconds(log, config["training"]["batch_size"]), 1),
+        "seconds": round(seconds, 1),
         "threads": grid.threads,
         "commit": config["environment"]["commit"],
-        "settings": grid.settings(),
+        "settings": grid.settings(cell),
         "measures": measures,
     }
 
@@ -172,23 +171,6 @@ def read_value(name: str, cell: Cell, grid: Grid, log: Sequence[Mapping[str, Any
     return float(np.mean(values))
 
 
-def training_seconds(log: Sequence[Mapping[str, Any]], batch: int) -> float:
-    """Duration of the training steps in a log. Interruptions do not count.
-
-    An epoch that was resumed after its last step has no rate and is left out.
-    """
-    steps = np.diff([0, *(entry["step"] for entry in log)])
-    rates = [entry.get("images_per_second") for entry in log]
-    return float(sum(n * batch / rate for n, rate in zip(steps, rates, strict=True) if rate))
-
-
-def append(path: Path, line: Mapping[str, Any]) -> None:
-    """Appends a line from `condense` to the file of an experiment."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.write(f"{json.dumps(line, allow_nan=False)}\n")
-
-
 def read(path: Path) -> pd.DataFrame:
     """All numbers of a file, one per row, with the columns `CELL`, `measure` and `value`."""
     text = path.read_text() if path.exists() else ""
@@ -199,20 +181,17 @@ def read(path: Path) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=[*CELL, "measure", "value"])
 
 
-def finished(rows: pd.DataFrame, grid: Grid) -> set[Cell]:
-    """Cells of a grid that have rows.
+def finished(found: pd.DataFrame, cell: Cell, grid: Grid) -> bool:
+    """Whether a cell has rows.
 
     Raises:
-        ValueError: They were made with other settings.
+        ValueError: Its grid has rows of other settings, which do not compare.
     """
-    mine = rows[rows.grid == grid.name]
-    for settings in mine.settings:
-        if settings != grid.settings():
-            raise ValueError(
-                f"--grid {grid.name} has rows of {settings}, not of {grid.settings()}; "
-                "choose another name"
-            )
-    return {Cell(*row) for row in mine[list(Cell._fields)].itertuples(index=False)}
+    mine, settings = found[found.grid == grid.name], grid.settings(cell)
+    for others in mine.settings:
+        if others != settings:
+            raise ValueError(f"--grid {grid.name} has rows of {others}, not of {settings}; rename")
+    return bool((mine[list(Cell._fields)] == list(cell)).all(axis=1).any())
 
 
 def differences(rows: pd.DataFrame, reference: str) -> pd.DataFrame:
@@ -251,10 +230,8 @@ def differences(rows: pd.DataFrame, reference: str) -> pd.DataFrame:
 def paired_interval(values: Sequence[float]) -> tuple[float, float, float]:
     """Mean of paired differences and its 95% t interval, which is NaN for a single difference."""
     mean = math.fsum(values) / len(values)
-    if len(values) == 1:
-        return mean, math.nan, math.nan
     if len(set(values)) == 1:
-        return mean, mean, mean
+        return (mean, *2 * [mean if len(values) > 1 else math.nan])
     low, high = ttest_1samp(values, 0).confidence_interval(0.95)
     return mean, float(low), float(high)
 

@@ -1,19 +1,19 @@
-"""Runs cells of an experiment: a training with its parts, then its evaluations, then its rows.
+"""Runs cells: a training with its parts, then its evaluations, then its rows.
 
-    python -m experiments.run shortcuts --data cifar10 --variants plain gradmix --seeds 0 1
-    python -m experiments.run shortcuts --data cifar10 --print | xargs -d '\\n' -n 1 -P 2 sh -c
-    python -m experiments.run evidence --data cifar10 --kinds all known
+    python -m experiments.run --data cifar10 --variants plain gradmix --seeds 0 1
+    python -m experiments.run --data cifar10 --print | xargs -d '\\n' -n 1 -P 2 sh -c
 
 The data is CIFAR-10 as a folder, train/<class>/* and test/<class>/*. Cells that have rows are
-skipped, and a stopped cell continues where it was. `--print` prints a command for each cell. On a
-GPU: --grid gpu --images 50000 --epochs 100 --backbone resnet18_small --batch 512
--- --training.precision bf16. Options after -- go to the recipe.
+skipped, and a stopped cell continues where it was. `--print` prints a command for each cell.
+Options after -- go to the recipe, for instance on a GPU: --grid gpu --images 50000 --epochs 100
+--backbone resnet18_small --batch 512 -- --training.precision bf16
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import shlex
 import sys
 import tempfile
@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -33,81 +32,55 @@ from recipes import byol_gradmix, simclr_gradmix, supcon_gradmix
 from ssl_gradmix import cli
 from ssl_gradmix.data.datasets import Data, load
 
-RESULTS = Path(__file__).parent / "results"
 RECIPES = {"simclr": simclr_gradmix, "byol": byol_gradmix, "supcon": supcon_gradmix}
-
-EXPERIMENTS: dict[str, dict[str, Any]] = {
-    "shortcuts": {
-        **{"images": 5000, "epochs": 8, "corrupted": 0, "kinds": ["stamps-9"]},
-        "variants": [
-            *("plain", "plain-temperature0.1", "plain-temperature0.05", "plain-more-epochs"),
-            *("third-view", "random-box", "random-center-box", "center-box"),
-            *("gradmix", "gradmix-loss", "oracle"),
-        ],
-    },
-    "evidence": {
-        **{"images": 10_000, "epochs": 20, "corrupted": 2000, "kinds": ["all", "known"]},
-        "variants": ["plain", "third-view", "random-box", "gradmix", "gradmix-loss"],
-    },
-}
-"""Default options."""
-
-# A box of a tenth to a fifth of the image covers a stamp; at a random location it rarely does.
-SHORTCUTS = ["--gradmix.lam_range", "[0.8, 0.9]", "--optimizer.lr", "0.4"]
-RECIPE = {"shortcuts": [*SHORTCUTS, "--optimizer.warmup_epochs", "1"], "evidence": []}
-"""Options of the recipe for all cells of an experiment."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     given = parser().parse_args(argv)
-    given.recipe = (*RECIPE[given.experiment], *given.recipe)
+    given.recipe = tuple(given.recipe)
     grid = Grid(**{each.name: getattr(given, each.name) for each in fields(Grid)})
     # All variants of a seed before the next seed, so that what is there can be compared.
     chosen = itertools.product(given.methods, given.seeds, given.kinds, given.variants)
-    cells = [Cell(method, variant, kind, seed) for method, seed, kind, variant in chosen]
-    done = rows.finished(rows.read(given.results), grid)
-    cells = [cell for cell in cells if cell.possible and cell not in done]
     subset(grid.data, grid.images, grid.subset)
-    for cell in cells:
+    for method, seed, kind, variant in chosen:
+        cell = Cell(method, variant, kind, seed)
+        results = given.results / cell.results
+        if rows.finished(rows.read(results), cell, grid):
+            continue
         if given.print:
             print(command(cell, argv, grid.threads))
         else:
             print(f"{cell}: run folder {cell.folder(grid)}", flush=True)
             run(cell, grid)
-            rows.append(given.results, rows.condense(cell, grid))
+            results.parent.mkdir(exist_ok=True)
+            with results.open("a") as file:
+                file.write(f"{json.dumps(rows.condense(cell, grid))}\n")
 
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    experiments = made.add_subparsers(dest="experiment", required=True)
-    for name, defaults in EXPERIMENTS.items():
-        each = experiments.add_parser(name, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        add = each.add_argument
-        add("--data", type=folder, required=True, help="CIFAR-10 as a folder")
-        add("--methods", nargs="+", choices=RECIPES, default=["simclr"], help="recipes")
-        add("--variants", nargs="+", choices=VARIANTS, metavar="VARIANT", help=", ".join(VARIANTS))
-        add("--kinds", nargs="+", choices=DATA, metavar="KIND", help=f"of data: {', '.join(DATA)}")
-        add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds of the training")
-        add("--grid", dest="name", default="cpu", help="name in rows, figures and paths")
-        add("--images", type=int, help="number of training images")
-        add("--epochs", type=int, help="epochs of each training")
-        add("--batch", type=int, default=256, help="batch size")
-        add("--backbone", default="resnet10_tiny", help="encoder")
-        add("--corrupted", type=int, help="number of test images to corrupt, 0 for none")
-        add("--threads", type=int, default=1, help="threads of each cell")
-        add("--cache", type=folder, default=f".cache/{name}", help="folder for images and runs")
-        add("--results", type=Path, default=RESULTS / f"{name}.jsonl", help="file of rows")
-        add("--print", action="store_true", help="print a command for each cell")
-        add("recipe", nargs="*", help="after --: options of the recipe")
-        each.set_defaults(**defaults)
+    add, path = made.add_argument, lambda name: Path(name).resolve()
+    usual = ("plain", "third-view", "random-box", "gradmix", "oracle")
+    add("--data", type=path, required=True, help="CIFAR-10 as a folder")
+    add("--methods", nargs="+", choices=RECIPES, default=["simclr"])
+    add("--variants", nargs="+", choices=VARIANTS, default=usual, help=f"(default: {usual})")
+    add("--kinds", nargs="+", choices=DATA, default=["stamps-9"], help="(default: stamps-9)")
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(default: 0 1 2)")
+    add("--grid", dest="name", default="cpu", help="name in rows, figures and paths")
+    add("--images", type=int, default=5000, help="training images (default: %(default)s)")
+    add("--epochs", type=int, default=8, help="(default: %(default)s)")
+    add("--batch", type=int, default=256, help="(default: %(default)s)")
+    add("--backbone", default="resnet10_tiny", help="(default: %(default)s)")
+    add("--corrupted", type=int, default=0, help="test images to corrupt (default: none)")
+    add("--threads", type=int, default=1, help="of each cell (default: %(default)s)")
+    add("--cache", type=path, default=".cache/experiments", help="folder for images and runs")
+    add("--results", type=path, default=rows.RESULTS, help="folder of rows")
+    add("--print", action="store_true", help="print a command for each cell")
+    add("recipe", nargs="*", help="after --: options of the recipe")
     return made
-
-
-def folder(path: str) -> Path:
-    return Path(path).resolve()
 
 
 def command(cell: Cell, argv: Sequence[str], threads: int) -> str:
@@ -132,7 +105,7 @@ def evaluations(
     cell: Cell, grid: Grid, stamps: Stamps | None
 ) -> Iterator[tuple[Path, Callable[[], object]]]:
     """The evaluations of a cell, each with the file that it writes."""
-    folder, kinds = str(cell.folder(grid)), cell.kinds(grid)
+    folder, kinds = str(cell.folder(grid)), cell.kinds
     if "known" in kinds:
         yield cell.result(grid, "osr"), partial(osr.main, [folder])
     else:
@@ -148,22 +121,15 @@ def evaluations(
         views = {} if stamps is None else {"views": partial(StampedViews, stamps=stamps)}
         look = partial(reliance.main, [folder, "--layers", "[layer3]"], **views)
         yield cell.result(grid, "reliance"), look
-    if kinds & {"all", "labels", "corrupted"}:
+    if grid.corrupted and kinds != {"known"}:
         images = ["--images", str(grid.corrupted), "--workers", str(grid.threads)]
         yield cell.result(grid, "corruption"), partial(corruption.main, [folder, *images])
 
 
 def subset(data: Path, images: int, target: Path) -> None:
-    """Makes a folder with some of the training images and all test images, as symbolic links.
+    """Makes a folder of links to all test images and some training images, the same of each class.
 
-    Args:
-        data: Folder `train/<class>/*` and `test/<class>/*`.
-        images: Number of training images, the same for each class, drawn with a fixed seed. A
-            larger subset contains a smaller one.
-        target: Folder to make, unless it exists.
-
-    Raises:
-        ValueError: `images` is not a multiple of the number of classes, or too large.
+    A larger subset contains a smaller one.
     """
     if target.exists():
         return

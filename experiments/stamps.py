@@ -56,7 +56,9 @@ class Stamps:
             codes: (N, 3), from `identify`.
             size: Height and width of the images.
         """
-        extent = torch.tensor(self._extent(size)[::-1], device=codes.device)
+        side = _cell(size) * math.isqrt(self.bits)
+        height, width = size if self.place == "everywhere" else (side, side)
+        extent = torch.tensor([width, height], device=codes.device)
         room = torch.tensor(size[::-1], device=codes.device) - extent
         if self.place == "anywhere":
             corners = codes[:, 1:] % (room + 1)
@@ -94,10 +96,7 @@ class Stamps:
         return torch.where(inside, stamped.to(images.dtype), images)
 
     def _cells(self, corner: Tensor, length: int, size: tuple[int, int]) -> Tensor:
-        """Number of the stamp's cell at every pixel of an axis, (N, length).
-
-        Numbers outside [0, k) mark pixels beside the stamp.
-        """
+        """Number of the stamp's cell at each pixel of an axis, (N, length); others are outside."""
         pixels = torch.arange(length, device=corner.device)
         cell = _cell(size)
         if self.place == "everywhere":
@@ -105,11 +104,6 @@ class Stamps:
         else:
             offset = pixels - corner[:, None]
         return offset.div(cell, rounding_mode="floor")
-
-    def _extent(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Height and width of the stamped area."""
-        side = _cell(size) * math.isqrt(self.bits)
-        return size if self.place == "everywhere" else (side, side)
 
 
 def _cell(size: tuple[int, int]) -> int:

@@ -28,8 +28,7 @@ STAMPS: dict[str, dict[str, Any]] = {
 """Stamps in the views of a training."""
 
 DATA = ("all", "known", "stamps-0", *STAMPS)
-"""All classes; the known classes of an open-set trial; all classes without and with stamps. Results
-also contain the past `two-cue`, `overlaid-digits`, `time` and `time-none`."""
+"""All classes, known classes of an open-set trial, all classes without and with stamps."""
 
 _GRADMIX = {"extra_view": "gradmix", "gradmix.layers": "[layer3]", "gradmix.target": "agreement"}
 
@@ -68,23 +67,15 @@ PARTS: dict[str, dict[str, type]] = {
 }
 """Parts of the recipe that a variant replaces."""
 
+_LAM, _LR = ("--gradmix.lam_range", "[0.8, 0.9]"), ("--optimizer.lr", "0.4")
+STAMPS_RECIPE = (*_LAM, *_LR, "--optimizer.warmup_epochs", "1")
+"""Options of all trainings on stamps and their control. A box of a tenth to a fifth of the image
+covers a stamp, and at a random location it rarely does."""
+
 
 @dataclass(frozen=True)
 class Grid:
-    """Settings that all cells of a grid share.
-
-    Args:
-        name: Name of the grid, in rows and paths.
-        data: CIFAR-10 as a folder, `train/<class>/*` and `test/<class>/*`.
-        images: Number of training images.
-        epochs: Passes over them; `plain-more-epochs` makes 1.5 times as many.
-        batch: Batch size.
-        backbone: Name of the encoder.
-        corrupted: Number of test images to corrupt. With stamps, 0 leaves corruptions out.
-        recipe: Further options of the recipe.
-        cache: Folder for images and runs, absolute.
-        threads: Threads of each cell.
-    """
+    """Settings that all cells of a grid share: the options of `experiments.run`, absolute paths."""
 
     name: str
     data: Path
@@ -102,25 +93,19 @@ class Grid:
         """Folder of the training images."""
         return self.cache / f"{self.data.name}-{self.images}"
 
-    def settings(self) -> dict[str, Any]:
-        """What results depend on. Cells are comparable if it is equal."""
+    def settings(self, cell: Cell) -> dict[str, Any]:
+        """What the rows of a cell depend on. Cells are comparable if it is equal."""
         names = ("images", "epochs", "batch", "backbone", "corrupted")
         shared = {name: getattr(self, name) for name in names}
         # Rows without `probe` chose the linear probe's learning rate by accuracy. Rows without
         # `boxes` kept boxes inside `lam_range` exactly.
         since = {"ood": ["digits"], "probe": "loss", "boxes": "rounded"}
-        return {"data": self.data.name, **shared, "recipe": list(self.recipe), **since}
+        recipe = [*(STAMPS_RECIPE if "stamps" in cell.kinds else ()), *self.recipe]
+        return {"data": self.data.name, **shared, "recipe": recipe, **since}
 
 
 class Cell(NamedTuple):
-    """One training and its evaluations.
-
-    Attributes:
-        method: Key of `METHODS`.
-        variant: Key of `VARIANTS`.
-        data: One of `DATA`.
-        seed: Seed of the training. With data `known` it also chooses the open-set trial.
-    """
+    """One training and its evaluations. With known classes, the seed also chooses the trial."""
 
     method: str
     variant: str
@@ -131,10 +116,16 @@ class Cell(NamedTuple):
         return f"{self.method}-{self.variant}-{self.data}-{self.seed}"
 
     @property
-    def possible(self) -> bool:
-        """Whether the variant exists for the data and the method."""
-        simclr_only = "method" in PARTS.get(self.variant, {}) and self.method != "simclr"
-        return not simclr_only and (self.variant != "oracle" or self.data in STAMPS)
+    def results(self) -> str:
+        """Name of the file of its rows."""
+        return "evidence.jsonl" if self.data in ("all", "known") else "shortcuts.jsonl"
+
+    @property
+    def kinds(self) -> set[str]:
+        """Kinds of measures that the cell has, see `rows.MEASURES`."""
+        if self.data == "known" and self.method == "supcon":
+            return {"known", "labels"}
+        return {self.data} if self.data in ("all", "known") else {"stamps"}
 
     def folder(self, grid: Grid) -> Path:
         """Run folder."""
@@ -145,15 +136,6 @@ class Cell(NamedTuple):
         data = "digits" if task == "ood" else grid.subset.name
         ending = "" if feature == "backbone" else f"-{feature}"
         return self.folder(grid) / "eval" / f"{task}-{data}{ending}.json"
-
-    def kinds(self, grid: Grid) -> set[str]:
-        """Kinds of measures that the cell has, see `rows.MEASURES`."""
-        kinds = {self.data} if self.data in ("all", "known") else {"stamps"}
-        if self.data == "known" and self.method == "supcon":
-            kinds.add("labels")
-        if "stamps" in kinds and grid.corrupted:
-            kinds.add("corrupted")
-        return kinds
 
     def stamps(self) -> Stamps | None:
         """Stamps that are planted into the views."""
@@ -195,7 +177,7 @@ def recipe_options(cell: Cell, grid: Grid) -> list[str]:
     }
     if cell.data == "known":
         settings["data.open_set"] = f"cifar10:{TRIALS[cell.seed % len(TRIALS)]}"
-    return [*grid.recipe, *options(settings)]
+    return [*grid.settings(cell)["recipe"], *options(settings)]
 
 
 def recipe_parts(cell: Cell, stamps: Stamps | None) -> dict[str, Any]:

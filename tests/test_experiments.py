@@ -1,0 +1,155 @@
+"""The experiments: planted stamps, parts of a training, cells, differences and pages."""
+
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from scipy.stats import ttest_1samp, ttest_rel
+from torch import nn
+
+from experiments import page, parts, rows, run
+from experiments.stamps import StampedViews, Stamps, identify
+from experiments.variants import VARIANTS, Cell, Grid, recipe_options
+from ssl_gradmix import SimCLR, cli
+from ssl_gradmix.data.augmentation import Augmentation, Views
+from ssl_gradmix.data.datasets import Data, load
+from ssl_gradmix.methods import METHODS
+
+HOW = (Augmentation(), 32, (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
+IMAGES = torch.randint(256, (60, 3, 32, 32), generator=torch.Generator().manual_seed(0)).byte()
+
+
+def inside(box):
+    mask = torch.zeros(32, 32, dtype=torch.bool)
+    x0, y0, x1, y1 = box
+    mask[y0:y1, x0:x1] = True
+    return mask
+
+
+def views(kind, images=IMAGES, **options):
+    torch.manual_seed(0)
+    return kind(*HOW, **options)(images, 2)
+
+
+@pytest.mark.parametrize("place", ["anywhere", "corner", "everywhere"])
+@pytest.mark.parametrize("side", [2, 3, 4])
+def test_stamps_are_their_bits_in_cells_of_two_pixels(side, place):
+    codes, expected = identify(IMAGES), IMAGES.clone()
+    room, period = 33 - 2 * side, 4 * side if place == "everywhere" else 1000
+    for image, (bits, x, y) in zip(expected, codes.tolist(), strict=True):
+        corners = {"anywhere": (x % room, y % room), "everywhere": (0, 0)}
+        left, top = corners.get(place, (room - 1, room - 1))
+        for i in range(top, 32):
+            for j in range(left, 32):
+                row, column = (i - top) % period, (j - left) % period
+                if max(row, column) < 2 * side:
+                    image[:, i, j] = 255 * (bits >> (row // 2 * side + column // 2) & 1)
+    assert Stamps(side**2, place).plant(IMAGES, codes).equal(expected)
+
+
+def test_views_of_an_image_bear_its_stamp_and_nothing_else_changes():
+    stamps = Stamps(9)
+    plain, stamped = views(Views), views(StampedViews, stamps=stamps)
+    for i, mask in enumerate(map(inside, stamps.latest.tolist())):
+        assert stamped[0][i][:, mask].equal(stamped[1][i][:, mask])
+        for view in range(2):
+            assert stamped[view][i][:, ~mask].equal(plain[view][i][:, ~mask])
+    assert identify(IMAGES)[3:5].equal(identify(IMAGES[3:5]))
+    before = Stamps(4, before=True)
+    expected = views(Views, before.plant(IMAGES, identify(IMAGES)))
+    assert all(map(torch.equal, views(StampedViews, list(IMAGES), stamps=before), expected))
+
+
+@pytest.mark.parametrize("oracle", [True, False])
+def test_hits_are_the_fraction_of_the_stamps_in_the_boxes(oracle):
+    stamps, settings = Stamps(9), {"layers": ["0"], "lam_range": (0.85, 0.85)}
+    gradmix = parts.OnTheStamp(stamps=stamps, **settings) if oracle else parts.Anywhere(**settings)
+    backbone = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    method = parts.logging_hits(SimCLR, stamps)(backbone, 4, gradmix=gradmix)
+    _, metrics = method(views(StampedViews, stamps=stamps))
+    both = zip(map(inside, stamps.latest.tolist()), map(inside, method.boxes.tolist()), strict=True)
+    hits = [(stamp & box).sum().item() / 36 for stamp, box in both]
+    assert metrics["hit"].item() == pytest.approx(np.mean(hits), abs=1e-6)
+    assert (min(hits) == 1) == oracle
+
+
+def test_losses_of_mixed_views_are_their_sums():
+    torch.manual_seed(0)
+    u, z0, z1 = nn.functional.normalize(torch.randn(3, 5, 4), dim=2)
+    lam, donor = 0.8, torch.tensor([2, 3, 4, 0, 1])
+
+    def contrast(positives):
+        similar = (torch.cat([u, positives]) @ torch.cat([u, positives]).T / 0.3).exp()
+        terms = [similar[i, (i + 5) % 10] / (similar[i].sum() - similar[i, i]) for i in range(10)]
+        return -torch.stack(terms).log().mean()
+
+    similar = (z1 @ torch.cat([z0, z1, u]).T / 0.3).exp()
+    terms = [similar[i, 10 + i] / (similar[i, :10].sum() - similar[i, 5 + i]) for i in range(5)]
+    attracted = -torch.stack(terms).log().mean()
+    positive = contrast(z1) + (1 - lam) / lam * contrast(z1[donor])
+    mixed = SimpleNamespace(donor_index=donor, lam=torch.tensor(lam))
+    for part, expected in ((parts.DonorPositive, positive), (parts.Attract, attracted)):
+        found = part(nn.Flatten(), 4, temperature=0.3).third_loss(u, (z0, z1), (), mixed)
+        torch.testing.assert_close(found, expected)
+
+
+def differences(measure, data, plain, gradmix):
+    """Differences of `gradmix` to `plain`, whose values are given by seed, and the verdict."""
+    columns = {"plain": pd.Series(plain), "gradmix": pd.Series(gradmix)}
+    frame = pd.concat(columns, names=["variant", "seed"]).rename("value").reset_index()
+    found = rows.differences(frame.assign(measure=measure, data=data), "plain")
+    *numbers, verdict = found.loc[measure, "gradmix"]
+    return numbers, verdict
+
+
+def test_differences_agree_with_scipy():
+    plain, gradmix = {0: 0.50, 1: 0.51, 2: 0.50, 4: 0.1}, {0: 0.51, 1: 0.55, 2: 0.5, 5: 1}
+    expected = ttest_rel([0.51, 0.55, 0.50], [0.50, 0.51, 0.50]).confidence_interval(0.95)
+    found, verdict = differences("linear", "all", plain, gradmix)
+    assert found == pytest.approx([0.05 / 3, *expected, 3])
+    assert verdict == "open"
+    gradmix = {0: 0.01, 4: 0.03, 1: 0.05, 5: 0.07, 2: 0.02}  # seeds s and s + 4 share a trial
+    found, _ = differences("osr_auroc", "known", dict.fromkeys(gradmix, 0.0), gradmix)
+    expected = ttest_1samp([0.02, 0.06, 0.02], 0).confidence_interval(0.95)
+    assert found == pytest.approx([0.1 / 3, *expected, 5])
+    assert differences("linear", "all", {0: 0, 1: 0}, {0: 0.2, 1: 0.21})[1] == "better"
+
+
+def test_pages_follow_from_the_rows(tmp_path, capsys):
+    folder = shutil.copytree(rows.RESULTS, tmp_path / "results")
+    page.main(folder)
+    for name in ("evidence.md", "shortcuts.md"):
+        assert (folder / name).read_text() == (rows.RESULTS / name).read_text()
+    text = (rows.RESULTS.parent / "EVIDENCE.md").read_text().splitlines()
+    tables = {line for line in text if line.startswith("|")}
+    assert tables <= set(capsys.readouterr().out.splitlines())
+
+
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "gradmix-max-mean"])
+def test_recipes_accept_every_variant(variant, tmp_path):
+    grid = Grid("tiny", tmp_path, 20, 1, 10, "resnet10_tiny", 0, (), tmp_path, 1)
+    method = "supcon" if variant == "supervised-only" else "simclr"
+    options = recipe_options(Cell(method, variant, "known", 1), grid)
+    config = cli.read(cli.recipe_parser(METHODS[method], method, ""), options)
+    assert config.extra_view == VARIANTS[variant]["extra_view"]
+
+
+@pytest.mark.slow
+def test_a_cell_leaves_its_rows_and_is_not_run_again(tmp_path):
+    digits = load(Data(), "train").subset(range(800))
+    for i, (image, label) in enumerate(zip(digits.images, digits.labels, strict=True)):
+        path = tmp_path / "data" / ("train", "test")[i % 2] / f"class{label}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    folders = [f"--{name}={tmp_path / name}" for name in ("data", "cache", "results")]
+    options = "--images 200 --epochs 1 --batch 50 --seeds 0 --variants oracle"
+    for _ in range(2):
+        run.main([*folders, *options.split(), "--", "--augmentation.min_scale=1"])
+    found = rows.read(tmp_path / "results" / "shortcuts.jsonl").set_index("measure").value
+    expected = {name for name, each in rows.MEASURES.items() if each.kind in ("stamps", "hit")}
+    assert sorted(found.index) == sorted(expected - {"unstamped_corruption_error"})
+    assert found.hit > 0.9
