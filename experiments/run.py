@@ -69,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
     add("--variants", nargs="+", choices=VARIANTS, default=usual, help=f"(default: {usual})")
     add("--kinds", nargs="+", choices=DATA, default=["stamps-9"], help="(default: stamps-9)")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(default: 0 1 2)")
-    add("--grid", dest="name", default="cpu", help="name in rows, figures and paths")
+    add("--grid", dest="name", default="again", help="name in rows, figures and paths")
     add("--images", type=int, default=5000, help="training images (default: %(default)s)")
     add("--epochs", type=int, default=8, help="(default: %(default)s)")
     add("--batch", type=int, default=256, help="(default: %(default)s)")
