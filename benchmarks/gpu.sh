@@ -11,8 +11,8 @@ part() { # name, command...
 train() { # name, recipe, options...
     part "$1" python "recipes/$2_gradmix.py" --run "$out/$1" --data.name folder --data.root "$data" \
         --backbone.name resnet18_small --training.epochs 100 --training.batch_size 512 \
-        --training.precision bf16 --optimizer.lr 0.12 --optimizer.warmup_epochs 10 "${@:3}"
-    part "$1-probe" python eval/linear_probe.py "$out/$1"
+        --training.precision bf16 --optimizer.lr 0.12 --optimizer.warmup_epochs 10 "${@:3}" &&
+        part "$1-probe" python eval/linear_probe.py "$out/$1"
 }
 part tests python -m pytest -q -n 0 tests/test_gradmix.py tests/test_methods.py \
     tests/training/test_on_the_device.py
