@@ -160,7 +160,8 @@ class Evaluation:
     Args:
         encoder: A run folder (`runs/x`), a published timm model (`timm:resnet18.a1_in1k`), or a
             folder in timm's layout (`local-dir:PATH`). A run is evaluated on its own data and
-            classes unless --data says otherwise.
+            classes unless --data says otherwise. Images are resized to the encoder's size unless
+            --data.size is given.
         feature: Evaluate `backbone` features, or the embeddings of a run's `projector`.
         weights: Safetensors file for the architecture `timm:NAME`, instead of published weights.
         out: Folder for results. The default for a run is its `eval/`.

@@ -19,8 +19,13 @@ Labeled = tuple[Tensor, Tensor]
 ON_LOGITS = ("vim", "msp", "max_logit", "energy")
 """Scores that depend on the linear probe."""
 
-SHOWN = ("accuracy", "auroc", "fpr95_id_pos", "oscr")
-"""Metrics that the evaluations print."""
+SHOWN = {
+    "accuracy": "accuracy",
+    "auroc": "AUROC",
+    "fpr95_id_pos": "FPR95, known positive",
+    "oscr": "OSCR",
+}
+"""Metrics that the evaluations print, with their titles."""
 
 
 def closed_set(

@@ -33,6 +33,7 @@ STYLE: Any = {
     "axes.spines.right": False,
     "axes.titlelocation": "left",
     "axes.titlesize": "medium",
+    "legend.frameon": False,
     "grid.color": "#dfe2e7",
 }
 
@@ -150,7 +151,7 @@ def reliance(
         left.colorbar(shown, ax=axes, shrink=0.85).outline.set_visible(False)
         axes.set_axis_off()
     middle.suptitle("images that lose most", x=0.02, ha="left", fontsize="medium")
-    grid = middle.subplots(3, 4).flat
+    grid = list(middle.subplots(3, 4).flat)
     for axes in grid:
         axes.set_axis_off()
     for axes, (image, box, fraction) in zip(grid, examples, strict=False):
@@ -170,7 +171,7 @@ def _figure(title: str, width: float, height: float) -> Any:
 
 
 def _name_rows(axes: Axes, places: Sequence[float], names: Sequence[str]) -> None:
-    axes.set_yticks(places, [name.replace("_", " ") for name in names])
+    axes.set_yticks(places, names)
     axes.grid(False, axis="y")
     axes.spines["left"].set_visible(False)
 

@@ -137,13 +137,13 @@ def console(rows: pd.DataFrame) -> str:
     return shown.to_string(index=False, na_rep="", float_format="{:.4f}".format)
 
 
-def comparison(rows: pd.DataFrame, metrics: Sequence[str]) -> str:
+def comparison(rows: pd.DataFrame, metrics: Mapping[str, str]) -> str:
     """A table for the terminal, one line per score and one column per metric.
 
     Args:
         rows: At most one row for each score and metric. Its spread is the parameter `std` if there
             is one, else the interval.
-        metrics: The columns.
+        metrics: Titles of the columns by metric.
     """
     shown = rows[rows["metric"].isin(metrics)]
     cells = []
@@ -153,4 +153,5 @@ def comparison(rows: pd.DataFrame, metrics: Sequence[str]) -> str:
             spread = f"± {row['params']['std']:.4f}"
         cells.append(f"{row['value']:.4f} {spread}")
     table = shown.assign(cell=cells).pivot(index="score", columns="metric", values="cell")
-    return table.reindex(shown["score"].unique())[list(metrics)].to_string(na_rep="")
+    table = table.reindex(index=shown["score"].unique(), columns=list(metrics))
+    return table.rename(columns=metrics).to_string(na_rep="")

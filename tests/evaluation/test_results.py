@@ -68,6 +68,6 @@ def test_comparison_has_a_line_per_score_and_a_column_per_metric():
         results.number("vim", "aupr_in", Interval(0.9, 0.8, 1.0), 9),
     ]
     rows = results.frame(numbers, "osr", "pets/test", "mine")
-    *_, vim, energy = results.comparison(rows, ("auroc",)).splitlines()
+    *_, vim, energy = results.comparison(rows, {"auroc": "AUROC"}).splitlines()
     assert vim.split() == ["vim", "0.7500", "(0.6500", "to", "0.8500)"]
     assert energy.split() == ["energy", "0.2500", "±", "0.1250"]
