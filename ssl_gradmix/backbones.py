@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import timm
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
@@ -102,36 +101,37 @@ class SmallResNet(ResNet):
             stage["reduction"] //= 4 if stage["module"] != "act1" else 2
 
 
-def _small_resnet(variant: str, pretrained: bool, **kwargs: Any) -> SmallResNet:
-    return build_model_with_cfg(SmallResNet, variant, pretrained, **kwargs)
+def _small_resnet(
+    variant: str, block: type, layers: tuple[int, ...], pretrained: bool, kwargs: dict[str, Any]
+) -> SmallResNet:
+    return build_model_with_cfg(
+        SmallResNet, variant, pretrained, block=block, layers=layers, **kwargs
+    )
 
 
 @register_model
 def resnet10_tiny(pretrained: bool = False, **kwargs: Any) -> SmallResNet:
     """One basic block per stage, widths 16 to 128, 0.3 million weights: trains on a laptop."""
-    architecture = {"block": BasicBlock, "layers": (1, 1, 1, 1), "channels": (16, 32, 64, 128)}
-    return _small_resnet("resnet10_tiny", pretrained, **architecture, **kwargs)
+    kwargs = {"channels": (16, 32, 64, 128)} | kwargs
+    return _small_resnet("resnet10_tiny", BasicBlock, (1, 1, 1, 1), pretrained, kwargs)
 
 
 @register_model
 def resnet18_small(pretrained: bool = False, **kwargs: Any) -> SmallResNet:
     """ResNet-18 for small images."""
-    architecture = {"block": BasicBlock, "layers": (2, 2, 2, 2)}
-    return _small_resnet("resnet18_small", pretrained, **architecture, **kwargs)
+    return _small_resnet("resnet18_small", BasicBlock, (2, 2, 2, 2), pretrained, kwargs)
 
 
 @register_model
 def resnet34_small(pretrained: bool = False, **kwargs: Any) -> SmallResNet:
     """ResNet-34 for small images."""
-    architecture = {"block": BasicBlock, "layers": (3, 4, 6, 3)}
-    return _small_resnet("resnet34_small", pretrained, **architecture, **kwargs)
+    return _small_resnet("resnet34_small", BasicBlock, (3, 4, 6, 3), pretrained, kwargs)
 
 
 @register_model
 def resnet50_small(pretrained: bool = False, **kwargs: Any) -> SmallResNet:
     """ResNet-50 for small images."""
-    architecture = {"block": Bottleneck, "layers": (3, 4, 6, 3)}
-    return _small_resnet("resnet50_small", pretrained, **architecture, **kwargs)
+    return _small_resnet("resnet50_small", Bottleneck, (3, 4, 6, 3), pretrained, kwargs)
 
 
 def create(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
@@ -292,15 +292,13 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
 
 def _without_prefix(weights: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Selects the weights of a model that is part of a larger one, for instance `backbone.`."""
-    if wanted.keys() & weights.keys():
-        return weights
     first = next(iter(wanted))
     prefixes = [name.removesuffix(first) for name in weights if name.endswith(f".{first}")]
     prefixes = [prefix for prefix in prefixes if all(prefix + name in weights for name in wanted)]
-    if len(prefixes) != 1:
+    if first in weights or len(prefixes) != 1:
         return weights
-    logger.info("the weights under %s are read", prefixes[0])
     prefix = prefixes[0]
+    logger.info("the weights under %s are read", prefix)
     return {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
 
 
@@ -343,13 +341,9 @@ def start_from(method: nn.Module, run: str | Path) -> None:
     run = Path(run).expanduser()
     load_weights(method.get_submodule("backbone"), run / "backbone" / "model.safetensors")
     projector = method.get_submodule("projector")
-    weights = read_weights(run / "projector.safetensors")
-    fits = _shapes(weights) == _shapes(projector.state_dict())
-    if fits:
+    weights, wanted = read_weights(run / "projector.safetensors"), projector.state_dict()
+    shapes = [{name: w.shape for name, w in each.items()} for each in (weights, wanted)]
+    if shapes[0] == shapes[1]:
         projector.load_state_dict(weights)
-    parts = "backbone and projector" if fits else "backbone (the projector has another shape)"
-    logger.info("starts from the %s of %s", parts, run)
-
-
-def _shapes(weights: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in weights.items()}
+    else:
+        logger.info("the projector of %s has another shape and is not used", run)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from training_support import create_method
 
@@ -80,10 +79,6 @@ def test_default_layer_is_the_deepest_with_a_map_and_a_gradient(
     assert backbones.default_layers(model, size) == usable[-1:]
 
 
-def test_model_without_large_maps_takes_its_first_stage() -> None:
-    assert backbones.default_layers(backbones.create("resnet18"), 8) == ["act1"]
-
-
 def test_saved_model_is_loaded_with_its_arguments(tmp_path: Path) -> None:
     first = backbones.create("vit_tiny_patch16_224", **VIT).eval()
     backbones.save(first, tmp_path / "first", image_size=32)
@@ -153,20 +148,3 @@ def test_method_starts_from_a_run_and_its_projector_if_it_fits(
     assert second.projector.state_dict()["layers.0.weight"].equal(expected)
     with pytest.raises(FileNotFoundError, match="none"):
         backbones.start_from(second, tmp_path / "none")
-
-
-def test_written_weights_may_share_memory(tmp_path: Path) -> None:
-    tied = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
-    tied[1].weight = tied[0].weight
-    backbones.write_weights(tied, tmp_path / "w.safetensors")
-    assert load_file(tmp_path / "w.safetensors")["1.weight"].equal(tied[0].weight)
-
-
-@pytest.mark.parametrize("size", [[1, 32, 32], [3, 32, 24]])
-def test_images_that_are_not_square_and_color_raise(tmp_path: Path, size: list[int]) -> None:
-    backbones.save(backbones.create("resnet10_tiny"), tmp_path, image_size=32)
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["pretrained_cfg"]["input_size"] = size
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="input_size"):
-        backbones.load_folder(tmp_path)

@@ -26,13 +26,6 @@ def test_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_write_creates_folders_and_replaces(tmp_path: Path) -> None:
-    path = tmp_path / "a" / "b" / "c.txt"
-    for text in ("first", "second"):
-        write_whole(path, lambda temporary, text=text: temporary.write_text(text))
-        assert path.read_text() == text
-
-
 def test_link_in_place_of_the_temporary_file_is_not_followed(tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.write_text("mine")
@@ -58,8 +51,3 @@ def test_damaged_file_raises(read: Callable[[Path], Any], content: bytes, tmp_pa
     (tmp_path / "x").write_bytes(content)
     with pytest.raises(ValueError, match=str(tmp_path / "x")):
         read(tmp_path / "x")
-
-
-def test_values_are_read(tmp_path: Path) -> None:
-    (tmp_path / "x").write_text('{"a": [1.0e-05, null, "é"]}', encoding="utf-8")
-    assert read_json(tmp_path / "x") == read_yaml(tmp_path / "x") == {"a": [1e-05, None, "é"]}

@@ -181,11 +181,10 @@ def test_gradmix_needs_torch_alone(statement: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "extra_view"), [("simclr", "gradmix"), ("simclr", "none"), ("byol", "gradmix")]
-)
-def test_training_learns(name: str, extra_view: str) -> None:
-    """Digits by the recipe's defaults, by kNN on held-out training images."""
-    recipe(name).main(["--extra_view", extra_view, "--training.samples_every", "0"])
-    entries = Path("runs", name, "log.jsonl").read_text().splitlines()
+@pytest.mark.parametrize("extra_view", ["gradmix", "none"])
+def test_training_learns(extra_view: str) -> None:
+    """Digits, by kNN on held-out training images."""
+    options = "--training.epochs 8 --training.threads 2 --training.samples_every 0"
+    recipe("simclr").main([*options.split(), "--extra_view", extra_view])
+    entries = Path("runs", "simclr", "log.jsonl").read_text().splitlines()
     assert json.loads(entries[-1])["knn"] > 0.9

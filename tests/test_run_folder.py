@@ -12,7 +12,7 @@ import pytest
 import yaml
 from training_support import image_set
 
-from ssl_gradmix.run_folder import RunFolder, flat
+from ssl_gradmix.run_folder import RunFolder
 
 CONFIG: dict[str, Any] = {
     "run": "x",
@@ -119,13 +119,3 @@ def test_log_is_rewound_to_the_checkpoint(folder: RunFolder, last: str) -> None:
     assert [entry["epoch"] for entry in folder.read_log()] == [1, 2, 3]
     folder.rewind_log(2)
     assert folder.log.read_text() == '{"epoch": 1, "loss": 0.5}\n{"epoch": 2, "loss": 0.5}\n'
-
-
-def test_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", "/home/somebody")
-    assert RunFolder("~/runs/x").config == Path("/home/somebody/runs/x/config.yaml")
-
-
-def test_flat_settings() -> None:
-    nested = {"a": {"b": {"c": 1}, "d": [1, 2]}, "e": None}
-    assert flat(nested) == {"a.b.c": 1, "a.d": [1, 2], "e": None}

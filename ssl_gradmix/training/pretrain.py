@@ -127,12 +127,8 @@ def create_accelerator(
     if training.threads and accelerator.device.type == "cpu":
         torch.set_num_threads(training.threads)
     torch.backends.cudnn.benchmark = True  # all steps have the same few shapes
-    logger.info(
-        "%d process(es) on %s, precision %s",
-        processes,
-        accelerator.device,
-        accelerator.mixed_precision,
-    )
+    precision = accelerator.mixed_precision
+    logger.info("processes: %d on %s, precision %s", processes, accelerator.device, precision)
     return accelerator
 
 

@@ -7,7 +7,6 @@ import shlex
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -147,7 +146,6 @@ class Trainer:
         self.batch = 0  # (micro-)batches completed of the next epoch
         self.began = self.last_save = 0.0
         self.save_due = False
-        self.saved: Path | None = None
 
     def run(self) -> None:
         """Trains from the last checkpoint, or from the start, to the end.
@@ -162,7 +160,9 @@ class Trainer:
             return
         self._print_start()
         if self.training.trackers:
-            self._start_trackers()
+            config = flat(read_yaml(self.folder.config))
+            settings = {name: str(value) for name, value in config.items()}  # some take no null
+            self.accelerator.init_trackers("ssl_gradmix", settings)
         self.began = self.last_save = time.perf_counter()
         first_step = self._step_number()
         while self.epoch < self.training.epochs:
@@ -251,20 +251,12 @@ class Trainer:
         """Metrics of the last batches (batches, metrics), mean over processes, on the CPU."""
         values = torch.stack([torch.stack(list(metrics.values())) for metrics in unread])
         values = self.accelerator.reduce(values, "mean").cpu()
-        broken = ~values[:, 0].isfinite()
-        if broken.any():
-            batch = self.batch - len(unread) + int(broken.nonzero()[0]) + 1
-            self._stop(f"the loss is not finite in epoch {self.epoch + 1}, batch {batch}")
+        if not values[:, 0].isfinite().all():
+            raise FloatingPointError(f"the loss is not finite{self._where()}")
         # Processes have to agree on when to save, hence the mean of their clocks.
         unsaved = torch.tensor(time.perf_counter() - self.last_save, device=self.accelerator.device)
         self.save_due = self.accelerator.reduce(unsaved, "mean").item() >= SAVE_SECONDS
         return values
-
-    def _stop(self, problem: str) -> None:
-        raise FloatingPointError(
-            f"{problem}; the last checkpoint is {self.saved}. A lower --optimizer.lr or a longer "
-            "--optimizer.warmup_epochs may help"
-        )
 
     def _save(self) -> None:
         """Writes the weights for evaluations, then the checkpoint: a finished run is complete."""
@@ -272,7 +264,7 @@ class Trainer:
         moments = [value for each in optimizer["state"].values() for value in each.values()]
         method = self.bare.state_dict()
         if not all_finite([*method.values(), *moments]):
-            self._stop(f"weights or optimizer state are not finite in epoch {self.epoch + 1}")
+            raise FloatingPointError(f"weights are not finite{self._where()}")
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             backbones.save(self.bare.backbone, self.folder.backbone, self.batches.make_views.size)
@@ -280,8 +272,11 @@ class Trainer:
             scaler = self.accelerator.scaler and self.accelerator.scaler.state_dict()
             state = checkpoint.State(self.epoch, self.batch, method, optimizer, scaler)
             checkpoint.save(self.folder.checkpoint, state)
-        self.saved = checkpoint.path_of(self.folder.checkpoint, self.epoch, self.batch)
         self.save_due, self.last_save = False, time.perf_counter()
+
+    def _where(self) -> str:
+        place = f"in epoch {self.epoch + 1} up to batch {self.batch}"
+        return f" {place}; a lower --optimizer.lr or longer --optimizer.warmup_epochs may help"
 
     def _resume(self) -> None:
         """Loads the last checkpoint. The main process reads it and sends it to the others."""
@@ -295,25 +290,20 @@ class Trainer:
             if state.scaler and self.accelerator.scaler:
                 self.accelerator.scaler.load_state_dict(state.scaler)
             self.epoch, self.batch = state.epoch, state.batch
-            self.saved = checkpoint.path_of(self.folder.checkpoint, self.epoch, self.batch)
         if self.accelerator.is_main_process:
             self.folder.rewind_log(self.epoch)
 
     def _print_start(self) -> None:
         decoded = "as they are needed" if self.batches.resident is None else "once"
         self._print(f"{self.images.describe()}, decoded {decoded}")
-        if self.epoch or self.batch:
-            place = f"epoch {self.epoch}, batch {self.batch}"
-            self._print(f"{self.folder.path} is resumed after {place}")
-            return
         batch = self.training.batch_size
         peak = optimizers.peak_rate(self.settings, batch)
         self._print(
             f"{self.steps:,} steps with batches of {batch}, learning rate {peak:.4g} (scaled by "
             f"batch_size / {optimizers.REFERENCE_BATCH})"
         )
-        if self.settings.warmup_epochs >= self.training.epochs:
-            self._print("warning: optimizer.warmup_epochs is not below training.epochs")
+        if self.epoch or self.batch:
+            self._print(f"resumed after {self.epoch} epochs and {self.batch} batches")
 
     def _pace(self, first_step: int) -> dict[str, float]:
         """Speed since the start, evaluations and checkpoints included, and the time left."""
@@ -352,13 +342,6 @@ class Trainer:
         self._print(line(entry, self.training.epochs))
         for warning in warnings(entry):
             self._print(f"warning: {warning}")
-
-    def _start_trackers(self) -> None:
-        self.folder.trackers.mkdir(parents=True, exist_ok=True)
-        config = flat(read_yaml(self.folder.config))
-        settings = {name: str(value) for name, value in config.items()}  # TensorBoard has no null
-        wandb = {"name": self.folder.path.resolve().name, "dir": str(self.folder.trackers)}
-        self.accelerator.init_trackers("ssl_gradmix", settings, {"wandb": wandb})
 
     def _print(self, text: str) -> None:
         if self.accelerator.is_main_process:

@@ -28,7 +28,7 @@ LABELS = np.arange(COUNT) % 3 - 1  # a third is unlabeled, so that processes hav
 STOP = (2, 1)
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
     """Ends a training in all processes."""
 
 
@@ -66,7 +66,7 @@ def train(folder: Path, name: str, stop: bool = False) -> None:
     """
 
     def end() -> None:
-        raise Stopped
+        raise StoppedError
 
     created = create(folder, name)
     if stop:
@@ -76,7 +76,7 @@ def train(folder: Path, name: str, stop: bool = False) -> None:
     with own, eager:
         try:
             created.run()
-        except Stopped:
+        except StoppedError:
             assert stop
 
 

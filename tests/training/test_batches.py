@@ -55,19 +55,6 @@ def test_processes_share_the_batches_of_one(processes: int) -> None:
     assert torch.equal(torch.cat(parts, 1), alone)
 
 
-def test_micro_batches_cut_the_same_batches() -> None:
-    micro = BatchIndices(30, 8, 0, parts=2).epoch(0)
-    assert torch.equal(micro.view(3, 8), BatchIndices(30, 8, 0).epoch(0))
-
-
-def test_seed_depends_on_every_number() -> None:
-    drawn = set()
-    for place in [(0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)]:
-        seed_step(*place)
-        drawn.add(torch.rand(()).item())
-    assert len(drawn) == 5
-
-
 @pytest.mark.parametrize("decode", ["once", "threads"])
 def test_epoch_entered_in_its_middle_gives_the_same_views(decode: str) -> None:
     images = image_set(20)

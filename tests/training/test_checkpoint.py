@@ -74,11 +74,10 @@ def test_only_damaged_checkpoints_raise(tmp_path: Path) -> None:
 
 
 def test_damaged_checkpoints_of_later_epochs_do_not_replace_good_ones(tmp_path: Path) -> None:
-    for epoch in (1, 7, 8):
-        path = checkpoint.save(tmp_path, state(epoch))
-        if epoch > 1:
-            path.write_bytes(b"")
-    checkpoint.save(tmp_path, state(2))
+    for epoch in (7, 8):
+        checkpoint.save(tmp_path, state(epoch)).write_bytes(b"")
+    for epoch in (1, 2):
+        checkpoint.save(tmp_path, state(epoch))
     loaded = checkpoint.load(tmp_path)
     assert loaded is not None
     assert loaded.epoch == 2

@@ -81,9 +81,3 @@ def test_collapsed_encoder_is_reported(caplog: pytest.LogCaptureFixture) -> None
         nn.init.zeros_(parameter)
     assert "reliance" not in create(colored(60))(collapsed, CPU)
     assert "rankme" in caplog.text
-
-
-def test_class_of_one_image_is_accepted() -> None:
-    images = image_set(60)
-    images.labels[7] = 2
-    assert "knn" in create(images)(backbones.create("resnet10_tiny"), CPU)
