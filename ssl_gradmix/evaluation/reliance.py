@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
-from itertools import accumulate
 from typing import Literal
 
 import numpy as np
@@ -168,7 +167,7 @@ def measure(
     observer = GradMix(list(layers) if layers else None)
     mixers = [make([name]) for name in layers] if layers else [make()]
     controls = [make(region="random"), make(region="center")]
-    batches = []
+    batches, seen = [], 0
     for number, (first, second) in enumerate(pairs):
         if len(first) < 2:
             raise ValueError("images must be at least 2, because one replaces a part of another")
@@ -196,7 +195,7 @@ def measure(
                     whole=whole.detach(),
                     chance=F.cosine_similarity(z0[mixed.donor_index], z1),
                     replaced={"attributed": left, **replaced},
-                    donors=mixed.donor_index,
+                    donors=mixed.donor_index + seen,
                     boxes=mixed.boxes,
                     attribution=mixed.attribution,
                     flat=mixed.flat,
@@ -204,6 +203,7 @@ def measure(
                 )
             )
         batches.append(measured)
+        seen += len(first)
     return [_join(parts) for parts in zip(*batches, strict=True)]
 
 
@@ -228,34 +228,24 @@ def in_images(attribution: Tensor, crops: Tensor) -> Tensor:
 
 
 def _join(batches: Sequence[Reliance]) -> Reliance:
-    """All batches as one, on the CPU, with donors numbered through."""
+    """All batches as one, on the CPU."""
 
     def join(parts: Iterable[Tensor]) -> Tensor:
         joined = torch.cat(list(parts)).cpu()
         return joined.float() if joined.is_floating_point() else joined
 
-    starts = [0, *accumulate(len(batch.whole) for batch in batches[:-1])]
-    pairs = zip(batches, starts, strict=True)
-    donors = join(batch.donors + start for batch, start in pairs)
-    whole = join(batch.whole for batch in batches)
-    chance = join(batch.chance for batch in batches)
-    above = whole - chance
+    names = {field.name for field in fields(Reliance)} - {"layer", "replaced"}
+    tensors = {name: join(getattr(batch, name) for batch in batches) for name in names}
+    replaced = {place: join(batch.replaced[place] for batch in batches) for place in PLACES}
+    joined = Reliance(layer=batches[0].layer, replaced=replaced, **tensors)
+    above = joined.whole - joined.chance
     if not above.mean() > 2 * above.std() / math.sqrt(len(above)):  # fractions of it are noise
         raise ValueError(
-            f"encoder: two views of an image (cosine {whole.mean():.3f}) hardly agree more than "
-            f"two images ({chance.mean():.3f}); use more images, unless the encoder has collapsed"
+            f"encoder: two views of an image (cosine {joined.whole.mean():.3f}) hardly agree more "
+            f"than two images ({joined.chance.mean():.3f}); use more images, unless the encoder "
+            "has collapsed"
         )
-    return Reliance(
-        layer=batches[0].layer,
-        whole=whole,
-        chance=chance,
-        replaced={place: join(batch.replaced[place] for batch in batches) for place in PLACES},
-        donors=donors,
-        boxes=join(batch.boxes for batch in batches),
-        attribution=join(batch.attribution for batch in batches),
-        flat=join(batch.flat for batch in batches),
-        images=join(batch.images for batch in batches),
-    )
+    return joined
 
 
 def _ratio(lost: np.ndarray, possible: np.ndarray, weights: np.ndarray | int = 1) -> np.ndarray:
