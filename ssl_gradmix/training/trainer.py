@@ -199,7 +199,7 @@ class Trainer:
             self.batch += 1
             bar.update()
             last = self.batch == len(self.batches.indices)
-            if last or self.batch % (READ_EVERY * self.training.accumulate) == 0:
+            if last or self.batch % (READ_EVERY * self.training.accumulate) == 0 or self._overdue():
                 read.append(self._read(unread))
                 names = list(unread[0])
                 unread = []
@@ -217,6 +217,12 @@ class Trainer:
             "lr": self._rate(step - 1),
             "images_per_second": round(seen / (time.perf_counter() - began), 1),
         }
+
+    def _overdue(self) -> bool:
+        """Whether a checkpoint is due before the next reading. Clocks of processes differ."""
+        unsaved = time.perf_counter() - self.last_save
+        alone = self.accelerator.num_processes == 1 and self.accelerator.sync_gradients
+        return alone and unsaved >= SAVE_SECONDS
 
     def _step(self, images: Tensor | list[Tensor], labels: Tensor) -> dict[str, Tensor]:
         """Trains on a (micro-)batch and returns the loss and the method's metrics."""

@@ -30,7 +30,6 @@ def stop() -> None:
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """Metrics are read, and a checkpoint is written, after every step."""
-    monkeypatch.setattr(trainer_module, "READ_EVERY", 1)
     monkeypatch.setattr(trainer_module, "SAVE_SECONDS", 0.0)
 
 
@@ -190,7 +189,6 @@ def test_divergence_stops_and_is_not_saved(tmp_path: Path, what: str) -> None:
 def test_checkpoints_are_a_minute_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With steps of 25 s, a checkpoint is due after three of them and at the end."""
     clock = [0.0]
-    monkeypatch.setattr(trainer_module, "READ_EVERY", 1)
     monkeypatch.setattr(trainer_module.time, "perf_counter", lambda: clock[0])
     watched, places = trainer(tmp_path), []
     step, save = watched._step, watched._save
