@@ -45,6 +45,7 @@ VARIANTS: dict[str, dict[str, str]] = {
     "random-center-box": _GRADMIX,
     "center-box": {**_GRADMIX, "gradmix.region": "center"},
     "gradmix": _GRADMIX,
+    "adaptive": {**_GRADMIX, "extra_view": "adaptive"},
     "gradmix-loss": {**_GRADMIX, "gradmix.target": "loss"},
     "oracle": _GRADMIX,
     "gradmix-noise": {**_GRADMIX, "gradmix.fill": "noise"},

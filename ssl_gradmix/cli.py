@@ -106,9 +106,10 @@ def recipe_parser(
     )
     parser.add_argument(
         "--extra_view",
-        type=Literal["gradmix", "augmented", "none"],
+        type=Literal["adaptive", "gradmix", "augmented", "none"],
         default="gradmix",
-        help="Third view: GradMix's, a plain augmentation (control), or none (plain method).",
+        help="Third view: GradMix's while the encoder relies on small regions, else a plain one "
+        "(adaptive); always GradMix's; a plain augmentation (control); or none (plain method).",
     )
     parser.add_argument(
         "--expect_processes",
@@ -119,7 +120,7 @@ def recipe_parser(
     sections = {"data": Data, "augmentation": Augmentation, "backbone": Backbone}
     for name, settings in sections.items():
         parser.add_class_arguments(settings, name)
-    inner: set[str | int] = {"backbone", "num_features", "gradmix"}
+    inner: set[str | int] = {"backbone", "num_features", "gradmix", "adaptive"}
     parser.add_class_arguments(method_class, "method", skip=inner, instantiate=False)
     parser.add_class_arguments(Optimizer, "optimizer")
     parser.add_class_arguments(Training, "training")

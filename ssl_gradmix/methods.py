@@ -1,4 +1,4 @@
-"""SimCLR, BYOL and SupCon, each with an optional third view: GradMix's, or a plain augmentation.
+"""SimCLR, BYOL and SupCon, each with an optional third view: GradMix's, a plain one, or adaptive.
 
 A method is a step (`Method.forward`) with two questions: what is the loss of the pair, and what is
 the loss of the third view. The whole step happens in one `forward`, so that DistributedDataParallel
@@ -17,6 +17,7 @@ from lightly.models.utils import deactivate_requires_grad, update_momentum
 from lightly.utils.scheduler import cosine_schedule
 from torch import Tensor, nn
 
+from ssl_gradmix.adaptive import Adaptive, agreement_lost
 from ssl_gradmix.gradmix import GradMix, MixedViews
 from ssl_gradmix.losses import embedding_std, nt_xent, supcon
 
@@ -32,6 +33,7 @@ class Method(nn.Module):
         projector: Head from features to embeddings.
         gradmix: The view generator. None leaves the third view out, or takes a plain one.
         weight: Factor on the third view's loss, beside `lam`.
+        adaptive: Decides for each image whether its third view is mixed. None mixes all images.
     """
 
     def __init__(
@@ -40,12 +42,14 @@ class Method(nn.Module):
         projector: nn.Module,
         gradmix: GradMix | None = None,
         weight: float = 1.0,
+        adaptive: Adaptive | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.projector = projector
         self.gradmix = gradmix
         self.weight = weight
+        self.adaptive = adaptive
 
     def pair_loss(self, z: Embeddings, targets: Embeddings) -> Tensor:
         """Loss of the two views, from their embeddings and those of `targets`."""
@@ -77,25 +81,29 @@ class Method(nn.Module):
         """The loss of a batch and detached scalar metrics.
 
         Args:
-            views: Two views, or three with a plain third one (only without `gradmix`), each
-                (N, C, H, W). N must be the same on all processes.
+            views: Two views, or three with a plain third one (without `gradmix`, or with
+                `adaptive`), each (N, C, H, W). N must be the same on all processes.
             labels: (N,) class labels, -1 for unlabeled images; only SupCon reads them.
 
         Returns:
             The loss, and metrics: `loss_views` and `embedding_std`; with a third view also
             `loss_mixed` and `lam`, the fraction of each image that it keeps; with GradMix also
-            `flat`, the fraction of images with a constant map.
+            `flat`, the fraction of images with a constant map, and `agreement_lost`, with
+            `adaptive` also `mixed` and `mix_probability`, see `Adaptive`.
         """
         targets = self.targets(views[:2])
-        metrics = {}
+        metrics: dict[str, Tensor] = {}
         if self.gradmix is None:
             z = self.embed(torch.cat(views)).chunk(len(views))
             pair, third, mixed = self.pair_loss(z[:2], targets), z[2:], None
             lam = torch.ones_like(pair)
         else:
-            z, pair, mixed = self._mix(self.gradmix, views, targets)
-            third, lam = (self.embed(mixed.images),), mixed.lam
-            metrics["flat"] = mixed.flat.float().mean()
+            z, pair, mixed = self._mix(self.gradmix, views[:2], targets)
+            images, lam = mixed.images, mixed.lam
+            if self.adaptive is not None:
+                images, lam = self.adaptive.choose(mixed, views[2])
+            third = (self.embed(images),)
+            metrics = self._read(z[0], (targets or z)[1], third[0], mixed)
         loss = pair
         for embeddings in third:
             loss_third = self.third_loss(embeddings, z[:2], targets, mixed)
@@ -109,7 +117,7 @@ class Method(nn.Module):
     def mixed_views(self, views: list[Tensor], labels: Tensor | None = None) -> MixedViews:
         """The views that GradMix would add to this batch, to look at; `gradmix` must be set."""
         assert self.gradmix is not None
-        return self._mix(self.gradmix, views, self.targets(views))[2]
+        return self._mix(self.gradmix, views[:2], self.targets(views[:2]))[2]
 
     def _mix(
         self, gradmix: GradMix, views: list[Tensor], targets: Embeddings
@@ -119,6 +127,14 @@ class Method(nn.Module):
             z = self.embed(torch.cat([first, second])).chunk(2)
         loss = self.pair_loss(z, targets)
         return z, loss, gradmix(first, loss, activations, donors=second)
+
+    def _read(self, z0: Tensor, z1: Tensor, third: Tensor, mixed: MixedViews) -> dict[str, Tensor]:
+        """Metrics of mixing."""
+        metrics = {"flat": mixed.flat.float().mean()}
+        if self.adaptive is not None:
+            return {**metrics, **self.adaptive.update(z0, z1, third)}
+        reading, _ = agreement_lost(z0, z1, third, 1 - mixed.lam)
+        return {**metrics, "agreement_lost": reading.nan_to_num(0, 0, 0)}
 
 
 class SimCLR(Method):
@@ -134,6 +150,7 @@ class SimCLR(Method):
         temperature: Temperature of the contrastive loss, above 0.
         gradmix: The view generator, or None.
         weight: Factor on the third view's loss, beside the fraction of the image that it keeps.
+        adaptive: Decides for each image whether its third view is mixed. None mixes all images.
     """
 
     def __init__(
@@ -145,9 +162,10 @@ class SimCLR(Method):
         temperature: float = 0.5,
         gradmix: GradMix | None = None,
         weight: float = 1.0,
+        adaptive: Adaptive | None = None,
     ) -> None:
         projector = SimCLRProjectionHead(num_features, hidden_dim or num_features, output_dim)
-        super().__init__(backbone, projector, gradmix, weight)
+        super().__init__(backbone, projector, gradmix, weight, adaptive)
         self.temperature = temperature
 
     def pair_loss(self, z: Embeddings, targets: Embeddings) -> Tensor:
@@ -175,6 +193,7 @@ class SupCon(SimCLR):
         gradmix: The view generator, or None.
         supervised: Factor on the loss of the labels.
         self_supervised: Factor on the losses without labels, including the third view's.
+        adaptive: Decides for each image whether its third view is mixed. None mixes all images.
     """
 
     def __init__(
@@ -187,8 +206,11 @@ class SupCon(SimCLR):
         gradmix: GradMix | None = None,
         supervised: float = 1.0,
         self_supervised: float = 1.2,
+        adaptive: Adaptive | None = None,
     ) -> None:
-        super().__init__(backbone, num_features, hidden_dim, output_dim, temperature, gradmix)
+        super().__init__(
+            backbone, num_features, hidden_dim, output_dim, temperature, gradmix, adaptive=adaptive
+        )
         self.supervised = supervised
         self.self_supervised = self_supervised
 
@@ -216,6 +238,7 @@ class BYOL(Method):
         momentum: Momentum of the target network at the start, in [0, 1]; it rises to 1 on a cosine.
         gradmix: The view generator, or None.
         weight: Factor on the third view's loss, beside the fraction of the image that it keeps.
+        adaptive: Decides for each image whether its third view is mixed. None mixes all images.
     """
 
     def __init__(
@@ -227,9 +250,10 @@ class BYOL(Method):
         momentum: float = 0.99,
         gradmix: GradMix | None = None,
         weight: float = 1.0,
+        adaptive: Adaptive | None = None,
     ) -> None:
         projector = BYOLProjectionHead(num_features, hidden_dim, output_dim)
-        super().__init__(backbone, projector, gradmix, weight)
+        super().__init__(backbone, projector, gradmix, weight, adaptive)
         self.predictor = BYOLPredictionHead(output_dim, hidden_dim, output_dim)
         self.target_backbone = copy.deepcopy(backbone)
         self.target_projector = copy.deepcopy(self.projector)

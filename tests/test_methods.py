@@ -11,6 +11,7 @@ from lightly.loss import NTXentLoss
 from torch import Tensor, nn
 
 from ssl_gradmix import GradMix
+from ssl_gradmix.adaptive import Adaptive
 from ssl_gradmix.losses import nt_xent, supcon
 from ssl_gradmix.methods import BYOL, METHODS, Method, SupCon
 
@@ -173,5 +174,21 @@ def test_metrics_tell_what_there_is(name: str) -> None:
     net = method(name, gradmix=GradMix(layers=["stage"], attribution=lambda a, g: a.sum(1))).eval()
     first[:2] = torch.nan  # of six images
     metrics = net([first, second], LABELS)[1]
-    assert set(metrics) == plain | {"loss_mixed", "lam", "flat"}
+    mixing = {"loss_mixed", "lam", "flat", "agreement_lost"}
+    assert set(metrics) == plain | mixing
     assert metrics["flat"].item() == pytest.approx(2 / 6)
+    adaptive = method(name, gradmix=GradMix(layers=["stage"]), adaptive=Adaptive())
+    metrics = adaptive(views(3), LABELS)[1]
+    assert set(metrics) == plain | mixing | {"mixed", "mix_probability"}
+    assert metrics["mixed"] == 1
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_adaptive_takes_the_plain_third_view_where_nothing_is_mixed(name: str) -> None:
+    net = method(name, gradmix=GradMix(layers=["stage"]), adaptive=Adaptive(floor=1e-9)).eval()
+    net.adaptive.reading.fill_(0)
+    _, metrics = net(views(3), LABELS)
+    _, expected = method(name).eval()(views(3), LABELS)
+    assert metrics["mixed"] == 0
+    for part in ("loss_mixed", "loss_views", "lam"):
+        torch.testing.assert_close(metrics[part], expected[part])

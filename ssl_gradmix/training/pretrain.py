@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from jsonargparse import Namespace
 
 from ssl_gradmix import backbones
+from ssl_gradmix.adaptive import Adaptive
 from ssl_gradmix.data.augmentation import Views
 from ssl_gradmix.data.datasets import ImageSet
 from ssl_gradmix.data.open_set import load_known, load_labeled
@@ -38,8 +39,8 @@ def pretrain(
         config: Settings from `cli.read`.
         gradmix: Creates the view generator; called with the arguments in `config.gradmix`.
         views: Creates what makes views; called as the class `Views`.
-        method: Creates the method; called with backbone, number of features, view generator, and
-            the arguments in `config.method`.
+        method: Creates the method; called with backbone, number of features, `gradmix`, `adaptive`,
+            and the arguments in `config.method`.
     """
     training: Training = config.training
     if training.accumulate > 1 and "temperature" in config.method:
@@ -62,12 +63,14 @@ def pretrain(
         config.backbone.name, config.backbone.pretrained, **(config.backbone.kwargs or {})
     )
     mixer = None
-    if config.extra_view == "gradmix":
+    if config.extra_view in ("adaptive", "gradmix"):
         arguments = config.gradmix.as_dict()
         layers = arguments.pop("layers") or backbones.default_layers(backbone, size)
         mixer = gradmix(layers=layers or None, **arguments)
     features = backbones.num_features(backbone)
-    built = method(backbone, features, gradmix=mixer, **config.method.as_dict())
+    adaptive = Adaptive() if config.extra_view == "adaptive" else None
+    parts = {"gradmix": mixer, "adaptive": adaptive}
+    built = method(backbone, features, **parts, **config.method.as_dict())
     if config.get("init") is not None:
         backbones.start_from(built, config.init)
     layers = trial(built, size, accelerator.device)
@@ -87,7 +90,7 @@ def pretrain(
         accelerator,
         config.optimizer,
         training,
-        n_views=3 if config.extra_view == "augmented" else 2,
+        n_views=3 if config.extra_view in ("adaptive", "augmented") else 2,
         monitor=monitor,
     )
     with folder.locked() if accelerator.is_main_process else nullcontext():
@@ -142,7 +145,8 @@ def trial(method: Method, size: int, device: torch.device) -> list[str]:
         ValueError: The backbone does not accept images of this size.
     """
     method.to(device).eval()
-    views = [torch.randn(4, 3, size, size, device=device) for _ in range(2)]
+    count = 2 if method.adaptive is None else 3
+    views = [torch.randn(4, 3, size, size, device=device) for _ in range(count)]
     labels = torch.arange(4, device=device) % 2
     layers: list[str] = []
     try:
