@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import cross_entropy, interpolate, normalize
 
 from experiments.stamps import Stamps
 from ssl_gradmix import GradMix, MixedViews, SimCLR
 from ssl_gradmix.gradmix import Activations
-from ssl_gradmix.losses import nt_xent
+from ssl_gradmix.losses import nt_xent, similarities
 from ssl_gradmix.methods import Embeddings, Method
 
 
@@ -39,6 +39,41 @@ class OnTheStamp(Anywhere):
             x, y = ((boxes[:, :2] + boxes[:, 2:]) // 2).unbind(1)
             maps[torch.arange(len(maps)), y, x] = 1
         return maps
+
+
+class RandomPatches(GradMix):
+    """Replaces a random set of patches, an eighth of the image wide, as in masked image modeling.
+
+    Use it with `region="mask"`.
+    """
+
+    def attribute(self, images: Tensor, loss: Tensor | None, activations: Activations) -> Tensor:
+        drawn = torch.rand(len(images), 1, 8, 8, generator=self.generator).to(images.device)
+        return interpolate(drawn, tuple(images.shape[2:]), mode="nearest")[:, 0]
+
+
+def lafam(activation: Tensor, gradient: Tensor) -> Tensor:
+    """Mean activation, without gradients (Karjauv and Albayrak 2024, arXiv 2407.06059)."""
+    return activation.mean(1)
+
+
+class IFM(SimCLR):
+    """Implicit feature modification (Robinson et al. 2021, arXiv 2106.11230), eps 0.1.
+
+    The mean of NT-Xent and of NT-Xent whose positive cosine is lowered and whose negative ones are
+    raised by eps, which is the worst case of a perturbation of the embeddings.
+    """
+
+    eps = 0.1
+
+    def pair_loss(self, z: Embeddings, targets: Embeddings) -> Tensor:
+        logits, own = similarities(z[0], z[1], self.temperature)
+        half = logits.shape[1] // 2
+        partner = (own + half) % (2 * half)
+        shift = torch.full_like(logits, self.eps).scatter(1, partner[:, None], -self.eps)
+        harder = (logits + shift / self.temperature).scatter(1, own[:, None], -torch.inf)
+        plain = nt_xent(z[0], z[1], self.temperature)
+        return (plain + cross_entropy(harder, partner)) / 2
 
 
 class DonorPositive(SimCLR):

@@ -116,11 +116,12 @@ class StampedViews(Views):
 
     Args:
         stamps: Stamps to plant. Pass `functools.partial(StampedViews, stamps=...)` to a recipe.
+        blank: Cover each stamp with the mean color afterwards, as practitioners blank a corner.
     """
 
-    def __init__(self, *args: Any, stamps: Stamps, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, stamps: Stamps, blank: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.stamps = stamps
+        self.stamps, self.blank = stamps, blank
 
     @torch.no_grad()
     def forward(self, images: Tensor | Sequence[Tensor], n_views: int) -> list[Tensor]:
@@ -133,6 +134,8 @@ class StampedViews(Views):
             return super().forward(self.stamps.plant(images, codes), n_views)
         black, white = ((value - self.mean) / self.std for value in (0, 1))
         views = super().forward(images, n_views)
+        if self.blank:
+            black = white = torch.zeros_like(black)
         return [self.stamps.plant(view, codes, black, white) for view in views]
 
 

@@ -9,8 +9,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.parts import Anywhere, Attract, DonorPositive, OnTheStamp, logging_hits
+from experiments.parts import (
+    IFM,
+    Anywhere,
+    Attract,
+    DonorPositive,
+    OnTheStamp,
+    RandomPatches,
+    lafam,
+    logging_hits,
+)
 from experiments.stamps import StampedViews, Stamps
+from ssl_gradmix import GradMix
 from ssl_gradmix.methods import METHODS
 
 TRIALS = (0, 2, 3, 4)
@@ -31,6 +41,8 @@ DATA = ("all", "known", "stamps-0", *STAMPS)
 """All classes, known classes of an open-set trial, all classes without and with stamps."""
 
 _GRADMIX = {"extra_view": "gradmix", "gradmix.layers": "[layer3]", "gradmix.target": "agreement"}
+_THIRD = {"extra_view": "augmented"}
+_ERASE = {**_THIRD, "augmentation.erase": "1"}  # RandomErasing in all three views
 
 VARIANTS: dict[str, dict[str, str]] = {
     "plain": {"extra_view": "none"},
@@ -38,7 +50,7 @@ VARIANTS: dict[str, dict[str, str]] = {
     "plain-temperature0.05": {"extra_view": "none", "method.temperature": "0.05"},
     "supervised-only": {"extra_view": "none", "method.self_supervised": "0"},  # SupCon only
     "plain-more-epochs": {"extra_view": "none"},  # 1.5 times the epochs: passes of a third view
-    "third-view": {"extra_view": "augmented"},
+    "third-view": _THIRD,
     # The loss of a mixed view is weighted by its lam, 0.7 on average; a plain third view's is not.
     "third-view-weight0.7": {"extra_view": "augmented", "method.weight": "0.7"},
     "random-box": {**_GRADMIX, "gradmix.region": "random"},
@@ -57,14 +69,26 @@ VARIANTS: dict[str, dict[str, str]] = {
     "gradmix-lam0.7-0.9": {**_GRADMIX, "gradmix.lam_range": "[0.7, 0.9]"},
     "gradmix-donor-positive": _GRADMIX,
     "gradmix-attract": _GRADMIX,
+    "gradmix-lafam": _GRADMIX,
+    "random-patches": {**_GRADMIX, "gradmix.region": "mask", "gradmix.fill": "crop"},
+    "ifm": _THIRD,
+    "crops.08": {**_THIRD, "augmentation.min_scale": "0.08"},
+    "blur": {**_THIRD, "augmentation.blur": "0.5"},
+    "blank-corner": _THIRD,
+    "erase.1-.2": {**_ERASE, "augmentation.erase_scale": "[0.1, 0.2]"},
+    "erase.15-.4": {**_ERASE, "augmentation.erase_scale": "[0.15, 0.4]"},
+    "erase-half": {**_ERASE, "augmentation.erase": "0.5"},  # as published: areas of .02 to .33
 }
 """Options of the recipe for each variant, in the order of the tables."""
 
-PARTS: dict[str, dict[str, type]] = {
+PARTS: dict[str, dict[str, Any]] = {
     "random-center-box": {"gradmix": Anywhere},
     "oracle": {"gradmix": OnTheStamp},
     "gradmix-donor-positive": {"method": DonorPositive},
     "gradmix-attract": {"method": Attract},
+    "gradmix-lafam": {"gradmix": partial(GradMix, attribution=lafam)},
+    "random-patches": {"gradmix": RandomPatches},
+    "ifm": {"method": IFM},
 }
 """Parts of the recipe that a variant replaces."""
 
@@ -159,7 +183,7 @@ def passes(cell: Cell, grid: Grid) -> tuple[int, int, int]:
     views = 2 if settings["extra_view"] == "none" else 3
     placed = "gradmix" in PARTS.get(cell.variant, {})
     placed = placed or settings.get("gradmix.region") in ("random", "center")
-    attributed = settings["extra_view"] == "gradmix" and not placed
+    attributed = settings["extra_view"] in ("adaptive", "gradmix") and not placed
     return views * n, n if attributed else 0, 2 * n if cell.method == "byol" else 0
 
 
@@ -186,7 +210,8 @@ def recipe_parts(cell: Cell, stamps: Stamps | None) -> dict[str, Any]:
     parts: dict[str, Any] = dict(PARTS.get(cell.variant, {}))
     if stamps is None:
         return parts
-    parts["views"] = partial(StampedViews, stamps=stamps)
+    blank = cell.variant == "blank-corner"
+    parts["views"] = partial(StampedViews, stamps=stamps, blank=blank)
     parts["method"] = logging_hits(parts.get("method", METHODS[cell.method]), stamps)
     if cell.variant == "oracle":
         parts["gradmix"] = partial(OnTheStamp, stamps=stamps)

@@ -153,3 +153,32 @@ def test_a_cell_leaves_its_rows_and_is_not_run_again(tmp_path):
     expected = {name for name, each in rows.MEASURES.items() if each.kind in ("stamps", "hit")}
     assert sorted(found.index) == sorted(expected - {"unstamped_corruption_error"})
     assert found.hit > 0.9
+
+
+def test_ifm_lowers_the_positive_cosine_and_raises_the_others():
+    z = torch.nn.functional.normalize(torch.randn(6, 4, generator=torch.Generator().manual_seed(0)))
+    cosines, total = (z @ z.T).double(), 0.0
+    for eps in (0.0, 0.1):
+        for i in range(6):
+            partner = (i + 3) % 6
+            shifted = [cosines[i, k] + (-eps if k == partner else eps) for k in range(6)]
+            others = sum((shifted[k] / 0.2).exp() for k in range(6) if k != i)
+            total -= float(((shifted[partner] / 0.2).exp() / others).log()) / 6 / 2
+    method = parts.IFM(nn.Identity(), 4, temperature=0.2)
+    assert method.pair_loss((z[:3], z[3:]), ()).item() == pytest.approx(total, rel=1e-5)
+
+
+def test_random_patches_are_whole_and_cover_the_fraction():
+    mixer = parts.RandomPatches(region="mask", fill="crop", lam_range=(0.75, 0.75))
+    mask = mixer(IMAGES.float(), None, {}).mask
+    patches = mask.view(60, 8, 4, 8, 4).transpose(2, 3).flatten(3)
+    assert (patches.all(3) | ~patches.any(3)).all()
+    assert (mask.flatten(1).sum(1) == 256).all()
+
+
+def test_blanked_stamps_have_the_mean_color():
+    stamps = Stamps(9, "corner")
+    (view, _), plain = views(StampedViews, stamps=stamps, blank=True), views(Views)[0]
+    mask = inside(stamps.latest[0].tolist())
+    assert not view[:, :, mask].any()
+    assert view[:, :, ~mask].equal(plain[:, :, ~mask])
