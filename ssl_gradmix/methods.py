@@ -92,7 +92,7 @@ class Method(nn.Module):
             `adaptive` also `mixed` and `mix_probability`, see `Adaptive`.
         """
         targets = self.targets(views[:2])
-        metrics: dict[str, Tensor] = {}
+        reading: dict[str, Tensor] = {}
         if self.gradmix is None:
             z = self.embed(torch.cat(views)).chunk(len(views))
             pair, third, mixed = self.pair_loss(z[:2], targets), z[2:], None
@@ -103,15 +103,15 @@ class Method(nn.Module):
             if self.adaptive is not None:
                 images, lam = self.adaptive.choose(mixed, views[2])
             third = (self.embed(images),)
-            metrics = self._read(z[0], (targets or z)[1], third[0], mixed)
-        loss = pair
+            reading = self._read(z[0], (targets or z)[1], third[0], mixed)
+        loss, metrics = pair, {"loss_views": pair}
         for embeddings in third:
             loss_third = self.third_loss(embeddings, z[:2], targets, mixed)
             loss = loss + self.weight * lam * loss_third
             metrics |= {"loss_mixed": loss_third, "lam": lam}
         loss, more = self.total(loss, z[:2], labels)
-        spread = embedding_std((targets or z)[0])
-        metrics |= {"loss_views": pair, "embedding_std": spread, **more}
+        spread = {"embedding_std": embedding_std((targets or z)[0])}
+        metrics = {**metrics, **more, **spread, **reading}
         return loss, {name: value.detach() for name, value in metrics.items()}
 
     def mixed_views(self, views: list[Tensor], labels: Tensor | None = None) -> MixedViews:
