@@ -69,6 +69,7 @@ VARIANTS: dict[str, dict[str, str]] = {
     "gradmix-lam0.7-0.9": {**_GRADMIX, "gradmix.lam_range": "[0.7, 0.9]"},
     "gradmix-donor-positive": _GRADMIX,
     "gradmix-attract": _GRADMIX,
+    "gradmix-labels": {**_GRADMIX, "method.mixed_labels": "true"},  # SupCon only
     "gradmix-lafam": _GRADMIX,
     "random-patches": {**_GRADMIX, "gradmix.region": "mask", "gradmix.fill": "crop"},
     "ifm": _THIRD,

@@ -70,7 +70,7 @@ class Method(nn.Module):
         return ()
 
     def total(
-        self, loss: Tensor, z: Embeddings, labels: Tensor | None
+        self, loss: Tensor, z: Embeddings, third: Embeddings, lam: Tensor, labels: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss to minimize and further metrics; methods with labels add their loss here."""
         return loss, {}
@@ -109,7 +109,7 @@ class Method(nn.Module):
             loss_third = self.third_loss(embeddings, z[:2], targets, mixed)
             loss = loss + self.weight * lam * loss_third
             metrics |= {"loss_mixed": loss_third, "lam": lam}
-        loss, more = self.total(loss, z[:2], labels)
+        loss, more = self.total(loss, z[:2], third, lam, labels)
         spread = {"embedding_std": embedding_std((targets or z)[0])}
         metrics = {**metrics, **more, **spread, **reading}
         return loss, {name: value.detach() for name, value in metrics.items()}
@@ -183,6 +183,8 @@ class SupCon(SimCLR):
         supervised * SupCon(z0, z1, labels) + self_supervised * (NTX(z0, z1) + lam * NTX(z2, z1))
 
     Khosla et al. 2020, arXiv 2004.11362. GradMix attributes the loss of the pair without labels.
+    With `mixed_labels`, `lam * SupCon(z2, z1, labels)` is added to the supervised loss, as the
+    authors train since 2026.
 
     Args:
         backbone: Encoder from images (N, C, H, W) to features (N, D).
@@ -193,6 +195,7 @@ class SupCon(SimCLR):
         gradmix: The view generator, or None.
         supervised: Factor on the loss of the labels.
         self_supervised: Factor on the losses without labels, including the third view's.
+        mixed_labels: Whether third views enter the loss of the labels, too.
         adaptive: Decides for each image whether its third view is mixed. None mixes all images.
     """
 
@@ -206,6 +209,7 @@ class SupCon(SimCLR):
         gradmix: GradMix | None = None,
         supervised: float = 1.0,
         self_supervised: float = 1.2,
+        mixed_labels: bool = False,
         adaptive: Adaptive | None = None,
     ) -> None:
         super().__init__(
@@ -213,12 +217,17 @@ class SupCon(SimCLR):
         )
         self.supervised = supervised
         self.self_supervised = self_supervised
+        self.mixed_labels = mixed_labels
 
     def total(
-        self, loss: Tensor, z: Embeddings, labels: Tensor | None
+        self, loss: Tensor, z: Embeddings, third: Embeddings, lam: Tensor, labels: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         assert labels is not None
         supervised = supcon(z[0], z[1], labels, self.temperature)
+        if self.mixed_labels:
+            for embeddings in third:
+                mixed = supcon(embeddings, z[1], labels, self.temperature)
+                supervised = supervised + lam * mixed
         total = self.supervised * supervised + self.self_supervised * loss
         return total, {"loss_supervised": supervised}
 

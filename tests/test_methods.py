@@ -91,12 +91,16 @@ def test_the_target_network_follows_a_cosine_momentum_and_gets_no_gradient() -> 
         assert all(parameter.grad is None for parameter in part.parameters())
 
 
-def test_supcon_weighs_labels_and_views() -> None:
-    net = method("supcon", temperature=0.3, supervised=0.5, self_supervised=2.0)
+@pytest.mark.parametrize("mixed_labels", [False, True])
+def test_supcon_weighs_labels_and_views(mixed_labels: bool) -> None:
+    weights = {"supervised": 0.5, "self_supervised": 2.0}
+    net = method("supcon", temperature=0.3, mixed_labels=mixed_labels, **weights)
     given = views(3)
     z0, z1, z2 = net.projector(net.backbone(torch.cat(given))).chunk(3)
     loss, metrics = net(given, LABELS)
     labels = supcon(z0, z1, LABELS, 0.3)
+    if mixed_labels:  # lam is 1 for a plain third view
+        labels = labels + supcon(z2, z1, LABELS, 0.3)
     torch.testing.assert_close(metrics["loss_supervised"], labels.detach())
     unlabeled = nt_xent(z0, z1, 0.3) + nt_xent(z2, z1, 0.3)
     torch.testing.assert_close(loss, 0.5 * labels + 2.0 * unlabeled)
