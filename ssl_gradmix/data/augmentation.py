@@ -1,8 +1,8 @@
 """Random views of images, made batch by batch on the device of the encoder.
 
 The chain is SimCLR's [0] with BYOL's [1] solarization: random resized crop of the whole image at
-its own resolution, horizontal flip, color jitter, grayscale, Gaussian blur, solarization (second
-view only), normalization.
+its own resolution, horizontal flip, rotation (off by default), color jitter, grayscale, Gaussian
+blur, solarization (second view only), normalization, erasing (off by default).
 
 - [0]: SimCLR, 2020, https://arxiv.org/abs/2002.05709
 - [1]: BYOL, 2020, https://arxiv.org/abs/2006.07733
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jsonargparse.typing import ClosedUnitInterval
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveFloat
 from torch import Tensor, nn
 
 BLUR_SIGMA = (0.1, 2.0)
@@ -28,6 +28,9 @@ SOLARIZE_FROM = 128 / 255
 _CROP_TRIES = 10
 CROP_NUMBERS = 2 * _CROP_TRIES + 2
 """Random numbers per crop."""
+
+ERASE_NUMBERS = 2 * _CROP_TRIES + 3
+"""Random numbers per erased box."""
 
 _CPU_PIXELS, _DEVICE_PIXELS = 2**16, 2**26
 """Pixels of a batch that are processed at a time. On a CPU, intermediate results then stay in its
@@ -51,6 +54,10 @@ class Augmentation:
         blur: Probability of a Gaussian blur, with sigma in [0.1, 2] pixels at 224 px and in
             proportion at other sizes. Defaults to 0; recipes default to 0.5 from 96 px on.
         solarize: Probability of solarization, second view only (BYOL).
+        rotation: Angle of a rotation is drawn from [-r, r], in degrees. Corners become black.
+        erase: Probability of erasing a random box, which becomes 0 after the normalization.
+        erase_scale: Smallest and largest area of the box, as fractions of the view.
+        erase_ratio: Smallest and largest ratio of its height to its width.
     """
 
     min_scale: ClosedUnitInterval = 0.2
@@ -63,8 +70,16 @@ class Augmentation:
     gray: ClosedUnitInterval = 0.2
     blur: ClosedUnitInterval | None = None
     solarize: ClosedUnitInterval = 0.0
+    rotation: NonNegativeFloat = 0.0
+    erase: ClosedUnitInterval = 0.0
+    erase_scale: tuple[PositiveFloat, PositiveFloat] = (0.02, 0.33)
+    erase_ratio: tuple[PositiveFloat, PositiveFloat] = (0.3, 3.3)
 
     def __post_init__(self) -> None:
+        for name in ("erase_scale", "erase_ratio"):
+            low, high = getattr(self, name)
+            if low > high:
+                raise ValueError(f"augmentation.{name} must be (low, high), got ({low}, {high})")
         self.flip = 0.5 if self.flip is None else self.flip
         self.blur = 0.0 if self.blur is None else self.blur
 
@@ -86,6 +101,8 @@ class Draws(NamedTuple):
     blur: Tensor  # (N, 1), 1 to blur, else 0
     solarize: Tensor  # (N, 1), 1 to solarize, else 0
     sigma: Tensor  # (N, 1), of the blur, in pixels
+    angle: Tensor  # (N, 1), of the rotation, in degrees, counterclockwise
+    erased: Tensor  # (N, 4), top, left, height and width of the erased box, all 0 for none
     order: list[int]  # order in which the columns of jitter are applied
 
 
@@ -93,11 +110,11 @@ class Views(nn.Module):
     """Makes views of a batch of images.
 
     The distributions are those of torchvision's `RandomResizedCrop` (ratio 3/4 to 4/3, antialiased
-    bilinear), `ColorJitter`, `RandomGrayscale` and `GaussianBlur` (kernel of a tenth of the image,
-    odd), with two differences: the order of the four color changes is drawn once per view of the
-    batch, not per image, and nothing is rounded to 8 bits in between. At 32 px the blur's sigma is
-    0.01 to 0.29 pixels in a 3x3 kernel, which is hardly visible: SimCLR does not use it on
-    CIFAR-10.
+    bilinear), `RandomRotation` (bilinear), `ColorJitter`, `RandomGrayscale`, `GaussianBlur` (kernel
+    of a tenth of the image, odd) and `RandomErasing`, with two differences: the order of the four
+    color changes is drawn once per view of the batch, not per image, and nothing is rounded to 8
+    bits in between. At 32 px the blur's sigma is 0.01 to 0.29 pixels in a 3x3 kernel, which is
+    hardly visible: SimCLR does not use it on CIFAR-10.
 
     All random numbers come from torch's global CPU generator, so the same seed gives the same
     views on every device. Each process draws the numbers of the global batch and takes its own, so
@@ -109,7 +126,8 @@ class Views(nn.Module):
     Args:
         augmentation: The settings.
         size: Side of the views in pixels.
-        mean: Mean of the red, green and blue channels, for images in [0, 1].
+        mean: Mean of the red, green and blue channels, for images in [0, 1]; a single one for gray
+            images, which have no saturation or hue to change.
         std: Standard deviation of the channels.
         process: Index of this process.
         processes: Number of processes that share a batch.
@@ -130,28 +148,28 @@ class Views(nn.Module):
         super().__init__()
         self.augmentation, self.size = augmentation, size
         self.process, self.processes = process, processes
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
 
     @torch.no_grad()
     def forward(self, images: Tensor | Sequence[Tensor], n_views: int) -> list[Tensor]:
         """Draws `n_views` views of each image.
 
         Args:
-            images: uint8 (N, 3, H, W), or N tensors (3, H, W) of different sizes, on this module's
-                device.
+            images: uint8 (N, C, H, W), or int32 with 16 bits, or N tensors (C, H, W) of different
+                sizes, on this module's device.
             n_views: Number of views; only the second (index 1) is ever solarized.
 
         Returns:
-            `n_views` float32 tensors (N, 3, size, size), normalized.
+            `n_views` float32 tensors (N, C, size, size), normalized.
 
         Raises:
-            ValueError: `images` is not uint8 or does not have these shapes.
+            ValueError: `images` does not have such a type or shape.
         """
         if not isinstance(images, Tensor) and len({image.shape for image in images}) == 1:
             images = torch.stack(tuple(images))
-        if isinstance(images, Tensor):
-            _require_rgb(images)
+        for each in (images,) if isinstance(images, Tensor) else images:
+            _require(each if isinstance(images, Tensor) else each[None], len(self.mean))
         with torch.autocast(images[0].device.type, enabled=False):
             draws = (self.draw(images, second=view == 1) for view in range(n_views))
             return [self.apply_draws(images, drawn) for drawn in draws]
@@ -173,10 +191,16 @@ class Views(nn.Module):
         jitter = torch.empty(everyone, 4).uniform_(-1, 1)[own] * torch.tensor(color) * jittered
         sigma = torch.empty(everyone, 1).uniform_(*BLUR_SIGMA)[own] * self.size / 224
         order = torch.randperm(4).tolist()
-        return Draws(boxes, flip, jitter, gray, blur, solarized, sigma, order)
+        angle, erased = torch.zeros(n, 1), torch.zeros(n, 4)
+        if settings.rotation:
+            angle = torch.empty(everyone, 1).uniform_(-1, 1)[own] * settings.rotation
+        if settings.erase:
+            drawn = torch.rand(everyone, ERASE_NUMBERS)[own]
+            erased = erase_boxes(self.size, settings, drawn)
+        return Draws(boxes, flip, jitter, gray, blur, solarized, sigma, angle, erased, order)
 
     def apply_draws(self, images: Tensor | Sequence[Tensor], draws: Draws) -> Tensor:
-        """Makes the view that `draws` describe, float32 (N, 3, size, size)."""
+        """Makes the view that `draws` describe, float32 (N, C, size, size)."""
         numbers = torch.cat(draws[:-1], dim=1)
         # Images of different sizes are cropped one by one; only their views are processed together.
         in_pixels = images.shape[-2] * images.shape[-1] if isinstance(images, Tensor) else 0
@@ -192,11 +216,13 @@ class Views(nn.Module):
     ) -> Tensor:
         settings = self.augmentation
         there = numbers.to(images[0].device, non_blocking=True)
-        boxes, flip, jitter, *masks, sigma = there.split([4, 1, 4, 1, 1, 1, 1], dim=1)
-        gray, blur, solarize = (mask.view(-1, 1, 1, 1) for mask in masks)
+        boxes, flip, jitter, masks, sigma, angle, erased = there.split([4, 1, 4, 3, 1, 1, 4], dim=1)
+        gray, blur, solarize = masks.view(-1, 3, 1, 1, 1).unbind(1)
         if not isinstance(images, Tensor):  # their boxes are read on the CPU, without waiting
             boxes, flip = numbers[:, :4], numbers[:, 4]
-        views = resized_crop(images, boxes, flip, self.size).div_(255)
+        views = resized_crop(images, boxes, flip, self.size).div_(_white(images[0]))
+        if settings.rotation:
+            views = rotate(views, angle)
         views = color_jitter(views, jitter, order)
         # lerp with a weight of 0 or 1 selects like torch.where, and is much faster on the CPU.
         if settings.gray:
@@ -205,7 +231,8 @@ class Views(nn.Module):
             views = torch.lerp(views, gaussian_blur(views, sigma), blur)
         if settings.solarize:
             views = torch.where(solarize * views >= SOLARIZE_FROM, 1 - views, views)
-        return views.sub_(self.mean).div_(self.std)
+        views = views.sub_(self.mean).div_(self.std)
+        return erase(views, erased) if settings.erase else views
 
 
 def crop_boxes(extents: Tensor, min_scale: float, drawn: Tensor) -> Tensor:
@@ -239,6 +266,62 @@ def crop_boxes(extents: Tensor, min_scale: float, drawn: Tensor) -> Tensor:
     return torch.cat([top, left, box_height, box_width], dim=1)
 
 
+def erase_boxes(size: int, settings: Augmentation, drawn: Tensor) -> Tensor:
+    """Turns random numbers into boxes to erase, distributed as in torchvision's `RandomErasing`.
+
+    The first of ten draws that is smaller than the view is placed at random. If there is none, or
+    with probability 1 - `settings.erase`, the box is empty.
+
+    Args:
+        size: Side of the views in pixels.
+        settings: The probability, and the ranges of area and ratio.
+        drawn: Random numbers in [0, 1), (N, ERASE_NUMBERS).
+
+    Returns:
+        Boxes as in `Draws`.
+    """
+    scale, aspect, down, across, happens = drawn.split([_CROP_TRIES, _CROP_TRIES, 1, 1, 1], dim=1)
+    smallest, largest = settings.erase_scale
+    area = size * size * (smallest + (largest - smallest) * scale)
+    flattest, tallest = map(math.log, settings.erase_ratio)
+    ratio = (flattest + (tallest - flattest) * aspect).exp()
+    heights, widths = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
+    fits = (heights < size) & (widths < size)
+    first = fits.int().argmax(1, keepdim=True)
+    height, width = heights.gather(1, first), widths.gather(1, first)
+    top, left = (down * (size - height + 1)).floor(), (across * (size - width + 1)).floor()
+    erased = fits.any(1, keepdim=True) & (happens < settings.erase)
+    return torch.cat([top, left, height, width], dim=1) * erased
+
+
+def erase(views: Tensor, boxes: Tensor) -> Tensor:
+    """Sets a box of each view (N, C, size, size) to 0; `boxes` as in `Draws`."""
+    top, left, height, width = boxes.view(-1, 4, 1, 1, 1).unbind(1)
+    pixel = torch.arange(views.shape[-1], device=views.device)
+    down, across = pixel.view(-1, 1), pixel.view(1, -1)
+    inside = (down >= top) & (down < top + height) & (across >= left) & (across < left + width)
+    return views.masked_fill(inside, 0)
+
+
+def rotate(images: Tensor, angle: Tensor) -> Tensor:
+    """Rotates each image (N, C, size, size) about its center, as torchvision's `rotate`: bilinear.
+
+    Outside the image is black. There, torchvision weighs pixels at the edge by the part of them
+    that is inside once more, and so does this.
+
+    Args:
+        images: The images.
+        angle: (N, 1), in degrees, counterclockwise.
+    """
+    radians = torch.deg2rad(angle)
+    cos, sin, zero = radians.cos(), radians.sin(), torch.zeros_like(radians)
+    turn = torch.cat([cos, -sin, zero, sin, cos, zero], dim=1).view(-1, 2, 3)
+    inside = torch.ones_like(images[:, :1])
+    grid = nn.functional.affine_grid(turn, list(images.shape), align_corners=False)
+    turned = nn.functional.grid_sample(torch.cat([images, inside], 1), grid, align_corners=False)
+    return turned[:, :-1] * turned[:, -1:]
+
+
 def resized_crop(
     images: Tensor | Sequence[Tensor], boxes: Tensor, flip: Tensor, size: int
 ) -> Tensor:
@@ -248,13 +331,13 @@ def resized_crop(
     matrix for its rows and one for its columns. `grid_sample` would alias where a crop shrinks.
 
     Args:
-        images: (N, 3, H, W), or N tensors (3, H, W) of different sizes.
+        images: (N, C, H, W), or N tensors (C, H, W) of different sizes.
         boxes: As in `Draws`; on the CPU for images of different sizes, else on their device.
         flip: As in `Draws`; on the same device as `boxes`.
         size: Side of the result in pixels.
 
     Returns:
-        float32 (N, 3, size, size), in the range of `images`.
+        float32 (N, C, size, size), in the range of `images`.
     """
     if not isinstance(images, Tensor):
         crops = []
@@ -293,7 +376,7 @@ def color_jitter(images: Tensor, jitter: Tensor, order: Sequence[int]) -> Tensor
     """Changes brightness, contrast, saturation and hue, as torchvision's `adjust_*` functions.
 
     Args:
-        images: (N, 3, H, W) in [0, 1], which the result is too.
+        images: (N, C, H, W) in [0, 1], which the result is too; gray ones have no hue to change.
         jitter: As in `Draws`.
         order: As in `Draws`.
     """
@@ -306,13 +389,15 @@ def color_jitter(images: Tensor, jitter: Tensor, order: Sequence[int]) -> Tensor
             images = torch.lerp(mean, images, 1 + contrast).clamp_(0, 1)
         elif column == 2:
             images = torch.lerp(luma(images), images, 1 + saturation).clamp_(0, 1)
-        else:
+        elif images.shape[1] == 3:
             images = torch.lerp(images, shift_hue(images, hue), (hue != 0).float())
     return images
 
 
 def luma(images: Tensor) -> Tensor:
-    """Perceived brightness of RGB images, (N, 1, H, W), with torchvision's (ITU-R 601) weights."""
+    """Perceived brightness of images, (N, 1, H, W), with torchvision's (ITU-R 601) weights."""
+    if images.shape[1] == 1:
+        return images
     red, green, blue = images.split(1, dim=1)
     return 0.2989 * red + 0.587 * green + 0.114 * blue
 
@@ -345,7 +430,7 @@ def shift_hue(images: Tensor, shift: Tensor) -> Tensor:
 
 
 def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:
-    """Blurs each image (N, 3, size, size) by its own sigma (N, 1), in pixels.
+    """Blurs each image (N, C, size, size) by its own sigma (N, 1), in pixels.
 
     The kernel is a tenth of the image's width, odd. Edges are reflected, as in torchvision's
     `gaussian_blur`, which has one sigma for all images.
@@ -368,23 +453,29 @@ def eval_transform(
 ) -> Callable[[Tensor], Tensor]:
     """Builds a function that normalizes images by the mean and standard deviation of a channel.
 
-    It maps uint8 (N, 3, size, size) to float32 on the same device, and raises ValueError for
-    another dtype or size.
+    It maps uint8 (N, C, size, size), or int32 with 16 bits, to float32 on the same device, and
+    raises ValueError for another type or shape.
     """
-    channel_mean = torch.tensor(mean).view(3, 1, 1)
-    channel_std = torch.tensor(std).view(3, 1, 1)
+    channel_mean = torch.tensor(mean).view(-1, 1, 1)
+    channel_std = torch.tensor(std).view(-1, 1, 1)
 
     def normalize(images: Tensor) -> Tensor:
-        _require_rgb(images)
+        _require(images, len(mean))
         if images.shape[2:] != (size, size):
             raise ValueError(f"images must be {size}x{size}, got {tuple(images.shape)}")
-        scaled = images.float().div_(255)
+        scaled = images.float().div_(_white(images))
         return scaled.sub_(channel_mean.to(images.device)).div_(channel_std.to(images.device))
 
     return normalize
 
 
-def _require_rgb(images: Tensor) -> None:
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+def _white(images: Tensor) -> int:
+    """The value of white."""
+    return 255 if images.dtype == torch.uint8 else 65535
+
+
+def _require(images: Tensor, channels: int) -> None:
+    is_known = images.dtype in (torch.uint8, torch.int32)
+    if not is_known or images.ndim != 4 or images.shape[1] != channels:
         got = f"{images.dtype} {tuple(images.shape)}"
-        raise ValueError(f"images must be uint8 (N, 3, H, W), got {got}")
+        raise ValueError(f"images must be uint8 or int32 (N, {channels}, H, W), got {got}")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from scipy.stats import chisquare, ks_2samp
-from torchvision.transforms import ColorJitter, RandomResizedCrop
+from torchvision.transforms import ColorJitter, InterpolationMode, RandomErasing, RandomResizedCrop
 from torchvision.transforms.v2 import functional as F
 
 from ssl_gradmix.data import augmentation
@@ -19,6 +20,9 @@ OFF = {"min_scale": 1.0, "flip": 0.0, "jitter": 0.0, "gray": 0.0}
 STRONG = Augmentation(0.1, 0.5, 0.8, 0.8, 0.8, 0.8, 0.4, gray=0.3, blur=0.5, solarize=0.5)
 ORDERS = list(itertools.permutations(range(4)))
 ADJUST = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
+
+
+STRONG_AND_MORE = replace(STRONG, rotation=25.0, erase=0.6, erase_scale=(0.05, 0.4))
 
 
 def photographs(n: int, height: int = 32, width: int = 32) -> torch.Tensor:
@@ -94,10 +98,23 @@ def test_gaussian_blur_equals_torchvisions(size: int, kernel: int) -> None:
         torch.testing.assert_close(result, expected, rtol=0, atol=1e-5)
 
 
-def test_view_equals_torchvisions_chain_with_the_drawn_numbers() -> None:
+def rotated(image: torch.Tensor, angle: float) -> torch.Tensor:
+    return F.rotate(image, angle, InterpolationMode.BILINEAR, fill=0)
+
+
+def test_rotation_equals_torchvisions() -> None:
+    images = photographs(6, 31, 31) / 255
+    angles = torch.tensor([0.0, 3.0, -33.5, 90.0, 170.0, -300.0])
+    turned = augmentation.rotate(images, angles.view(-1, 1))
+    for result, image, angle in zip(turned, images, angles.tolist(), strict=True):
+        torch.testing.assert_close(result, rotated(image, angle), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [STRONG, STRONG_AND_MORE])
+def test_view_equals_torchvisions_chain_with_the_drawn_numbers(settings: Augmentation) -> None:
     images = photographs(70, 64, 64)  # more than are processed at a time
     torch.manual_seed(3)
-    views = Views(STRONG, 48, MEAN, STD)
+    views = Views(settings, 48, MEAN, STD)
     draws = views.draw(images, second=True)
     assert draws.order != sorted(draws.order)
     result = views.apply_draws(images, draws)
@@ -105,13 +122,15 @@ def test_view_equals_torchvisions_chain_with_the_drawn_numbers() -> None:
         box = draws.boxes[i].int().tolist()
         image = F.resized_crop(image.float(), *box, [48, 48], antialias=True) / 255
         image = F.hflip(image) if draws.flip[i] else image
+        image = rotated(image, draws.angle[i].item()) if draws.angle[i] else image
         image = jittered(image, draws.jitter[i].tolist(), draws.order)
         image = F.rgb_to_grayscale(image, 3) if draws.gray[i] else image
         sigma = [draws.sigma[i].item()] * 2
         image = F.gaussian_blur(image, [5, 5], sigma) if draws.blur[i] else image
         near_threshold = (image - 128 / 255).abs() < 1e-4
         image = F.solarize(image, 128 / 255) if draws.solarize[i] else image
-        difference = (result[i] - F.normalize(image, MEAN, STD)).abs()
+        image = F.erase(F.normalize(image, MEAN, STD), *draws.erased[i].int().tolist(), 0)
+        difference = (result[i] - image).abs()
         assert difference[~near_threshold].max() < 1e-3
 
 
@@ -132,6 +151,42 @@ def test_crops_are_distributed_as_torchvisions(height: int, width: int, min_scal
 
     for values, wanted in zip(measures(boxes), measures(torch.tensor(expected)), strict=True):
         assert ks_2samp(values, wanted).pvalue > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("size", "scale", "ratio"), [(32, (0.02, 0.33), (0.3, 3.3)), (96, (0.5, 0.9), (0.1, 4.0))]
+)
+def test_erased_boxes_and_angles_are_distributed_as_torchvisions(size, scale, ratio) -> None:
+    settings = Augmentation(erase=0.7, erase_scale=scale, erase_ratio=ratio, rotation=20)
+    torch.manual_seed(8)
+    images = photographs(1, size, size).expand(4000, -1, -1, -1)
+    draws = Views(settings, size, MEAN, STD).draw(images, second=False)
+    assert ks_2samp(draws.angle.view(-1), np.linspace(-20, 20, 4001)).pvalue > 1e-3
+    image = images[0].float()
+    drawn = [RandomErasing.get_params(image, scale, ratio, [0.0])[:4] for _ in range(4000)]
+    # Without a box torchvision returns that of the whole image, and sets it to itself.
+    expected = torch.tensor([each if each[2] < size else (0, 0, 0, 0) for each in drawn])
+    erased = draws.erased[:, 2] > 0
+    share = (expected[:, 2] > 0).float().mean().item()
+    assert erased.float().mean().item() == pytest.approx(0.7 * share, abs=0.03)
+    expected = expected[expected[:, 2] > 0].double()
+    for column in range(4):
+        assert ks_2samp(draws.erased[erased, column], expected[:, column]).pvalue > 1e-3
+
+
+def test_options_that_are_off_draw_nothing() -> None:
+    """So views are those of earlier versions, in which these options did not exist."""
+    torch.manual_seed(9)
+    torch.rand(8, 5), torch.rand(8, CROP_NUMBERS), torch.rand(8, 4), torch.rand(8, 1)
+    torch.randperm(4)
+    state = torch.random.get_rng_state()
+    images = photographs(8)
+    torch.manual_seed(9)
+    without = Views(STRONG, 32, MEAN, STD).draw(images, second=True)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    torch.manual_seed(9)
+    with_more = Views(STRONG_AND_MORE, 32, MEAN, STD).draw(images, second=True)
+    assert all(map(torch.equal, without[:7], with_more[:7]))
 
 
 def test_color_factors_are_distributed_as_torchvisions() -> None:
@@ -185,6 +240,46 @@ def test_eval_transform_equals_torchvisions_normalization() -> None:
     torch.testing.assert_close(eval_transform(32, MEAN, STD)(images), expected)
 
 
+def test_gray_views_equal_torchvisions_chain() -> None:
+    """Of 8 bits and of 16, which torchvision sees as floats."""
+    images = photographs(20, 48, 48)[:, :1]
+    deep = images.int() * 257
+    deep[:, :, 9:, 9:] -= (deep[:, :, 9:, 9:] > 100) * 100
+    torch.manual_seed(4)
+    views = Views(replace(STRONG, blur=0.0), 32, MEAN[:1], STD[:1])
+    draws = views.draw(images, second=True)
+    for stored, white in ((images, 255), (deep, 65535)):
+        result = views.apply_draws(stored, draws)
+        assert result.shape == (20, 1, 32, 32)
+        for i, image in enumerate(stored.float() / white):
+            box = draws.boxes[i].int().tolist()
+            image = F.resized_crop(image, *box, [32, 32], antialias=True)
+            image = F.hflip(image) if draws.flip[i] else image
+            order = [column for column in draws.order if column < 2]
+            image = jittered(image, draws.jitter[i].tolist(), order)
+            near_threshold = (image - 128 / 255).abs() < 1e-4
+            image = F.solarize(image, 128 / 255) if draws.solarize[i] else image
+            difference = (result[i] - F.normalize(image, MEAN[:1], STD[:1])).abs()
+            assert difference[~near_threshold].max() < 1e-3
+    (as_list,) = views_of_gray(list(deep))
+    assert torch.equal(as_list, views_of_gray(deep)[0])
+
+
+def views_of_gray(images) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    return Views(STRONG_AND_MORE, 32, MEAN[:1], STD[:1])(images, 1)
+
+
+def test_16_bits_become_a_float_without_loss() -> None:
+    values = torch.arange(65536, dtype=torch.int32).view(1, 1, 256, 256)
+    expected = torch.arange(65536) / 65535
+    normalized = eval_transform(256, [0.0], [1.0])(values)
+    torch.testing.assert_close(normalized.view(-1), expected, rtol=0, atol=0)
+    assert len(normalized.unique()) == 65536
+    same = eval_transform(256, [0.0], [1.0])((values % 256).byte())
+    torch.testing.assert_close(eval_transform(256, [0.0], [1.0])(values % 256 * 257), same)
+
+
 def test_views_differ_by_image_view_and_seed() -> None:
     images = photographs(1).expand(4, -1, -1, -1)
     views = torch.cat(views_of(images, STRONG, n_views=3))
@@ -213,16 +308,16 @@ def test_views_do_not_depend_on_the_number_of_processes(processes: int) -> None:
     parts = []
     for process, part in enumerate(images.chunk(processes)):
         torch.manual_seed(0)
-        parts.append(Views(STRONG, 24, MEAN, STD, process, processes)(part, 3))
+        parts.append(Views(STRONG_AND_MORE, 24, MEAN, STD, process, processes)(part, 3))
         state = torch.random.get_rng_state()
-    together = views_of(images, STRONG, 24, n_views=3)
+    together = views_of(images, STRONG_AND_MORE, 24, n_views=3)
     assert all(map(torch.equal, map(torch.cat, zip(*parts, strict=True)), together))
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
 def test_views_do_not_synchronize_with_the_device() -> None:
     """Meta tensors hold no values: reading one (item, nonzero, a mask as index) raises."""
-    views, images = Views(STRONG, 32, MEAN, STD), photographs(5)
+    views, images = Views(STRONG_AND_MORE, 32, MEAN, STD), photographs(5)
     made = views.to("meta").apply_draws(images.to("meta"), views.draw(images, second=True))
     assert made.shape == (5, 3, 32, 32)
 
@@ -238,3 +333,8 @@ def test_invalid_images_raise(shape: tuple[int, ...]) -> None:
             make(images, 1)
     with pytest.raises(ValueError, match="images"):
         eval_transform(32, MEAN, STD)(photographs(2, 16, 16))
+    with pytest.raises(ValueError, match="images"):
+        views_of(list(photographs(2)[:, :1]), STRONG)
+    for option in ("erase_scale", "erase_ratio"):
+        with pytest.raises(ValueError, match=option):
+            Augmentation(**{option: (0.5, 0.2)})
