@@ -28,8 +28,8 @@ class Adaptive(nn.Module):
         mean(cos(z0, z1) − cos(z2, z1)) / mean(cos(z0, z1) − cos(z0, z')) / (1 − lam)
 
     the lost fraction of the agreement relative to the replaced fraction of the image. It is about 1
-    for an encoder that looks everywhere, and several times as large for one that relies on what was
-    replaced. The probability of mixing follows a moving average of it, starts at 1, so that a
+    for an encoder that looks everywhere, and two to five times as large for one that relies on what
+    was replaced, which may be all there is: a digit on an empty background. The probability of mixing follows a moving average of it, starts at 1, so that a
     shortcut is mixed out before the encoder rests on it, and keeps a floor, so that shortcuts that
     are found late are noticed. There is no precedent in the paper. Nothing waits for the device,
     and all state is in a buffer, which is saved with the module and equal on all processes.
@@ -47,7 +47,7 @@ class Adaptive(nn.Module):
     reading: Tensor
 
     def __init__(
-        self, low: float = 1.5, high: float = 2.8, floor: float = 0.1, momentum: float = 0.9
+        self, low: float = 1.3, high: float = 2.0, floor: float = 0.1, momentum: float = 0.9
     ) -> None:
         super().__init__()
         if not (low < high and 0 < floor <= 1 and 0 <= momentum < 1):
