@@ -29,10 +29,12 @@ class Adaptive(nn.Module):
 
     the lost fraction of the agreement relative to the replaced fraction of the image. It is about 1
     for an encoder that looks everywhere, and two to five times as large for one that relies on what
-    was replaced, which may be all there is: a digit on an empty background. The probability of mixing follows a moving average of it, starts at 1, so that a
+    was replaced, which may be all there is: a digit on an empty background.
+
+    The probability of mixing follows a moving average of the reading. It starts at 1, so that a
     shortcut is mixed out before the encoder rests on it, and keeps a floor, so that shortcuts that
-    are found late are noticed. There is no precedent in the paper. Nothing waits for the device,
-    and all state is in a buffer, which is saved with the module and equal on all processes.
+    are found late are noticed. The paper always mixes. Nothing waits for the device, and all state
+    is in a buffer, which is saved with the module and equal on all processes.
 
     Args:
         low: Reading up to which images are mixed with probability `floor`.
