@@ -25,6 +25,7 @@ from ssl_gradmix.data.corruptions import (
     frost_source,
 )
 from ssl_gradmix.data.datasets import ImageSet
+from ssl_gradmix.data.open_set import published_numbers
 
 _DECODED_AT_MOST = 4 * 2**30  # bytes
 
@@ -120,6 +121,7 @@ class Generated:
         seed: int = 0,
         workers: int = 1,
     ) -> None:
+        _require_rgb(test)
         self.numbers, self.clean = numbers, test.subset(numbers)
         if len(numbers) * size * size * 3 <= _DECODED_AT_MOST:  # decoded once for all corruptions
             pixels = self.clean.pixels(size).permute(0, 2, 3, 1).contiguous().numpy()
@@ -148,7 +150,7 @@ class Published:
     Args:
         root: Its folder.
         test: All clean test images. Folders are matched to its classes by name, labels of arrays
-            by number.
+            by `published_numbers`.
         select: Function from a set of all images to the indices of those to read.
 
     Raises:
@@ -158,6 +160,7 @@ class Published:
     def __init__(
         self, root: str | Path, test: ImageSet, select: Callable[[ImageSet], np.ndarray]
     ) -> None:
+        _require_rgb(test)
         self.root, self.test, self.select = Path(root).expanduser(), test, select
         if not self.root.is_dir():
             raise FileNotFoundError(f"the folder {str(root)!r} of published corruptions is missing")
@@ -171,19 +174,28 @@ class Published:
         """
         images: np.ndarray | list[Path]
         if any(self.root.glob("*.npy")):
+            numbers = np.array(published_numbers(self.test.classes))
             images, labels = _read_cifar_c(self.root, name, severity)
         else:
+            numbers = np.arange(len(self.test.classes))
             images, labels = _list_imagenet_c(self.root, name, severity, self.test.classes)
-        if not np.array_equal(np.sort(labels), np.sort(self.test.labels[self.test.labels >= 0])):
+        clean = self.test.labels[self.test.labels >= 0]
+        if not np.array_equal(np.sort(labels), np.sort(numbers[clean])):
             raise ValueError(
                 f"the labels of {name} in {self.root} are not those of {self.test.name}"
             )
+        labels = np.argsort(numbers)[labels]
         whole = ImageSet(images, labels, self.test.classes, self.test.name)
         return whole.subset(self.select(whole))
 
     def origin(self) -> dict[str, object]:
         """Provenance of the corruptions, stored with results."""
         return {"source": "published"}
+
+
+def _require_rgb(images: ImageSet) -> None:
+    if images.channels != 3:
+        raise ValueError(f"data.channels 1: corruptions are of RGB images, {images.name} is gray")
 
 
 def _read_cifar_c(root: Path, name: str, severity: int) -> tuple[np.ndarray, np.ndarray]:
@@ -223,10 +235,10 @@ def _list_imagenet_c(
         )
     paths: list[Path] = []
     labels: list[int] = []
-    for class_folder in sorted(entry for entry in folder.iterdir() if entry.is_dir()):
-        if class_folder.name not in classes:
-            raise ValueError(f"{class_folder} is not a class of the test images in --data")
-        found = image_files.find(class_folder)
+    for class_name in image_files.subfolders(folder):
+        if class_name not in classes:
+            raise ValueError(f"{folder / class_name} is not a class of the test images in --data")
+        found = image_files.find(folder / class_name)
         paths += found
-        labels += [classes.index(class_folder.name)] * len(found)
+        labels += [classes.index(class_name)] * len(found)
     return paths, np.array(labels, np.int64)

@@ -8,12 +8,13 @@ import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
+import yaml
 from jsonargparse.typing import OpenUnitInterval, PositiveInt
 from PIL import Image
 
@@ -30,7 +31,7 @@ _SPLIT_NAMES = {
     "train": ("train", "training"),
     "test": ("test", "testing", "val", "valid", "validation"),
 }
-"""Folder names of each split in lower case; the first that exists is read."""
+"""Folder names of each split in lower case, see `_split_folders`."""
 
 
 @dataclass
@@ -45,9 +46,10 @@ class Data:
             folders (unlabeled). For torchvision's data sets: the folder where it keeps its files,
             `data` by default.
         size: Side of the square images that the encoder sees, in pixels.
+        channels: 3 for RGB, or 1 for gray images, of which 16-bit files keep all their values.
         download: Download one of torchvision's data sets if it is not in `root`.
-        classes: Use only these classes, by name or by number (a name wins; quote names that are
-            numbers, such as `'01'`), for instance the known ones of an open-set trial.
+        classes: Use only these classes, by name or by number (a name wins), for instance the known
+            ones of an open-set trial. They are text: `[yes, 01]` are the classes `yes` and `01`.
         open_set: Use only the known classes of an open-set trial: `cifar10:2` is trial 2 of the
             literature's five, `random:6:0` draws six classes with seed 0.
         test_fraction: Fraction of each class held out for testing, for folders that have no
@@ -60,8 +62,9 @@ class Data:
     name: Literal["digits", "cifar10", "cifar100", "svhn", "mnist", "stl10", "folder"] = "digits"
     root: str | None = None
     size: PositiveInt = 32
+    channels: Literal[1, 3] = 3
     download: bool = False
-    classes: list[str | int] | None = None  # str first: tried as int first, '01' becomes 1
+    classes: list[str] | str | None = None  # str: YAML that jsonargparse reads as other types
     open_set: str | None = None
     test_fraction: OpenUnitInterval = 0.2
     split_seed: int = 0
@@ -76,6 +79,20 @@ class Data:
             )
         if self.classes is not None and self.open_set is not None:
             raise ValueError("data.classes and data.open_set cannot be combined: give one of them")
+        if isinstance(self.classes, str):
+            self.classes = _texts(self.classes)
+        elif self.classes is not None:
+            self.classes = [str(name) for name in self.classes]
+
+
+def _texts(value: str) -> list[str]:
+    """The scalars of a list in YAML as text; any other value is a single name."""
+    try:
+        parsed = yaml.load(value, Loader=yaml.BaseLoader)
+    except yaml.YAMLError:
+        return [value]
+    is_list = isinstance(parsed, list) and all(isinstance(name, str) for name in parsed)
+    return parsed if is_list else [value]
 
 
 @dataclass(eq=False)
@@ -83,34 +100,41 @@ class ImageSet:
     """Images, in memory or on disk, with labels.
 
     Args:
-        images: uint8 (N, H, W, 3), or the paths of N image files, decoded on demand.
+        images: uint8 or uint16 (N, H, W, C), or the paths of N image files, decoded on demand.
         labels: int64 (N,), -1 for unlabeled images.
         classes: Class names; label k is `classes[k]`. Subsets keep all of them, so labels keep
             their meaning.
         name: Name in messages and results, for instance `digits/train`.
+        channels: 3 for RGB, 1 for gray files, which are decoded to 16 bits; C of arrays.
     """
 
     images: np.ndarray | list[Path]
     labels: np.ndarray
     classes: tuple[str, ...]
     name: str
+    channels: int = 3
+
+    def __post_init__(self) -> None:
+        if isinstance(self.images, np.ndarray):
+            self.channels = self.images.shape[-1]
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def decoded(self, index: int) -> torch.Tensor:
-        """Image `index` at its own size, uint8 (3, H, W).
+        """Image `index` at its own size, (C, H, W), uint8, or int32 in [0, 65535] for 16 bits.
 
         Raises:
             ValueError: The file cannot be read; the message names its path.
         """
-        pixels = np.array(self._pil(index))
-        return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
+        return _as_tensor(np.atleast_3d(np.asarray(self._pil(index))))
 
     def _pil(self, index: int) -> Image.Image:
         if isinstance(self.images, np.ndarray):
-            return Image.fromarray(self.images[index])
-        return image_files.decode(self.images[index])
+            image = self.images[index]
+            return Image.fromarray(image if self.channels == 3 else image[..., 0])
+        decode = image_files.decode if self.channels == 3 else image_files.decode_gray
+        return decode(self.images[index])
 
     @property
     def labeled(self) -> bool:
@@ -172,8 +196,8 @@ class ImageSet:
         """Decodes all images at their own sizes.
 
         Returns:
-            uint8 (N, 3, H, W) if all have the same size, else N tensors (3, H, W). None if they
-            would take more than `limit` bytes, by the headers of the files.
+            (N, C, H, W) if all have the same size, else N tensors (C, H, W), as from `decoded`.
+            None if they would take more than `limit` bytes, by the headers of the files.
 
         Raises:
             ValueError: As `decoded`.
@@ -181,7 +205,7 @@ class ImageSet:
         if not self._fits(limit):
             return None
         if isinstance(self.images, np.ndarray):
-            return torch.from_numpy(self.images).permute(0, 3, 1, 2).contiguous()
+            return _as_tensor(self.images)
         decoded = [torch.empty(0)] * len(self)
 
         def fill(i: int) -> None:
@@ -190,7 +214,7 @@ class ImageSet:
         image_files.for_each(len(self), fill, f"decoding {self.name}")
         if len({image.shape for image in decoded}) > 1:
             return decoded
-        stacked = torch.empty(len(self), *decoded[0].shape, dtype=torch.uint8)
+        stacked = decoded[0].new_empty(len(self), *decoded[0].shape)
         for i in range(len(self)):  # free one by one: memory may not hold all images twice
             stacked[i] = decoded[i]
             decoded[i] = stacked[i]
@@ -200,32 +224,42 @@ class ImageSet:
         if isinstance(self.images, np.ndarray):
             return self.images.nbytes <= limit
         sizes = (image_files.stored_size(path) for path in self.images)
-        totals = accumulate(3 * width * height for width, height in sizes)
+        each = 3 if self.channels == 3 else 4  # bytes per pixel, of uint8 RGB or int32 gray
+        totals = accumulate(each * width * height for width, height in sizes)
         return all(total <= limit for total in totals)  # stops early: reading headers takes long
 
     def pixels(self, size: int, progress: bool = True) -> torch.Tensor:
-        """Decodes all images to uint8 (N, 3, size, size), the input of an evaluation.
+        """Decodes all images to (N, C, size, size), the input of an evaluation, as `decoded`.
 
         The shorter side is resized (bilinear, antialiased), and the center square is kept.
 
         Raises:
             ValueError: As `decoded`, or the images need more memory than the machine has.
         """
-        if isinstance(self.images, np.ndarray) and self.images.shape[1:3] == (size, size):
-            return torch.from_numpy(self.images).permute(0, 3, 1, 2).contiguous()
-        shape = (len(self), 3, size, size)
+        dtype: np.dtype | type = np.uint8 if self.channels == 3 else np.uint16
+        if isinstance(self.images, np.ndarray):
+            if self.images.shape[1:3] == (size, size):
+                return _as_tensor(self.images)
+            dtype = self.images.dtype
+        shape = (len(self), size, size, self.channels)
         if np.prod(shape, dtype=float) > MEMORY:
             raise ValueError(
                 f"{self.name} does not fit in memory at size={size}: use a smaller one"
             )
-        pixels = np.empty(shape, np.uint8)
+        pixels = np.empty(shape, dtype)
 
         def fill(i: int) -> None:
             image = image_files.fit(self._pil(i), size)
-            pixels[i] = np.asarray(image).transpose(2, 0, 1)
+            pixels[i] = np.atleast_3d(np.asarray(image))
 
         image_files.for_each(len(self), fill, f"decoding {self.name}", progress)
-        return torch.from_numpy(pixels)
+        return _as_tensor(pixels)
+
+
+def _as_tensor(pixels: np.ndarray) -> torch.Tensor:
+    """A copy with channels first. uint16 becomes int32, as CUDA cannot index torch.uint16."""
+    dtype = np.int32 if pixels.dtype == np.uint16 else pixels.dtype
+    return torch.from_numpy(np.array(np.moveaxis(pixels, -1, -3), dtype, order="C"))
 
 
 def load(data: Data, split: Literal["train", "test", "all"]) -> ImageSet:
@@ -258,6 +292,9 @@ def load(data: Data, split: Literal["train", "test", "all"]) -> ImageSet:
         images = _digits("train" if split == "train" else "test")
     else:
         images = _torchvision(data, "train" if split == "train" else "test")
+    if isinstance(images.images, np.ndarray) and data.channels == 1:
+        gray = [np.asarray(Image.fromarray(image).convert("L")) for image in images.images]
+        images = replace(images, images=np.stack(gray)[..., None])
     if len(images) < 2:
         raise ValueError(f"{images.name} has fewer than 2 images")
     return images
@@ -315,28 +352,52 @@ def _folder(data: Data, split: str) -> ImageSet:
     if not root.is_dir():
         raise FileNotFoundError(f"data.root {str(root)!r} is not a folder")
     folders = _split_folders(root)
-    if folders and split == "all":
-        split = "test"
-    name = f"folder:{root.resolve().name}/{split}"
+    name = folder_name(root)
     if folders:
-        images = _list_images(_folder_of_split(root, folders, split), name)
+        folder = _folder_of_split(root, folders, "test" if split == "all" else split)
+        images = _list_images(folder, f"{name}/{folder.name}")
     else:
-        images = _list_images(root, name)
+        images = _list_images(root, f"{name}/{split}")
         if split == "test" and not images.classes:
             raise FileNotFoundError(f"data.root {str(root)!r} has no test/ and no classes to split")
-        if split != "all" and images.classes:
+        is_part = split != "all" and bool(images.classes)
+        if is_part:
             held_out = _draw_fraction(images.labels, data.test_fraction, data.split_seed)
             images = images.subset(held_out == (split == "test"))
+        if _is_split(root):
+            own = root.resolve().name
+            images.name = f"{name}/{own}-{split}" if is_part else f"{name}/{own}"
+    images.channels = data.channels
     return _without_broken(images) if data.broken == "skip" else images
 
 
+def folder_name(root: str | Path) -> str:
+    """Name of a folder in results: `folder:pets` for `data/pets`, and also for `data/pets/val`."""
+    path = Path(root).expanduser().resolve()
+    return f"folder:{(path.parent if _is_split(path) else path).name}"
+
+
+def _is_split(folder: Path) -> bool:
+    """Whether a folder is named as a split of the folder that contains it."""
+    path = folder.resolve()
+    return path.name.lower() in chain(*_SPLIT_NAMES.values()) and bool(path.parent.name)
+
+
 def _split_folders(root: Path) -> dict[str, Path]:
-    """The folders of `train` and `test` in `root`; empty if it has neither."""
-    by_name = {name.lower(): root / name for name in _subfolders(root)}
-    found = {}
+    """The folders of `train` and `test` in `root`; empty if it has neither.
+
+    Of several, the first with the classes of `train` is taken, else the first with classes: a
+    benchmark's test/ is often unlabeled, and its val/ is not.
+    """
+    by_name = {name.lower(): root / name for name in image_files.subfolders(root)}
+    found: dict[str, Path] = {}
+    classes: list[str] | None = None
     for split, names in _SPLIT_NAMES.items():
         if present := [by_name[name] for name in names if name in by_name]:
-            found[split] = present[0]
+            inside = [image_files.subfolders(folder) for folder in present]
+            fit = [(each == classes, bool(each)) for each in inside]
+            chosen = fit.index(max(fit))
+            found[split], classes = present[chosen], inside[chosen]
     return found
 
 
@@ -347,11 +408,12 @@ def _folder_of_split(root: Path, folders: dict[str, Path], split: str) -> Path:
             f"data.root {str(root)!r} has no {split}/: add it, or move the class folders up to "
             "data.root, where data.test_fraction of each is held out"
         )
-    classes = [set(_subfolders(folder)) for folder in folders.values()]
+    classes = [set(image_files.subfolders(folder)) for folder in folders.values()]
     if all(classes) and classes[0] != classes[-1]:
         differing = sorted(classes[0] ^ classes[-1])
-        raise ValueError(f"train/ and test/ in data.root {str(root)!r} differ in {differing}")
-    if not any(classes) and len(folders) == 1 and len(_subfolders(root)) > 1:
+        both = " and ".join(f"{folder.name}/" for folder in folders.values())
+        raise ValueError(f"{both} in data.root {str(root)!r} differ in {differing}")
+    if not any(classes) and len(folders) == 1 and len(image_files.subfolders(root)) > 1:
         raise ValueError(
             f"data.root {str(root)!r} has folders beside {split}/, which has no class folders: "
             "move all classes into a folder train/, or set data.root to it if it is unlabeled"
@@ -360,13 +422,19 @@ def _folder_of_split(root: Path, folders: dict[str, Path], split: str) -> Path:
 
 
 def _list_images(folder: Path, name: str) -> ImageSet:
-    """Lists `folder/<class>/*` at any depth, or the unlabeled images of `folder`."""
-    classes = _subfolders(folder)
+    """Lists `folder/<class>/*`, or the unlabeled images of `folder`.
+
+    Raises:
+        ValueError: A class has no images, or it is not clear which folders are classes.
+    """
+    classes = image_files.subfolders(folder)
     class_folders = [folder / each for each in classes] or [folder]
     members = [image_files.find(each) for each in class_folders]
     for each, paths in zip(class_folders, members, strict=True):
         if not paths:
             raise ValueError(f"data.root has no image in {str(each)!r}")
+    if classes:
+        _require_one_depth(folder, class_folders, members)
     if len(classes) == 1:
         message = f"{name} has one class, {classes[0]!r}: is data.root one level too high?"
         warnings.warn(message, stacklevel=2)
@@ -375,10 +443,35 @@ def _list_images(folder: Path, name: str) -> ImageSet:
     return ImageSet([path for paths in members for path in paths], labels, tuple(classes), name)
 
 
-def _subfolders(folder: Path) -> list[str]:
-    """Names of the visible folders in a folder, sorted."""
-    folders = (entry.name for entry in folder.iterdir() if entry.is_dir())
-    return sorted(name for name in folders if not name.startswith("."))
+def _require_one_depth(folder: Path, classes: Sequence[Path], members: list[list[Path]]) -> None:
+    """Raises ValueError unless all images lie in `<class>/`, or all in the same `<class>/<x>/`.
+
+    The latter is the layout of TinyImageNet, `<class>/images/*`. Otherwise the folders inside a
+    class, or those around it, may be the classes that are meant.
+    """
+    files = (each.name for each in folder.iterdir() if each.is_file())
+    beside = [name for name in files if image_files.is_image(name)]
+    if beside:
+        raise ValueError(
+            f"data.root: {str(folder)!r} has images, such as {min(beside)}, beside its class "
+            "folders: move either away"
+        )
+    inside = [_inner_folders(*each) for each in zip(classes, members, strict=True)]
+    if len(inside[0]) == 1 and all(each == inside[0] for each in inside):
+        return
+    where, folders = next(pair for pair in zip(classes, inside, strict=True) if pair[1] != {"."})
+    some = ", ".join(sorted(folders - {"."})[:3])
+    raise ValueError(
+        f"data.root: {str(where)!r} should be a class, but has images in its folders {some}: move "
+        "them up if they are of one class, or, if these are the classes, all into one folder"
+    )
+
+
+def _inner_folders(folder: Path, paths: Sequence[Path]) -> set[str]:
+    """The folders of `paths`, relative to `folder`."""
+    if paths[-1].parent == folder:  # those of sub-folders are last
+        return {"."}
+    return {os.path.relpath(parent, folder) for parent in {path.parent for path in paths}}
 
 
 def _without_broken(images: ImageSet) -> ImageSet:

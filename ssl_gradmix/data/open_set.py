@@ -24,20 +24,23 @@ often described as vehicles against animals; only trial 4 is.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from ssl_gradmix.data.datasets import Data, ImageSet, load
+from ssl_gradmix.data.datasets import Data, ImageSet, folder_name, load
 
 # In the order of the papers' code, where the position of a class is its training label.
 _TABLE = json.loads((resources.files(__package__) / "open_set.json").read_text("utf-8"))
 _KNOWN: dict[str, list[list[int]]] = _TABLE["known"]
 _CIFAR100_UNKNOWN: dict[str, list[list[int]]] = _TABLE["unknown of CIFAR-100"]
+_CIFAR: dict[int, list[str]] = {len(names): names for names in _TABLE["classes of CIFAR"]}
+"""Class names of CIFAR-10 and CIFAR-100, in the order of their numbers."""
+
 _N_CLASSES = dict.fromkeys(_KNOWN, 10) | {"tinyimagenet": 200}
 """Number of classes of the data set that contains the known classes."""
 
@@ -96,7 +99,34 @@ class Trial:
         return self.protocol in _CIFAR100_UNKNOWN
 
 
-def trials(name: str, data_name: str, n_classes: int) -> list[Trial]:
+def published_numbers(classes: Sequence[str]) -> list[int]:
+    """The numbers of classes in published lists, which go by number.
+
+    Classes are matched if they are named by their numbers (`0` or `007`), as in CIFAR-10 or
+    CIFAR-100, or, 200 of them, by the WordNet numbers of TinyImageNet.
+
+    Returns:
+        The published number of each class.
+
+    Raises:
+        ValueError: The classes have other names.
+    """
+    order = list(range(len(classes)))
+    if all(name.isdecimal() and int(name) == number for number, name in enumerate(classes)):
+        return order
+    if len(classes) == 200 and all(re.fullmatch(r"n\d{8}", name) for name in classes):
+        return order
+    names = [re.sub(r"[\W_]+", "_", name).lower() for name in classes]
+    cifar = _CIFAR.get(len(classes), [])
+    if sorted(names) == sorted(cifar):
+        return [cifar.index(name) for name in names]
+    raise ValueError(
+        f"data: the published classes are numbered, and {', '.join(classes[:3])}, ... cannot be "
+        f"matched to numbers: name the class folders 0 to {len(classes) - 1}, or as CIFAR does"
+    )
+
+
+def trials(name: str, data_name: str, classes: Sequence[str] | int) -> list[Trial]:
     """The trials of a name.
 
     Args:
@@ -104,9 +134,10 @@ def trials(name: str, data_name: str, n_classes: int) -> list[Trial]:
             column 0 of its results is trial 4); `cifar10`, all five; `random:6:0`, six known
             classes drawn with seed 0; `random:6`, with seeds 0 to 4; `random`, the same with 60%
             of the classes known, as the literature has 6 of 10.
-        data_name: `data.name` of the data. The labels of a `folder` are trusted to be the trials'
-            if it has as many classes.
-        n_classes: Number of classes of the data.
+        data_name: `data.name` of the data. The classes of a `folder` are matched to those of the
+            literature by `published_numbers`.
+        classes: All classes of the data, or only their number, with which those of a `folder` are
+            trusted to be in the order of the literature.
 
     Raises:
         ValueError: The name is invalid, or its trials do not fit the data.
@@ -121,6 +152,7 @@ def trials(name: str, data_name: str, n_classes: int) -> list[Trial]:
     if not all(number.isdecimal() for number in numbers):
         raise ValueError(f"data.open_set must have numbers after the colons, got {name!r}")
     given = [int(number) for number in numbers]
+    n_classes = classes if isinstance(classes, int) else len(classes)
     if protocol == "random":
         n_known = given[0] if given else round(0.6 * n_classes)
         return [_random_trial(n_classes, n_known, seed) for seed in given[1:] or range(N_TRIALS)]
@@ -129,7 +161,10 @@ def trials(name: str, data_name: str, n_classes: int) -> list[Trial]:
             f"data.open_set {name!r} does not fit the {n_classes} classes of {data_name}; random "
             "trials, such as random:6:0, fit all data"
         )
-    return [_published_trial(protocol, number) for number in given or range(N_TRIALS)]
+    order: Sequence[int] = range(n_classes)
+    if data_name == "folder" and not isinstance(classes, int):
+        order = published_numbers(classes)
+    return [_published_trial(protocol, number, order) for number in given or range(N_TRIALS)]
 
 
 def _random_trial(n_classes: int, n_known: int, seed: int) -> Trial:
@@ -144,12 +179,13 @@ def _random_trial(n_classes: int, n_known: int, seed: int) -> Trial:
     return Trial(f"random:{n_known}:{seed}", known, unknown)
 
 
-def _published_trial(protocol: str, number: int) -> Trial:
+def _published_trial(protocol: str, number: int, order: Sequence[int]) -> Trial:
+    """A trial of the literature; `order` has the published number of each label."""
     if number >= N_TRIALS:
         raise ValueError(
             f"data.open_set {protocol} has the trials 0 to {N_TRIALS - 1}, got {number}"
         )
-    known = _KNOWN[protocol][number]
+    known = [order.index(published) for published in _KNOWN[protocol][number]]
     if protocol in _CIFAR100_UNKNOWN:
         unknown = _CIFAR100_UNKNOWN[protocol][number]
     else:
@@ -167,7 +203,7 @@ def own_trials(data: Data, classes: Sequence[str]) -> list[Trial]:
     """
     if data.classes is None:
         default = data.name if data.name in DATASETS else "random"
-        return trials(data.open_set or default, data.name, len(classes))
+        return trials(data.open_set or default, data.name, classes)
     known = known_classes(data, classes) or []
     unknown = sorted(set(range(len(classes))) - set(known))
     if len(known) < 2 or not unknown:
@@ -193,7 +229,7 @@ def known_classes(data: Data, classes: Sequence[str]) -> list[int] | None:
             invalid, names several trials, or does not fit the data.
     """
     if data.open_set is not None:
-        found = trials(data.open_set, data.name, len(classes))
+        found = trials(data.open_set, data.name, classes)
         if len(found) > 1:
             raise ValueError(f"data.open_set must be a single trial, such as {found[0].name}")
         return list(found[0].known)
@@ -207,15 +243,14 @@ def known_classes(data: Data, classes: Sequence[str]) -> list[int] | None:
     return known
 
 
-def _label(wanted: int | str, classes: Sequence[str]) -> int:
-    text = str(wanted)
-    if text in classes:
-        return classes.index(text)
-    if any(name.isdecimal() and str(int(name)) == text for name in classes):
-        # YAML reads an unquoted 01 as 1, which would be another class's number.
-        raise ValueError(f"data.classes has {wanted!r}: quote class names that are numbers")
-    if text.isdecimal() and int(text) < len(classes):
-        return int(text)
+def _label(wanted: str, classes: Sequence[str]) -> int:
+    if wanted in classes:
+        return classes.index(wanted)
+    if any(name.isdecimal() and str(int(name)) == wanted for name in classes):
+        # An integer of Python or of another program's YAML may have been 01.
+        raise ValueError(f"data.classes has {wanted!r}: write class names in full, such as '01'")
+    if wanted.isdecimal() and int(wanted) < len(classes):
+        return int(wanted)
     names = ", ".join(classes[:20])
     raise ValueError(f"data.classes has {wanted!r}, not a class or its number; classes: {names}")
 
@@ -298,6 +333,4 @@ def pretraining(
 
 def data_name(data: Data) -> str:
     """Name of a data set in results, for instance `cifar10` or `folder:pets`."""
-    if data.name != "folder":
-        return data.name
-    return f"folder:{Path(data.root or '').expanduser().resolve().name}"
+    return folder_name(data.root or "") if data.name == "folder" else data.name

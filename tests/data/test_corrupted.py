@@ -14,11 +14,13 @@ from PIL import Image
 from ssl_gradmix.data import corrupted
 from ssl_gradmix.data.corrupted import Generated, Published, choose
 from ssl_gradmix.data.corruptions import COMMON, corrupt
-from ssl_gradmix.data.datasets import ImageSet
+from ssl_gradmix.data.datasets import Data, ImageSet, load
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (12, 16, 16, 3), dtype=np.uint8)
 LABELS = np.array([2, 0, 1, 0, 1, 2, -1, 0, 1, 0, 0, 0])
 IMAGES = ImageSet(PIXELS, LABELS, ("ant", "bee", "cat"), "insects/test")
+NUMBERED = replace(IMAGES, classes=("0", "1", "2"))
+GRAY = replace(IMAGES, images=PIXELS[..., :1])
 LABELED = np.flatnonzero(LABELS >= 0)
 
 
@@ -94,11 +96,31 @@ def write_arrays(root: Path, labels: np.ndarray) -> Path:
 def test_published_arrays_are_read_by_severity(tmp_path: Path) -> None:
     root = write_arrays(tmp_path / "c", LABELS[LABELED])
     for severity in (1, 4, 5):
-        read = Published(root, IMAGES, labeled).read("fog", severity)
+        read = Published(root, NUMBERED, labeled).read("fog", severity)
         assert read.images[:, 0, 0, 0].tolist() == [20 * severity + number for number in range(11)]
         assert read.labels.tolist() == LABELS[LABELED].tolist()
-    bees = Published(root, IMAGES, lambda whole: np.flatnonzero(whole.labels == 1)).read("fog", 4)
+    bees = Published(root, NUMBERED, lambda whole: np.flatnonzero(whole.labels == 1)).read("fog", 4)
     assert bees.images[:, 0, 0, 0].tolist() == [82, 84, 87]
+
+
+CIFAR = ("Airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+@pytest.mark.parametrize(
+    "classes", [[str(i) for i in range(12)], [f"{i:02}" for i in range(12)], CIFAR, CIFAR[::-1]]
+)
+def test_labels_of_arrays_are_matched_to_class_folders(tmp_path: Path, classes) -> None:
+    """Arrays have numbers: of a class named `k`, or of CIFAR-10's k-th name."""
+    for name in classes:
+        (tmp_path / "clean/test" / name).mkdir(parents=True)
+        for i in range(2):
+            Image.new("RGB", (16, 16)).save(tmp_path / "clean/test" / name / f"{i}.png")
+    test = load(Data("folder", str(tmp_path / "clean")), "test")
+    published = np.random.default_rng(0).permutation(np.repeat(np.arange(len(classes)), 2))
+    read = Published(write_arrays(tmp_path / "c", published), test, labeled).read("fog", 2)
+    named = [test.classes[label] for label in read.labels]
+    by_number = sorted(classes, key=str.lower) if "cat" in classes else classes
+    assert named == [by_number[number] for number in published]
 
 
 def write_folders(root: Path, counts: dict[str, int]) -> Path:
@@ -120,8 +142,9 @@ def test_published_folders_are_matched_by_class_name(tmp_path: Path) -> None:
     assert read.pixels(16).shape == (8, 3, 16, 16)
 
 
-def published(root: Path, name: str = "fog") -> ImageSet:
-    return Published(root, IMAGES, labeled).read(name, 2)
+def published(root: Path, name: str = "fog", test: ImageSet = IMAGES) -> ImageSet:
+    test = NUMBERED if test is IMAGES and any(root.glob("*.npy")) else test
+    return Published(root, test, labeled).read(name, 2)
 
 
 def replaced(root: Path, file: str, array: np.ndarray) -> ImageSet:
@@ -146,6 +169,13 @@ INVALID: list[tuple[Callable[[Path], object], type[Exception], str]] = [
     (lambda root: replaced(root, "fog.npy", np.zeros((55, 3, 8, 8))), ValueError, "fog.npy"),
     (lambda root: replaced(root, "fog.npy", np.array([{}])), ValueError, "fog.npy"),
     (damaged, ValueError, "fog.npy"),
+    (
+        lambda root: published(write_arrays(root, LABELS[LABELED]), "fog", replace(IMAGES)),
+        ValueError,
+        "ant, bee, cat",
+    ),
+    (lambda root: published(root.parent, "fog", GRAY), ValueError, "channels"),
+    (lambda root: Generated(GRAY, LABELED, 16), ValueError, "channels"),
     (lambda root: published(write_folders(root, {"ant": 6}), "snow"), FileNotFoundError, "snow"),
     (lambda root: published(write_folders(root, {"ant": 6, "dog": 3})), ValueError, "dog"),
     (lambda root: published(write_folders(root, {"ant": 6, "bee": 3})), ValueError, "labels"),

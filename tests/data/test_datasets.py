@@ -243,7 +243,7 @@ def test_stl10_train_includes_unlabeled_images(
 
 
 def test_split_folders_are_read_as_torchvision_reads_them(tmp_path: Path) -> None:
-    folder_of(tmp_path, {"train/dog": 2, "train/cat/deep": 3, "test/cat": 2, "test/dog": 2})
+    folder_of(tmp_path, {"train/dog": 2, "train/cat": 3, "test/cat": 2, "test/dog": 2})
     (tmp_path / "annotations").mkdir()
     (tmp_path / ".cache").mkdir()
     (tmp_path / "train/dog/notes.txt").write_text("")
@@ -279,6 +279,91 @@ def test_class_folders_are_split_by_class_and_seed(tmp_path: Path) -> None:
     assert names(again, tmp_path) == names(test, tmp_path) != names(other, tmp_path)
 
 
+def test_name_is_that_of_the_folder_that_is_read(tmp_path: Path) -> None:
+    root = folder_of(tmp_path / "pets", {"Training/a": 5, "Training/b": 5, "val/a": 2, "val/b": 2})
+    flat = folder_of(tmp_path / "flat", {"train": 3})
+    plain = folder_of(tmp_path / "plain", {"a": 3, "b": 3})
+    found = [
+        *(in_folder(root, split).name for split in ("train", "test", "all")),
+        *(in_folder(root / "val", split).name for split in ("train", "test", "all")),
+        *(in_folder(flat / "train", split).name for split in ("train", "all")),
+        *(in_folder(plain, split).name for split in ("train", "test", "all")),
+    ]
+    assert found == [
+        *("folder:pets/Training", "folder:pets/val", "folder:pets/val"),
+        *("folder:pets/val-train", "folder:pets/val-test", "folder:pets/val"),
+        *("folder:flat/train", "folder:flat/train"),
+        *("folder:plain/train", "folder:plain/test", "folder:plain/all"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("folders", "read"),
+    [
+        ({"test": 3, "val/a": 1, "val/b": 1}, ["val/a", "val/b"]),
+        ({"test/images": 3, "val/a": 1, "val/b": 1}, ["val/a", "val/b"]),
+        ({"test/a": 1, "test/b": 1, "val/a": 1, "val/b": 1}, ["test/a", "test/b"]),
+        ({"test": 1, "val": 1, "validation/a": 2, "validation/b": 2}, ["validation/a"]),
+    ],
+)
+def test_labeled_images_stand_in_for_an_unlabeled_test_split(
+    tmp_path: Path, folders: dict[str, int], read: list[str]
+) -> None:
+    folder_of(tmp_path, {"train/a": 2, "train/b": 2, **folders})
+    images = in_folder(tmp_path, "test")
+    assert images.labeled
+    found = {str(path.parent.relative_to(tmp_path)) for path in images.images}
+    assert found >= set(read)
+    assert len({name.partition("/")[0] for name in found}) == 1
+
+
+def test_numbered_folders_are_their_own_labels(tmp_path: Path) -> None:
+    folder_of(tmp_path, {str(number): 2 for number in range(11)})
+    images = in_folder(tmp_path, "all")
+    assert images.classes == tuple(str(number) for number in range(11))
+    assert [int(path.parent.name) for path in images.images] == images.labels.tolist()
+
+
+def test_litter_of_other_programs_is_ignored(tmp_path: Path) -> None:
+    wanted = {"train/a": 2, "train/b": 2, "test/a": 2, "test/b": 2}
+    litter = ("@eaDir", "__MACOSX", "train/@eaDir", "train/a/@eaDir/0.png", "test/.thumbnails")
+    folder_of(tmp_path, {**wanted, **dict.fromkeys(litter, 1)})
+    for split in ("train", "test"):
+        images = in_folder(tmp_path, split)
+        assert images.classes == ("a", "b")
+        assert images.labels.tolist() == [0, 0, 1, 1]
+
+
+def test_images_inside_every_class_are_tinyimagenets_layout(tmp_path: Path) -> None:
+    images = in_folder(folder_of(tmp_path, {"n01/images": 2, "n02/images": 3}), "all")
+    assert (images.classes, images.labels.tolist()) == (("n01", "n02"), [0, 0, 1, 1, 1])
+
+
+def test_gray_images_have_one_channel(tmp_path: Path) -> None:
+    deep = np.random.default_rng(0).integers(0, 65536, (2, 8, 8), np.uint16)
+    for i, image in enumerate(deep):
+        Image.fromarray(image).save(tmp_path / f"{i}.png")
+    images = in_folder(tmp_path, channels=1)
+    assert np.array_equal(images.decoded(1), deep[1:])
+    for tensor in (images.pixels(8), images.originals(1000)):
+        assert (tensor.dtype, tensor.shape) == (torch.int32, (2, 1, 8, 8))
+        assert np.array_equal(tensor[:, 0], deep)
+    assert images.originals(4 * 2 * 8 * 8 - 1) is None
+    in_memory = replace(images, images=deep[..., None])
+    for size in (8, 5):
+        assert torch.equal(in_memory.pixels(size), images.pixels(size))
+    save(tmp_path / "2.png", 100)  # 8 bits
+    assert in_folder(tmp_path, channels=1).decoded(2).unique().tolist() == [25700]
+
+
+@pytest.mark.parametrize("size", [32, 20])
+def test_gray_digits_are_a_channel_of_the_rgb_ones(size: int) -> None:
+    rgb, gray = (load(Data(channels=channels), "test") for channels in (3, 1))
+    assert gray.images.shape == (len(rgb), 32, 32, 1)
+    assert torch.equal(gray.pixels(size), rgb.pixels(size)[:, :1])
+    assert torch.equal(gray.decoded(3), rgb.decoded(3)[:1])
+
+
 def test_images_without_class_folders_are_unlabeled(tmp_path: Path) -> None:
     train = in_folder(folder_of(tmp_path, {"": 3}))
     assert train.labels.tolist() == [-1] * 3
@@ -287,7 +372,7 @@ def test_images_without_class_folders_are_unlabeled(tmp_path: Path) -> None:
 
 
 def test_single_class_warns(tmp_path: Path) -> None:
-    folder_of(tmp_path, {"images/a": 2, "images/b": 2})
+    folder_of(tmp_path, {"images": 4})
     with pytest.warns(UserWarning, match=r"data\.root"):
         in_folder(tmp_path)
 
@@ -321,6 +406,11 @@ def test_broken_images_raise_or_are_skipped(tmp_path: Path) -> None:
         ({"cat": 2, "dog": 2, "empty": 0}, "train", ValueError, "empty"),
         ({"": 0}, "train", ValueError, "data.root"),
         ({"": 1}, "train", ValueError, "fewer than 2"),
+        ({"images/a": 2, "images/b": 2}, "train", ValueError, "a, b"),
+        ({"a/airfield": 2, "a/alley": 2, "b/bar": 2}, "all", ValueError, "airfield, alley"),
+        ({"train/a": 2, "train/b/x": 2, "test/a": 2, "test/b": 2}, "train", ValueError, "x"),
+        ({"cat": 2, "dog": 2, "dog/old": 2}, "train", ValueError, "old"),
+        ({"cat": 2, "dog": 2, "": 2}, "train", ValueError, "0.png"),
     ],
 )
 def test_invalid_folder_raises(

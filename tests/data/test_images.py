@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import struct
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
@@ -29,11 +31,24 @@ def pixels(path: Path) -> np.ndarray:
 
 def test_find_lists_visible_images_at_any_depth_in_order(tmp_path: Path) -> None:
     wanted = ["b.JPG", "z.png", "deep/er/10.png", "deep/er/9.webp", "Ünïcode dir/naïve name.png"]
-    for name in [*wanted, ".hidden.png", ".cache/x.png", "deep/._x.jpg"]:
+    for name in [*wanted, ".hidden.png", ".cache/x.png", "deep/._x.jpg", "deep/@eaDir/x/y.jpg"]:
         save(tmp_path / name)
     for name in ("notes.txt", "Thumbs.db", "png", "deep/labels.csv"):
         (tmp_path / name).write_text("")
     assert [str(path.relative_to(tmp_path)) for path in images.find(tmp_path)] == wanted
+
+
+def test_subfolders_are_sorted_as_numbers_only_if_they_number_classes(tmp_path: Path) -> None:
+    def made(root: str, names: list[str]) -> list[str]:
+        for name in [*names, "__MACOSX", "@eaDir", ".ipynb_checkpoints", "$RECYCLE.BIN"]:
+            (tmp_path / root / name).mkdir(parents=True)
+        (tmp_path / root / "Thumbs.db").write_text("")
+        return images.subfolders(tmp_path / root)
+
+    numbers = [str(number) for number in range(12)]
+    assert made("from 0", sorted(numbers)) == numbers
+    for i, names in enumerate((numbers[1:], [*numbers, "other"], ["00", "01", "2"])):
+        assert made(str(i), names) == sorted(names)
 
 
 def gray(mode: str, *values: object) -> Image.Image:
@@ -74,6 +89,26 @@ def test_16_bit_gray_keeps_its_range(tmp_path: Path, ending: str) -> None:
     values = np.array([[0, 128, 129, 257, 300, 32768, 65535]], np.uint16)
     decoded = pixels(save(tmp_path / f"a.{ending}", Image.fromarray(values)))
     assert decoded[0].tolist() == [[value] * 3 for value in (0, 0, 1, 1, 1, 128, 255)]
+    deep = np.asarray(images.decode_gray(tmp_path / f"a.{ending}"))
+    assert deep.dtype == np.uint16
+    assert np.array_equal(deep, values)
+
+
+def test_8_bits_become_16_bit_gray(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.png", gray("L", 0, 7, 255))
+    assert np.asarray(images.decode_gray(path)).tolist() == [[0, 7 * 257, 65535]]
+    color = Image.fromarray(NOISE)
+    found = np.asarray(images.decode_gray(save(tmp_path / "b.png", color))) / 257
+    assert np.abs(found - NOISE @ [0.299, 0.587, 0.114]).max() <= 0.51
+
+
+def test_fit_keeps_16_bits() -> None:
+    values = np.random.default_rng(1).integers(0, 65536, (30, 30), np.uint16)
+    fitted = np.asarray(images.fit(Image.fromarray(values), 10))
+    image = torch.from_numpy(values[None].astype(np.float64))
+    expected = F.resize(image, [10, 10], antialias=True)[0].numpy()
+    assert fitted.dtype == np.uint16
+    assert np.abs(fitted - expected).max() <= 1
 
 
 @pytest.mark.parametrize("form", ["GIF", "PNG", "WEBP", "TIFF"])
@@ -101,6 +136,17 @@ def test_exif_orientation_is_applied(tmp_path: Path, orientation: int) -> None:
     path = save(tmp_path / "a.png", Image.fromarray(NOISE), exif=exif)
     assert np.array_equal(pixels(path), upright)
     assert images.stored_size(path) == (36, 24)
+
+
+def test_orientation_is_applied_beside_an_invalid_tag(tmp_path: Path) -> None:
+    """A resolution of -72/1, which EXIF defines as unsigned; Pillow cannot write it."""
+    tags = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0), struct.pack("<HHII", 0x011A, 10, 1, 38)
+    header = b"II*\0" + struct.pack("<IH", 8, 2)
+    exif = b"Exif\0\0" + header + b"".join(tags) + struct.pack("<Iii", 0, -72, 1)
+    path = save(tmp_path / "a.png", Image.fromarray(NOISE), exif=exif)
+    assert Image.open(path).getexif()[0x011A] == -72
+    assert np.array_equal(pixels(path), np.rot90(NOISE, -1))
+    assert images.decode_gray(path).size == (24, 36)
 
 
 def saved(form: str, mode: str = "RGB") -> bytes:

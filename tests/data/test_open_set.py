@@ -7,6 +7,7 @@ import json
 
 import numpy as np
 import pytest
+from jsonargparse import ArgumentParser
 
 from ssl_gradmix.data.datasets import Data, load
 from ssl_gradmix.data.open_set import (
@@ -82,6 +83,26 @@ def test_name_gives_one_trial_or_five(name, data, names, first_known) -> None:
             assert sorted(trial.known + trial.unknown) == list(range(10))
 
 
+CIFAR = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+WORDNET = tuple(f"n{number:08}" for number in range(200))
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "first"),
+    [
+        ("cifar+10:4", CIFAR, ["automobile", "airplane", "truck", "ship"]),
+        ("cifar+10:4", CIFAR[::-1], ["automobile", "airplane", "truck", "ship"]),
+        ("cifar10:0", tuple(map(str.title, CIFAR)), ["Airplane", "Frog", "Deer"]),
+        ("svhn:0", DIGITS, list("537286")),
+        ("tinyimagenet:0", tuple(f"{number:03}" for number in range(200)), ["108", "147", "017"]),
+        ("tinyimagenet:0", WORDNET, ["n00000108", "n00000147", "n00000017"]),
+    ],
+)
+def test_published_trials_of_folders_go_by_class_names(name, classes, first) -> None:
+    (trial,) = trials(name, "folder", classes)
+    assert [classes[label] for label in trial.known][: len(first)] == first
+
+
 @pytest.mark.parametrize(
     ("data", "names", "first_known"),
     [
@@ -106,6 +127,9 @@ def test_own_trials_follow_the_settings(data, names, first_known) -> None:
         (["owl", 1], ANIMALS, [3, 1]),
         ([10, "9"], ("1", "10", "9"), [1, 2]),  # names, although they could be numbers
         (["01"], ("00", "01"), [1]),
+        ("[yes, 01, 1e3, null]", ("01", "1e3", "no", "null", "yes"), [4, 0, 1, 3]),
+        ("no", ("no", "yes"), [0]),
+        ("'[a", ("'[a", "b"), [0]),
     ],
 )
 def test_classes_are_resolved_by_name_and_number(wanted, classes, expected) -> None:
@@ -117,6 +141,9 @@ INVALID = [
     *((trials, (name, "cifar10", 10)) for name in ("cifar10:2:1", "random:six:0", "random:6:0:1")),
     (trials, ("cifar10:0", "digits", 10)),
     (trials, ("cifar10:0", "folder", 9)),
+    (trials, ("cifar10:0", "folder", TEN)),
+    (trials, ("mnist:0", "folder", [*"12345678", "10", "9"])),
+    (trials, ("tinyimagenet:0", "folder", [f"class {number}" for number in range(200)])),
     (trials, ("random:10", "digits", 10)),
     (trials, ("random:1", "digits", 10)),
     *((own_trials, (Data(classes=classes), TEN)) for classes in (["a"], list(TEN))),
@@ -154,6 +181,20 @@ def test_load_labeled_keeps_a_fraction_of_the_labels() -> None:
 # What a run saw
 
 
+def test_class_names_on_the_command_line_are_text() -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Data, "data")
+    for given, expected in [
+        ("[yes, no]", ["yes", "no"]),
+        ("[01, 2, 1_000]", ["01", "2", "1_000"]),
+        ("[cat, true]", ["cat", "true"]),
+        ("off", ["off"]),
+        ("null", None),
+    ]:
+        options = parser.instantiate(parser.parse_args(["--data.classes", given]))
+        assert options.data.classes == expected
+
+
 @pytest.mark.parametrize(
     ("run_data", "unknown", "expected"),
     [
@@ -166,6 +207,7 @@ def test_load_labeled_keeps_a_fraction_of_the_labels() -> None:
         ({"name": "mnist", "root": "data"}, [6, 7, 8, 9], "other data (mnist)"),
         ({"name": "folder", "root": "some/place"}, [6, 7, 8, 9], "other data (folder:place)"),
         ({"name": "folder", "root": "b/pets"}, [6, 7, 8, 9], ALL_CLASSES),
+        ({"name": "folder", "root": "b/pets/train"}, [6, 7, 8, 9], ALL_CLASSES),
     ],
 )
 def test_pretraining_follows_the_runs_config(run_data, unknown, expected) -> None:
