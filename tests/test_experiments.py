@@ -132,7 +132,7 @@ def test_pages_follow_from_the_rows(tmp_path, capsys):
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "gradmix-max-mean"])
 def test_recipes_accept_every_variant(variant, tmp_path):
     grid = Grid("tiny", tmp_path, 20, 1, 10, "resnet10_tiny", 0, (), tmp_path, 1)
-    method = "supcon" if variant == "supervised-only" else "simclr"
+    method = "supcon" if variant in ("supervised-only", "gradmix-labels") else "simclr"
     options = recipe_options(Cell(method, variant, "known", 1), grid)
     config = cli.read(cli.recipe_parser(METHODS[method], method, ""), options)
     assert config.extra_view == VARIANTS[variant]["extra_view"]
