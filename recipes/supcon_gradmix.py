@@ -45,12 +45,6 @@ def main(
     """Trains with the settings of a command line; the parts can be replaced, see `pretrain`."""
     parser = cli.recipe_parser(SupCon, "supcon", __doc__)
     parser.add_argument(
-        "--init",
-        type=str | None,
-        default=None,
-        help="Run to start from: its backbone and, if it has the same shape, its projector.",
-    )
-    parser.add_argument(
         "--label_fraction",
         type=ClosedUnitInterval,
         default=1.0,

@@ -6,15 +6,21 @@ Importing this module registers `resnet10_tiny`, `resnet18_small`, `resnet34_sma
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import json
 import logging
-from collections.abc import Mapping
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import timm
+import torch
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
@@ -23,7 +29,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
-from ssl_gradmix.files import read_json, write_whole
+from ssl_gradmix.files import open_regular, read_json, write_whole
 
 logger = logging.getLogger("ssl_gradmix")
 
@@ -56,10 +62,18 @@ _READS_FILES = {
 }
 """Arguments with which timm.create_model would load other weights, pickled ones among them."""
 
-_PICKLED = (
-    "{} is a pickled checkpoint, which can run code when it is loaded: load it yourself with "
-    "torch.load(path, weights_only=True) and save its state dict with safetensors.torch.save_file"
+_ROLES: tuple[set[str], ...] = (
+    {"ema"},
+    set(),
+    {"teacher"},
+    {"q", "query", "online", "student"},
+    {"k", "key", "target", "momentum"},
 )
+"""Words in the names of the encoders of a checkpoint. The first found is read, as published
+evaluations do: the average of the weights, an encoder of no role, DINO's teacher, MoCo's query."""
+
+_FEW = 3
+"""Names that an error lists."""
 
 
 @dataclass
@@ -153,7 +167,8 @@ def create(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
     architecture, _, saved = _read_description(Path(rest))
     model = _create(architecture, saved | kwargs)
     if pretrained:
-        load_weights(model, Path(rest, "model.safetensors"))
+        path = Path(rest, "model.safetensors")
+        fit(model, read_weights(path), path)
     return model
 
 
@@ -163,16 +178,45 @@ def _create(name: str, kwargs: dict[str, Any], pretrained: bool = False) -> nn.M
         raise ValueError(f"backbone.name: timm has no model {name!r}; near names: {near or SMALL}")
     if found := _READS_FILES & kwargs.keys():
         raise ValueError(f"backbone.kwargs must not contain {sorted(found)}")
+    if pretrained:
+        _check_published(name)
     # timm would fall back to a pickled file where a model has no safetensors.
     overlay = {"hf_hub_filename": "model.safetensors"} if pretrained else None
     try:
         model = timm.create_model(
             name, pretrained=pretrained, num_classes=0, pretrained_cfg_overlay=overlay, **kwargs
         )
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, OSError) as error:
         raise ValueError(f"backbone {name} cannot be created with {kwargs}: {error}") from error
-    cast(Any, model).model_args = kwargs  # for `save`
+    created = cast(Any, model)
+    created.model_args = kwargs  # for `save`
+    if kwargs.get("in_chans") == 1 and len(created.pretrained_cfg["mean"]) == 3:
+        cfg = created.pretrained_cfg
+        gray = {name: (sum(cfg[name]) / 3,) for name in ("mean", "std")}
+        created.pretrained_cfg = {**cfg, **gray, "input_size": (1, *cfg["input_size"][1:])}
     return model
+
+
+def _check_published(name: str) -> None:
+    """Asks for published weights once. Without network, their download would retry for a minute.
+
+    Raises:
+        ValueError: They are neither in the cache nor available.
+    """
+    cfg = timm.get_pretrained_cfg(name)
+    if cfg is None or not cfg.hf_hub_id:
+        return  # timm reports what is wrong, or has an address without retries
+    file = cfg.hf_hub_id, "model.safetensors"
+    if isinstance(try_to_load_from_cache(*file), str):
+        return
+    try:
+        get_hf_file_metadata(hf_hub_url(*file), timeout=10)
+    except Exception as error:  # of requests or httpx, by the version of huggingface_hub
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"the published weights of {name} are not in the cache and cannot be downloaded "
+            f"({reason}): connect to the network, or read them from a file"
+        ) from error
 
 
 def num_features(backbone: nn.Module) -> int:
@@ -206,11 +250,11 @@ def preparation(cfg: Mapping[str, Any]) -> tuple[int, tuple[float, ...], tuple[f
     """Image size, mean and standard deviation from timm's `pretrained_cfg`.
 
     Raises:
-        ValueError: The images are not square color images.
+        ValueError: The images are not square, or neither color nor gray images.
     """
     channels, height, width = cfg["input_size"]
-    if channels != 3 or height != width:
-        raise ValueError(f"input_size must be (3, size, size), got {cfg['input_size']}")
+    if channels not in (1, 3) or height != width:
+        raise ValueError(f"input_size must be (1 or 3, size, size), got {cfg['input_size']}")
     return height, tuple(cfg["mean"]), tuple(cfg["std"])
 
 
@@ -252,54 +296,162 @@ def write_weights(module: nn.Module, path: str | Path) -> None:
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """Reads a safetensors file.
+    """Reads a safetensors file, as this package writes them.
 
     Raises:
         FileNotFoundError: The file does not exist.
         ValueError: The file is damaged, or is a pickled checkpoint.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there are no weights {path}")
     try:
+        with open_regular(path) as file:
+            start = file.read(2)
         return load_file(path)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"there are no weights {path}") from error
     except SafetensorError as error:
-        with path.open("rb") as file:
-            pickled = file.read(2).startswith((b"PK", b"\x80"))  # new and old files of torch.save
-        raise ValueError(_PICKLED.format(path) if pickled else f"{path}: {error}") from error
+        pickled = start.startswith((b"PK", b"\x80"))  # new and old files of torch.save
+        reason = "it is a pickled checkpoint" if pickled else error
+        raise ValueError(f"{path} holds no weights in safetensors: {reason}") from error
 
 
-def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Loads a safetensors file into a timm model without classifier.
+def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
+    """Reads the tensors of somebody's checkpoint: safetensors, or a file of `torch.save`.
 
-    Every weight must fit, except that a classification head in the file is left out. If all names
-    start with a common prefix such as `backbone.`, it is removed.
+    Such a file is read with `weights_only=True`, which builds tensors and plain values and runs no
+    code. The names of nested dictionaries are joined: `state_dict.module.encoder_q.conv1.weight`.
 
     Raises:
         FileNotFoundError: The file does not exist.
-        ValueError: The file is damaged or pickled, or its weights do not fit the model.
+        ValueError: The file is damaged, holds no tensors, or holds objects of other classes.
+    """
+    try:
+        return read_weights(path)
+    except ValueError:
+        open_regular(path).close()
+    try:
+        # DINO and MAE keep their options in this class, which only holds values.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        weights = dict(_tensors(content))
+    except Exception as error:  # the unpickler raises nearly every type on a broken file
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f"contains a {found[1]}" if found else "is damaged or not a checkpoint"
+        raise ValueError(
+            f"{path} {what}; weights are read from safetensors, or from a file of torch.save with "
+            "tensors and plain values alone: save the model's state_dict()"
+        ) from error
+    if not weights:
+        raise ValueError(f"{path} holds no tensors with names")
+    return weights
+
+
+def _tensors(content: object, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    if isinstance(content, Mapping):
+        for name, value in content.items():
+            yield from _tensors(value, f"{prefix}.{name}" if prefix else str(name))
+    elif isinstance(content, Tensor) and prefix:
+        yield prefix, content
+
+
+def load_weights(model: nn.Module, path: str | Path, prefix: str | None = None) -> None:
+    """Loads somebody's checkpoint into a timm model without classifier, see `fit`.
+
+    Raises:
+        FileNotFoundError: The file does not exist.
+        ValueError: The file cannot be read, or its weights do not fit the model.
+    """
+    fit(model, read_checkpoint(path), path, prefix)
+
+
+def fit(
+    model: nn.Module, weights: Mapping[str, Tensor], source: object, prefix: str | None = None
+) -> None:
+    """Loads weights into a timm model without classifier. Each of its weights must be there.
+
+    The encoder can be a part of the weights, such as `module.encoder_q.`. Where several fit, the
+    first in the order of `_ROLES` is read. Heads are left out: what belongs to no module of the
+    model. Names of other libraries are translated, and embeddings of positions resampled to the
+    model's image size, where timm can.
+
+    Args:
+        model: The model.
+        weights: The weights by name.
+        source: Where they are from, for messages.
+        prefix: The part to read.
+
+    Raises:
+        ValueError: They do not fit, or several parts do.
     """
     wanted = model.state_dict()
-    weights = _without_prefix(read_weights(path), wanted)
-    heads = cast(Any, model).pretrained_cfg.get("classifier") or ()
-    heads = (heads,) if isinstance(heads, str) else heads
-    kept = {name: w for name, w in weights.items() if name.rpartition(".")[0] not in heads}
+    part = _part(weights, wanted, source, prefix)
+    start = f"{part}." if part else ""
+    kept = {n.removeprefix(start): w for n, w in weights.items() if n.startswith(start)}
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    shapes = {name: tensor.shape for name, tensor in wanted.items()}
+    left_out: set[str] = set()
     try:
-        model.load_state_dict(kept)
-    except RuntimeError as error:
-        raise ValueError(f"{path} does not fit the model: {error}") from error
+        if convert and any(kept[n].shape != s if n in kept else True for n, s in shapes.items()):
+            kept = convert(kept, model)
+        heads = cast(Any, model).pretrained_cfg.get("classifier") or ()
+        heads = (heads,) if isinstance(heads, str) else heads
+        modules = {name.partition(".")[0] for name in wanted}
+        left_out = {
+            name
+            for name in kept.keys() - wanted.keys()
+            if name.partition(".")[0] not in modules or name.rpartition(".")[0] in heads
+        }
+        model.load_state_dict({n: w for n, w in kept.items() if n not in left_out})
+    except (RuntimeError, KeyError, AttributeError, TypeError) as error:
+        missing = sorted(shapes.keys() - kept.keys())
+        other = sorted(n for n in kept if n in shapes and kept[n].shape != shapes[n])
+        unknown = sorted(n for n in kept.keys() - shapes.keys() if n not in left_out)
+        found = {"missing": missing, "of another shape": other, "not in the model": unknown}
+        listed = [f"{len(n)} {what} ({', '.join(n[:_FEW])})" for what, n in found.items() if n]
+        reasons = "; ".join(listed) or error
+        raise ValueError(f"{source} does not fit the model: {reasons}") from error
+    if start or left_out:
+        names = sorted({name.partition(".")[0] for name in left_out})
+        without = f" without {', '.join(names)}" if names else ""
+        logger.info("%s: read %s%s", source, f"the part {part}" if part else "all", without)
 
 
-def _without_prefix(weights: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Selects the weights of a model that is part of a larger one, for instance `backbone.`."""
-    first = next(iter(wanted))
-    prefixes = [name.removesuffix(first) for name in weights if name.endswith(f".{first}")]
-    prefixes = [prefix for prefix in prefixes if all(prefix + name in weights for name in wanted)]
-    if first in weights or len(prefixes) != 1:
-        return weights
-    prefix = prefixes[0]
-    logger.info("the weights under %s are read", prefix)
-    return {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
+def _part(
+    weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor], source: object, given: str | None
+) -> str:
+    """Prefix, without its last dot, of the weights that are called as the wanted ones."""
+    fitting: Counter[str] = Counter()
+    for name in weights:
+        parts = name.split(".")
+        for i in range(len(parts)):
+            fitting[".".join(parts[:i])] += ".".join(parts[i:]) in wanted
+    if given is not None:
+        end = given.strip(".")
+        fitting = Counter({p: n for p, n in fitting.items() if f".{p}".endswith(f".{end}")})
+    most = max(fitting.values(), default=0)
+    if most == 0 and given is None:
+        raise ValueError(
+            f"{source} has no weights of this model under any prefix: its first names are "
+            f"{', '.join(list(weights)[:_FEW])}, the model's {', '.join(list(wanted)[:_FEW])}"
+        )
+    parts = [prefix for prefix, count in fitting.items() if count == most]
+    first = min(map(_role, parts), default=0)
+    parts = [part for part in parts if _role(part) == first]
+    if not parts:
+        raise ValueError(f"{source} has no weights under the prefix {given!r}")
+    if any(not _same(weights, wanted, parts[0], other) for other in parts[1:]):
+        raise ValueError(f"{source} has several encoders, choose one by prefix: {', '.join(parts)}")
+    return parts[0]
+
+
+def _role(prefix: str) -> int:
+    words = set(re.split(r"[._]", prefix))
+    return max((i for i, role in enumerate(_ROLES) if role & words), default=1)
+
+
+def _same(weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor], a: str, b: str) -> bool:
+    """Whether two parts hold equal tensors, as when a model is registered under two names."""
+    pairs = [(weights.get(f"{a}.{name}"), weights.get(f"{b}.{name}")) for name in wanted]
+    return all(x is not None and y is not None and torch.equal(x, y) for x, y in pairs)
 
 
 def load_folder(folder: str | Path) -> nn.Module:
@@ -312,9 +464,9 @@ def load_folder(folder: str | Path) -> nn.Module:
         ValueError: A file is damaged, or the weights do not fit.
     """
     architecture, cfg, arguments = _read_description(Path(folder))
-    model = _create(architecture, arguments)
-    load_weights(model, Path(folder, "model.safetensors"))
-    cast(Any, model).pretrained_cfg = cfg
+    model, path = _create(architecture, arguments), Path(folder, "model.safetensors")
+    fit(model, read_weights(path), path)
+    cast(Any, model).pretrained_cfg = {**cfg, "architecture": architecture}
     return model
 
 
@@ -329,21 +481,3 @@ def _read_description(folder: Path) -> tuple[str, dict[str, Any], dict[str, Any]
         return str(described["architecture"]), described["pretrained_cfg"], arguments
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} does not describe a model in timm's layout: {error!r}") from error
-
-
-def start_from(method: nn.Module, run: str | Path) -> None:
-    """Loads the weights of another run's backbone and, if it has the same shape, its projector.
-
-    Raises:
-        FileNotFoundError: The run does not exist, or has no weights yet.
-        ValueError: Its backbone is a different one, or a file is damaged.
-    """
-    run = Path(run).expanduser()
-    load_weights(method.get_submodule("backbone"), run / "backbone" / "model.safetensors")
-    projector = method.get_submodule("projector")
-    weights, wanted = read_weights(run / "projector.safetensors"), projector.state_dict()
-    shapes = [{name: w.shape for name, w in each.items()} for each in (weights, wanted)]
-    if shapes[0] == shapes[1]:
-        projector.load_state_dict(weights)
-    else:
-        logger.info("the projector of %s has another shape and is not used", run)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from ssl_gradmix.files import read_yaml, write_whole
+from ssl_gradmix.files import open_regular, read_bytes, read_yaml, write_whole
 from ssl_gradmix.version import __version__
 
 if TYPE_CHECKING:
@@ -42,9 +42,19 @@ WAY_OUT = "choose another --run, or remove the folder"
 
 
 class RunFolder:
-    """Paths of one run. The folder does not need to exist; `~` is the home folder."""
+    """Paths of one run. The folder does not need to exist; `~` is the home folder.
+
+    When a run is finished, `checkpoint/`, `samples/` and `trackers/` may be deleted: evaluations
+    need config.yaml, `backbone/` and projector.safetensors. Without `checkpoint/` the run cannot be
+    trained again in its folder.
+
+    Raises:
+        ValueError: The path is empty, which would be the current folder.
+    """
 
     def __init__(self, path: str | Path) -> None:
+        if not str(path):
+            raise ValueError("run: the path of the run folder is empty")
         self.path = Path(path).expanduser()
         self.config = self.path / "config.yaml"
         self.log = self.path / "log.jsonl"
@@ -58,17 +68,30 @@ class RunFolder:
         """Checks that a run with these settings may write here. Writes nothing.
 
         Raises:
-            ValueError: The folder holds something else, or a run with other settings.
+            ValueError: The folder holds something else, a run with other settings, or a run without
+                its checkpoint, whose weights and log a new training would replace.
         """
         if not self.config.exists():
             if self.path.exists() and any(not p.name.startswith(".") for p in self.path.iterdir()):
                 raise ValueError(f"run: {self.path} is not empty and holds no run; {WAY_OUT}")
             return
-        before, now = _binding(read_yaml(self.config)), _binding(config)
+        before, now = binding(read_yaml(self.config)), binding(config)
         names = sorted(n for n in before.keys() | now.keys() if before.get(n) != now.get(n))
         if names:
             changes = "; ".join(f"{n} was {before.get(n)!r}, now {now.get(n)!r}" for n in names)
             raise ValueError(f"run: {self.path} has other settings ({changes}); {WAY_OUT}")
+        others = {self.config.name, self.checkpoint.name}
+        left = sorted(p.name for p in self.path.iterdir() if p.name not in others)
+        left = [name for name in left if not name.startswith(".")]
+        if left and not self.has_checkpoint():
+            raise ValueError(
+                f"run: {self.path} has no checkpoint to go on from, and a new training would "
+                f"replace {', '.join(left)} there; {WAY_OUT}"
+            )
+
+    def has_checkpoint(self) -> bool:
+        """Whether there is a checkpoint, intact or not. A training writes one before it starts."""
+        return any(self.checkpoint.glob("epoch-*"))
 
     def start(self, config: dict[str, Any], images: ImageSet, **environment: object) -> None:
         """Writes config.yaml for a new run, or checks that an old one can be resumed.
@@ -105,7 +128,7 @@ class RunFolder:
             ValueError: Another training holds the lock.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        with open(self.path / ".lock", "w") as lock:
+        with open_regular(self.path / ".lock", "a") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
@@ -120,7 +143,7 @@ class RunFolder:
 
     def append_log(self, entry: dict[str, Any]) -> None:
         """Appends a line to log.jsonl."""
-        with self.log.open("a", encoding="utf-8") as file:
+        with open_regular(self.log, "a") as file:
             file.write(json.dumps(entry) + "\n")
 
     def read_log(self) -> list[dict[str, Any]]:
@@ -128,7 +151,7 @@ class RunFolder:
         if not self.log.exists():
             return []
         entries = []
-        for line in self.log.read_text(encoding="utf-8").splitlines():
+        for line in read_bytes(self.log).decode().splitlines():
             try:
                 entries.append(json.loads(line))
             except ValueError:
@@ -139,6 +162,13 @@ class RunFolder:
         """Removes what was logged after the checkpoint from which a run is resumed."""
         kept = [json.dumps(entry) + "\n" for entry in self.read_log() if entry["epoch"] <= epoch]
         write_whole(self.log, lambda temporary: temporary.write_text("".join(kept)))
+
+
+def run_folders(folder: Path) -> list[str]:
+    """Paths of the runs in a folder, sorted."""
+    if not folder.is_dir():
+        return []
+    return sorted(str(p.parent) for p in folder.glob("*/config.yaml"))
 
 
 def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -152,7 +182,7 @@ def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _binding(config: dict[str, Any]) -> dict[str, Any]:
+def binding(config: dict[str, Any]) -> dict[str, Any]:
     """The settings, without nesting, that must not change when a run is resumed."""
     settings = {name: value for name, value in config.items() if name != "environment"}
     return {name: value for name, value in flat(settings).items() if name not in FREE}

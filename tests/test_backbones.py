@@ -9,10 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from training_support import create_method
 
 from ssl_gradmix import backbones
-from ssl_gradmix.methods import SimCLR
 
 VIT: dict[str, Any] = {"img_size": 32, "patch_size": 8, "depth": 3, "embed_dim": 24, "num_heads": 3}
 
@@ -132,20 +130,3 @@ def test_weights_that_do_not_fit_raise(tmp_path: Path, change: str) -> None:
     save_file(weights, tmp_path / "w.safetensors")
     with pytest.raises(ValueError, match=r"bn1\.(weight|extra)"):
         backbones.load_weights(backbones.create("resnet10_tiny"), tmp_path / "w.safetensors")
-
-
-@pytest.mark.parametrize("output_dim", [16, 24])
-def test_method_starts_from_a_run_and_its_projector_if_it_fits(
-    tmp_path: Path, output_dim: int
-) -> None:
-    first = create_method(SimCLR)
-    backbones.save(first.backbone, tmp_path / "backbone", image_size=32)
-    backbones.write_weights(first.projector, tmp_path / "projector.safetensors")
-    second = SimCLR(backbones.create("resnet10_tiny"), 128, hidden_dim=32, output_dim=output_dim)
-    before = second.projector.state_dict()["layers.0.weight"].clone()
-    backbones.start_from(second, tmp_path)
-    assert second.backbone.conv1.weight.equal(first.backbone.conv1.weight)
-    expected = first.projector.state_dict()["layers.0.weight"] if output_dim == 16 else before
-    assert second.projector.state_dict()["layers.0.weight"].equal(expected)
-    with pytest.raises(FileNotFoundError, match="none"):
-        backbones.start_from(second, tmp_path / "none")

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import yaml
+from support import load_script
 
 from ssl_gradmix import cli
 from ssl_gradmix.data.augmentation import Augmentation
 from ssl_gradmix.methods import SimCLR
 from ssl_gradmix.training.pretrain import plain
 from ssl_gradmix.training.trainer import Training
+from ssl_gradmix.version import __version__
 
 
 def read(*argv: str, defaults: dict[str, Any] | None = None) -> Any:
@@ -68,8 +70,65 @@ def test_recorded_config_gives_the_same_settings(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("recipe", "arguments"),
+    [
+        ("simclr", "--data.name cifar10 --optimizer.lr 1e-3"),
+        ("byol", "--run runs/a --backbone.kwargs {drop_path_rate:0.1} --gradmix.layers [layer3]"),
+        ("supcon", "--data.name folder --data.root x --data.classes [yes,01] --init timm:resnet18"),
+    ],
+)
+def test_printed_config_is_read(
+    recipe: str, arguments: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It holds the defaults of the data set, too: images of CIFAR-10 are flipped."""
+    script, found = load_script(f"recipes/{recipe}_gradmix.py"), []
+    script.pretrain = lambda config, *parts: found.append(plain(config))
+    script.main(arguments.split())
+    with pytest.raises(SystemExit, match="0"):
+        script.main([*arguments.split(), "--print_config"])
+    (tmp_path / "c.yaml").write_text(capsys.readouterr().out)
+    script.main(["--config", str(tmp_path / "c.yaml")])
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        *(("batch_size", "training.batch_size"), ("lr", "optimizer.lr")),
+        *(("epoch", "training.epochs"), ("trainin.epochs", "training.epochs")),
+        *(("backbone.nam", "backbone.name"), ("ini", "init")),
+    ],
+)
+def test_unknown_option_names_the_near_one(given: str, meant: str) -> None:
+    with pytest.raises(ArgumentError, match=rf"--{given}.* --{meant}\b"):
+        read(f"--{given}", "3")
+
+
+def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        read("--version")
+    assert __version__ in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("init", "recorded"),
+    [
+        *(("timm:resnet18", "timm:resnet18"), ("a", "{}/a")),
+        *(("local-dir:a/b", "local-dir:{}/a/b"), ("/a/w.pth", "/a/w.pth")),
+    ],
+)
+def test_init_is_recorded_by_its_absolute_path(
+    init: str, recorded: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert read("--init", init).init == recorded.format(tmp_path)
+
+
+@pytest.mark.parametrize(
     ("arguments", "named"),
     [
+        (["--run", ""], "run"),
+        (["--init", ""], "init"),
         (["--data.name", "imagenet22k"], "data.name"),
         (["--trainin.epochs", "3"], "--trainin.epochs"),
         (["--training.epoch", "3"], "--training.epoch"),

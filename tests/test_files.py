@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ssl_gradmix.files import read_json, read_yaml, write_whole
+from ssl_gradmix.files import parse_yaml, read_json, read_yaml, write_whole
 
 
 def test_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
@@ -45,9 +45,34 @@ def test_link_in_place_of_the_temporary_file_is_not_followed(tmp_path: Path) -> 
         (read_yaml, b"[1, 2]"),
         (read_yaml, b"\xff"),
         (read_yaml, b"!!python/name:os.system x"),
+        (read_yaml, b"[1]: 2"),
     ],
 )
 def test_damaged_file_raises(read: Callable[[Path], Any], content: bytes, tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(content)
     with pytest.raises(ValueError, match=str(tmp_path / "x")):
         read(tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "line"),
+    [
+        ("a: 1\nb: 2\na: 3", "a", 3),
+        ("training: {epochs: 1}\n\ntraining:\n  seed: 2", "training", 3),
+        ("a:\n  b: {c: 1,\n    c: 2}", "a.b.c", 3),
+        ("- {x: 1}\n- {x: 1, 'x': 2}", "1.x", 2),
+        ("training.epochs: 1\ntraining:\n  epochs: 2", "training.epochs", 3),
+    ],
+)
+def test_key_given_twice_raises(text: str, key: str, line: int, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ValueError, match=rf"c\.yaml.*'{key}'.*line {line}$"):
+        read_yaml(tmp_path / "c.yaml")
+
+
+def test_yaml_values_are_plain() -> None:
+    text = "{a: 1e-3, b: 2024-01-01, c: &x {d: -1.5E2}, e: {<<: *x, f: 1}, classes: [yes, 01, 1e3]}"
+    assert parse_yaml(text) == {
+        **{"a": 0.001, "b": "2024-01-01", "c": {"d": -150.0}, "e": {"d": -150.0, "f": 1}},
+        "classes": ["yes", "01", "1e3"],
+    }

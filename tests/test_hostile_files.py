@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,10 +15,12 @@ import yaml
 from support import PICKLES, Planted
 
 from ssl_gradmix import backbones, cli
-from ssl_gradmix.evaluation.encoders import load_encoder
+from ssl_gradmix.evaluation.encoders import load_encoder, start_from
 from ssl_gradmix.evaluation.features import extract
 from ssl_gradmix.files import read_yaml
 from ssl_gradmix.methods import SimCLR
+from ssl_gradmix.run_folder import RunFolder
+from ssl_gradmix.training import checkpoint
 
 
 @pytest.mark.parametrize("kind", PICKLES)
@@ -29,10 +32,41 @@ def test_pickle_in_place_of_weights_is_rejected(run: Path, planted: Planted, kin
     for read in (
         lambda: load_encoder(run),
         lambda: backbones.create(f"local-dir:{run / 'backbone'}", pretrained=True),
-        lambda: backbones.start_from(SimCLR(backbones.create("resnet10_tiny"), 128), run),
+        lambda: start_from(SimCLR(backbones.create("resnet10_tiny"), 128), str(run)),
     ):
         with pytest.raises(ValueError, match="pickled"):
             read()
+
+
+@pytest.mark.parametrize("kind", PICKLES)
+def test_pickle_in_place_of_a_checkpoint_is_not_executed(
+    tmp_path: Path, planted: Planted, kind: str
+) -> None:
+    for name in ("w.pth", "w.bin"):
+        PICKLES[kind]({"state_dict": planted}, tmp_path / name)
+        with pytest.raises(ValueError, match=name):
+            load_encoder("timm:resnet10_tiny", weights=tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("config.yaml", "log.jsonl", ".lock", "checkpoint/epoch-00001-batch-0000000"),
+        *("backbone/config.json", "backbone/model.safetensors", "projector.safetensors"),
+    ],
+)
+def test_pipe_in_a_run_folder_is_rejected(run: Path, name: str) -> None:
+    """Opened as usual, it would wait for a writer for ever."""
+    (run / "checkpoint").mkdir()
+    (run / name).unlink(missing_ok=True)
+    os.mkfifo(run / name)
+    folder = RunFolder(run)
+    with pytest.raises((ValueError, OSError), match=Path(name).name):  # noqa: PT012
+        load_encoder(run, feature="projector") if "back" in name or "proj" in name else None
+        folder.read_log()
+        checkpoint.load(folder.checkpoint)
+        with folder.locked():
+            folder.check({})
 
 
 def test_pickle_in_place_of_kept_features_is_rejected(

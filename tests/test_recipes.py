@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +18,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from support import load_script, write_images
+from support import ROOT, load_script, write_images
 from torch import Tensor
 
 from ssl_gradmix import GradMix, cli
@@ -58,7 +62,7 @@ def test_recipe_trains_and_resumes(name: str, extra_view: str) -> None:
     (entry,) = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     metrics = {"loss", "loss_views", "embedding_std"}
     metrics |= {"loss_mixed", "lam"} if extra_view != "none" else set()
-    metrics |= {"flat"} if extra_view == "gradmix" else set()
+    metrics |= {"flat", "agreement_lost"} if extra_view == "gradmix" else set()
     metrics |= {"loss_supervised"} if name == "supcon" else set()
     times = {"images_per_second", "images_per_second_overall", "seconds_left"}
     assert entry.keys() == {"epoch", "step", "lr", *metrics, *times}
@@ -117,14 +121,62 @@ def test_digits_have_known_classes_and_few_labels() -> None:
     assert config["environment"]["images"] == 867
 
 
-def test_run_starts_from_the_weights_of_another() -> None:
+def test_run_without_its_checkpoint_is_not_trained_over() -> None:
+    train("simclr")
+    shutil.rmtree("runs/simclr/checkpoint")
+    before = {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match="checkpoint"):
+        train("simclr")
+    assert {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("name", ["simclr", "byol", "supcon"])
+def test_recipe_starts_from_the_weights_of_a_run_or_a_file(name: str) -> None:
     """A learning rate close to 0 shows what it started from."""
     train("simclr")
-    train("supcon", "--optimizer.lr", "1e-30", "--init", "runs/simclr")
-    before, after = weights("runs/simclr"), weights("runs/supcon")
-    learned = [name for name in before if "running" not in name and "num_batches" not in name]
-    assert len(learned) > 4
-    assert all(torch.equal(before[name], after[name]) for name in learned)
+    before = weights("runs/simclr")
+    torch.save({"model": load_file("runs/simclr/backbone/model.safetensors")}, "w.pth")
+    for init in ("runs/simclr", "local-dir:runs/simclr/backbone", "w.pth"):
+        options = ["--optimizer.lr", "1e-30", "--init", init, "--run", f"runs/{init}"]
+        train(name, *options)
+        after = weights(f"runs/{init}")
+        names = (
+            before
+            if init == "runs/simclr" and name != "byol"
+            else load_file("runs/simclr/backbone/model.safetensors")
+        )
+        learned = [each for each in names if "running" not in each and "num_batches" not in each]
+        assert len(learned) > 4
+        assert all(torch.equal(before[each], after[each]) for each in learned)
+        config = yaml.safe_load(Path("runs", init, "config.yaml").read_text())
+        assert config["init"].endswith(str(Path(init.partition(":")[2] or init).absolute()))
+        Path(f"runs/{init}", "log.jsonl").unlink()
+    shutil.rmtree("runs/simclr")
+    train(name, *options)  # a run with a checkpoint needs it no more
+
+
+@pytest.mark.parametrize(
+    ("layout", "following"),
+    [
+        ("labeled", "linear_probe"),
+        ("unlabeled", "reliance"),
+        ("no test", "reliance"),
+        ("one class", "reliance"),
+    ],
+)
+def test_next_command_suits_the_images(
+    layout: str, following: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = []
+    if layout == "unlabeled":
+        options = ["--data.root", "images/train/dark"]
+    elif layout == "no test":
+        shutil.rmtree("images/test")
+    elif layout == "one class":
+        options = ["--data.classes", "[dark]"]
+    train("simclr", *options, "--run", "runs/a run")
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == f"Next: python eval/{following}.py 'runs/a run'"
 
 
 INVALID = {
@@ -158,6 +210,50 @@ def test_invalid_input_is_one_line_and_writes_nothing(
 def test_uneven_micro_batches_raise() -> None:
     with pytest.raises(ValueError, match=r"training\.batch_size"):
         train("byol", "--training.accumulate", "3")
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "difference",
+    [
+        *("count", "unreadable", "locked"),
+        *(pytest.param(each, marks=pytest.mark.slow) for each in ("images", "settings")),
+    ],
+)
+def test_processes_that_differ_end_with_an_error_each(difference: str, tmp_path: Path) -> None:
+    """One line in every process, at once, and no run."""
+    shutil.copytree("images", "other")
+    settings: list[list[str]] = [[], []]
+    lock = Path("runs/simclr/.lock" if difference == "locked" else "lock")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    if difference == "count":
+        write_images(Path("other/train"), ["dark"], 20, size=20)
+    elif difference == "images":
+        shutil.copy("other/train/bright/0.png", "other/train/dark/0.png")
+    elif difference == "settings":
+        settings[1] = ["--data.size", "32"]
+    elif difference == "unreadable":
+        shutil.rmtree("other")
+    with lock.open("w") as held, socket.socket() as free:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        free.bind(("localhost", 0))
+        address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+        free.close()
+        processes = []
+        for rank, root in enumerate(["images", "images" if difference == "locked" else "other"]):
+            place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", **address}
+            cpu = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+            environment = {**os.environ, **place, **cpu, "PYTHONPATH": os.pathsep.join(sys.path)}
+            options = [*QUICK.split(), *SMALL.split(), "--data.root", root, *settings[rank]]
+            command = [sys.executable, str(ROOT / "recipes/simclr_gradmix.py"), *options]
+            more = {"env": environment, "stderr": subprocess.PIPE, "text": True}
+            processes.append(subprocess.Popen(command, **more))
+        for process in processes:
+            _, errors = process.communicate(timeout=60)
+            lines = [line for line in errors.splitlines() if line.startswith("error: ")]
+            assert (len(lines), process.returncode) == (1, 2), errors
+            assert "Traceback" not in errors
+    assert not Path("runs/simclr/config.yaml").exists()
 
 
 @pytest.mark.distributed

@@ -74,10 +74,23 @@ def test_other_images_raise(folder: RunFolder) -> None:
         folder.start(CONFIG, changed)
 
 
+@pytest.mark.parametrize("left", ["log.jsonl", "backbone", "projector.safetensors", "eval"])
+def test_run_without_its_checkpoint_is_not_trained_over(folder: RunFolder, left: str) -> None:
+    folder.checkpoint.mkdir()
+    folder.check(CONFIG)  # as a kill can leave it
+    (folder.path / left).mkdir()
+    with pytest.raises(ValueError, match=rf"checkpoint.*{left}.*--run"):
+        folder.start(CONFIG, IMAGES)
+    (folder.checkpoint / "epoch-00001-batch-0000000").touch()
+    folder.start(CONFIG, IMAGES)
+
+
 def test_folder_of_something_else_raises(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("mine")
     with pytest.raises(ValueError, match="not empty"):
         RunFolder(tmp_path).check(CONFIG)
+    with pytest.raises(ValueError, match="run"):
+        RunFolder("")
     with pytest.raises(OSError, match=r"thesis\.tex"), RunFolder(tmp_path / "thesis.tex").locked():
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssl_gradmix.files import write_whole
+from ssl_gradmix.files import read_bytes, write_whole
 
 logger = logging.getLogger("ssl_gradmix")
 
@@ -71,7 +71,7 @@ def load(folder: Path) -> State | None:
     """
     paths = sorted(folder.glob("epoch-*"), reverse=True)
     for path in paths:
-        content = path.read_bytes()
+        content = read_bytes(path)
         digest, content = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
         if hashlib.sha256(content).digest() != digest:
             logger.warning("checkpoint %s is damaged and not used", path)

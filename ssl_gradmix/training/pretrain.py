@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import asdict
+from contextlib import ExitStack
+from dataclasses import asdict, replace
 from typing import Any, cast
 
+import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from jsonargparse import Namespace
 
 from ssl_gradmix import backbones
 from ssl_gradmix.adaptive import Adaptive
+from ssl_gradmix.console import show
 from ssl_gradmix.data.augmentation import Views
 from ssl_gradmix.data.datasets import ImageSet
 from ssl_gradmix.data.open_set import load_known, load_labeled
+from ssl_gradmix.evaluation.encoders import start_from
 from ssl_gradmix.gradmix import GradMix
 from ssl_gradmix.methods import Method, SimCLR
-from ssl_gradmix.run_folder import RunFolder
+from ssl_gradmix.run_folder import RunFolder, binding
 from ssl_gradmix.training.monitor import SMALLEST, Monitor
-from ssl_gradmix.training.trainer import Trainer, Training
+from ssl_gradmix.training.trainer import Trainer, Training, together
 
 logger = logging.getLogger("ssl_gradmix")
 
@@ -52,36 +57,29 @@ def pretrain(
     accelerator = create_accelerator(training, config.expect_processes, folder)
     training.precision = cast(Any, accelerator.mixed_precision)
     settings = plain(config)
-    folder.check(settings)
-    # One process per machine downloads.
-    with accelerator.main_process_first(), accelerator.local_main_process_first():
-        images = _load(config)
+    with together(accelerator):
+        folder.check(settings)
+    images = _load(config, accelerator)
+    if accelerator.num_processes > 1:
+        _compare(settings, images)
 
-    size = config.data.size
+    size, channels = config.data.size, config.data.channels
     torch.manual_seed(training.seed)
-    backbone = backbones.create(
-        config.backbone.name, config.backbone.pretrained, **(config.backbone.kwargs or {})
-    )
-    mixer = None
-    if config.extra_view in ("adaptive", "gradmix"):
-        arguments = config.gradmix.as_dict()
-        layers = arguments.pop("layers") or backbones.default_layers(backbone, size)
-        mixer = gradmix(layers=layers or None, **arguments)
-    features = backbones.num_features(backbone)
-    adaptive = Adaptive() if config.extra_view == "adaptive" else None
-    parts = {"gradmix": mixer, "adaptive": adaptive}
-    built = method(backbone, features, **parts, **config.method.as_dict())
-    if config.get("init") is not None:
-        backbones.start_from(built, config.init)
-    layers = trial(built, size, accelerator.device)
+    with together(accelerator):
+        built = _build(config, gradmix, method)
+        # A run that is resumed no longer needs the weights that it began from.
+        if config.init is not None and not folder.has_checkpoint():
+            start_from(built, config.init)
+    layers = trial(built, size, accelerator.device, channels)
 
-    preparation = cast(Any, backbone).pretrained_cfg
+    preparation = cast(Any, built.backbone).pretrained_cfg
     mean, std = preparation["mean"], preparation["std"]
     process, processes = accelerator.process_index, accelerator.num_processes
     make_views = views(config.augmentation, size, mean, std, process, processes)
     monitor = None
-    if accelerator.is_main_process and training.knn_every and len(images) >= SMALLEST:
-        monitor = Monitor(images, make_views, mean, std)
+    with together(accelerator):
+        if accelerator.is_main_process and training.knn_every and len(images) >= SMALLEST:
+            monitor = Monitor(images, make_views, mean, std)
     trainer = Trainer(
         built,
         make_views,
@@ -93,11 +91,33 @@ def pretrain(
         n_views=3 if config.extra_view in ("adaptive", "augmented") else 2,
         monitor=monitor,
     )
-    with folder.locked() if accelerator.is_main_process else nullcontext():
-        if accelerator.is_main_process:
-            folder.start(settings, images, device=str(accelerator.device), layers=layers)
-        accelerator.wait_for_everyone()
+    with ExitStack() as stack:
+        with together(accelerator):
+            if accelerator.is_main_process:
+                stack.enter_context(folder.locked())
+                folder.start(settings, images, device=str(accelerator.device), layers=layers)
         trainer.run()
+    if accelerator.is_main_process:
+        show(f"Next: python eval/{_next(config, images)}.py {shlex.quote(str(folder.path))}")
+
+
+def _build(
+    config: Namespace, gradmix: Callable[..., GradMix], method: Callable[..., Method]
+) -> Method:
+    """The method with its backbone and its view generator."""
+    kwargs = dict(config.backbone.kwargs or {})
+    if config.data.channels == 1:
+        kwargs["in_chans"] = 1
+    backbone = backbones.create(config.backbone.name, config.backbone.pretrained, **kwargs)
+    mixer = None
+    if config.extra_view in ("adaptive", "gradmix"):
+        arguments = config.gradmix.as_dict()
+        layers = arguments.pop("layers") or backbones.default_layers(backbone, config.data.size)
+        mixer = gradmix(layers=layers or None, **arguments)
+    features = backbones.num_features(backbone)
+    adaptive = Adaptive() if config.extra_view == "adaptive" else None
+    parts = {"gradmix": mixer, "adaptive": adaptive}
+    return method(backbone, features, **parts, **config.method.as_dict())
 
 
 def create_accelerator(
@@ -135,7 +155,7 @@ def create_accelerator(
     return accelerator
 
 
-def trial(method: Method, size: int, device: torch.device) -> list[str]:
+def trial(method: Method, size: int, device: torch.device, channels: int = 3) -> list[str]:
     """Runs a method once on noise, so that what does not fit is reported before training.
 
     Returns:
@@ -146,7 +166,7 @@ def trial(method: Method, size: int, device: torch.device) -> list[str]:
     """
     method.to(device).eval()
     count = 2 if method.adaptive is None else 3
-    views = [torch.randn(4, 3, size, size, device=device) for _ in range(count)]
+    views = [torch.randn(4, channels, size, size, device=device) for _ in range(count)]
     labels = torch.arange(4, device=device) % 2
     layers: list[str] = []
     try:
@@ -172,8 +192,43 @@ def plain(config: Namespace) -> dict[str, Any]:
     return json.loads(json.dumps(sections, default=asdict))
 
 
-def _load(config: Namespace) -> ImageSet:
-    """The training images of the known classes. Only a recipe with labels has `label_fraction`."""
-    if "label_fraction" in config:
+def _load(config: Namespace, accelerator: Accelerator) -> ImageSet:
+    """The training images of the known classes. One process per machine downloads them."""
+    first = accelerator.is_main_process, accelerator.is_local_main_process
+    for turn in ((True, True), (False, True), (False, False)):
+        with together(accelerator):
+            if first == turn:
+                images = _read(config)
+    return images
+
+
+def _read(config: Namespace) -> ImageSet:
+    if "label_fraction" in config:  # a recipe with labels
         return load_labeled(config.data, config.label_fraction, config.training.seed)
     return load_known(config.data, "train")
+
+
+def _compare(settings: dict[str, Any], images: ImageSet) -> None:
+    """Checks that all processes have the same settings and the same images.
+
+    Raises:
+        ValueError: They differ: the processes would wait for each other for ever, or train on a
+            mixture.
+    """
+    mine = {"images": len(images), "fingerprint": images.fingerprint(), **binding(settings)}
+    found = gather_object([mine])
+    for name in mine:
+        values = [each.get(name) for each in found]
+        if any(value != values[0] for value in values):
+            named = "data.root: the" if name in ("images", "fingerprint") else "the"
+            raise ValueError(f"{named} processes differ in {name}: {values}")
+
+
+def _next(config: Namespace, images: ImageSet) -> str:
+    """The evaluation to run next: a linear probe if there are labels and test images."""
+    try:
+        test = load_known(replace(config.data, broken="stop"), "test")
+    except (ValueError, OSError):
+        return "reliance"
+    classes = [np.unique(each.labels[each.labels >= 0]) for each in (images, test)]
+    return "linear_probe" if min(map(len, classes)) > 1 else "reliance"

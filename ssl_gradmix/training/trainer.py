@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import copy
-import shlex
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ssl_gradmix import backbones
+from ssl_gradmix.console import progress, show
 from ssl_gradmix.data.augmentation import Views
 from ssl_gradmix.data.datasets import ImageSet
 from ssl_gradmix.files import read_yaml
@@ -177,9 +177,7 @@ class Trainer:
         if self.training.trackers:
             self.accelerator.end_training()
         passed = clock(time.perf_counter() - self.began)
-        following = "linear_probe" if (self.images.labels >= 0).any() else "reliance"
-        command = f"python eval/{following}.py {shlex.quote(str(path))}"
-        self._print(f"finished in {passed}, results are in {path}. Next: {command}")
+        self._print(f"finished in {passed}, results are in {path}")
 
     def _train_epoch(self) -> dict[str, Any]:
         """Trains an epoch, or the rest of one, and returns its entry of the log."""
@@ -187,12 +185,12 @@ class Trainer:
         began, first = time.perf_counter(), self.batch
         unread: list[dict[str, Tensor]] = []
         read: list[Tensor] = []
-        bar = tqdm(
-            total=len(self.batches.indices),
+        bar = progress(
+            len(self.batches.indices),
+            f"epoch {self.epoch + 1}/{self.training.epochs}",
+            "batch",
             initial=first,
-            desc=f"epoch {self.epoch + 1}/{self.training.epochs}",
-            disable=None if self.accelerator.is_main_process else True,
-            leave=False,
+            silent=not self.accelerator.is_main_process,
         )
         for images, labels in self.batches.epoch(self.epoch, first):
             unread.append(self._step(images, labels))
@@ -266,19 +264,21 @@ class Trainer:
 
     def _save(self) -> None:
         """Writes the weights for evaluations, then the checkpoint: a finished run is complete."""
-        optimizer = self.optimizer.state_dict()
-        moments = [value for each in optimizer["state"].values() for value in each.values()]
-        method = self.bare.state_dict()
-        if not all_finite([*method.values(), *moments]):
+        state = self._state()
+        moments = [value for each in state.optimizer["state"].values() for value in each.values()]
+        if not all_finite([*state.method.values(), *moments]):
             raise FloatingPointError(f"weights are not finite{self._where()}")
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             backbones.save(self.bare.backbone, self.folder.backbone, self.batches.make_views.size)
             backbones.write_weights(self.bare.projector, self.folder.projector)
-            scaler = self.accelerator.scaler and self.accelerator.scaler.state_dict()
-            state = checkpoint.State(self.epoch, self.batch, method, optimizer, scaler)
             checkpoint.save(self.folder.checkpoint, state)
         self.save_due, self.last_save = False, time.perf_counter()
+
+    def _state(self) -> checkpoint.State:
+        scaler = self.accelerator.scaler and self.accelerator.scaler.state_dict()
+        method, optimizer = self.bare.state_dict(), self.optimizer.state_dict()
+        return checkpoint.State(self.epoch, self.batch, method, optimizer, scaler)
 
     def _where(self) -> str:
         place = f"in epoch {self.epoch + 1} up to batch {self.batch}"
@@ -287,8 +287,9 @@ class Trainer:
     def _resume(self) -> None:
         """Loads the last checkpoint. The main process reads it and sends it to the others."""
         state = None
-        if self.accelerator.is_main_process:
-            state = checkpoint.load(self.folder.checkpoint)
+        with together(self.accelerator):
+            if self.accelerator.is_main_process:
+                state = checkpoint.load(self.folder.checkpoint)
         (state,) = broadcast_object_list([state])
         if state is not None:
             self.bare.load_state_dict(state.method)
@@ -297,6 +298,8 @@ class Trainer:
                 self.accelerator.scaler.load_state_dict(state.scaler)
             self.epoch, self.batch = state.epoch, state.batch
         if self.accelerator.is_main_process:
+            if state is None:  # before log and weights, which nobody trains over without one
+                checkpoint.save(self.folder.checkpoint, self._state())
             self.folder.rewind_log(self.epoch)
 
     def _print_start(self) -> None:
@@ -351,7 +354,26 @@ class Trainer:
 
     def _print(self, text: str) -> None:
         if self.accelerator.is_main_process:
-            tqdm.write(text)
+            show(text)
+
+
+@contextmanager
+def together(accelerator: Accelerator) -> Iterator[None]:
+    """Raises an error of the block on all processes, and otherwise lets them wait for each other.
+
+    Without this, an error on one process leaves the others waiting for it. The block must not
+    communicate.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except (ValueError, KeyError, OSError) as caught:
+        error = caught
+    errors = gather_object([error and f"process {accelerator.process_index}: {error}"])
+    if error is not None:
+        raise error
+    if found := [each for each in errors if each]:
+        raise ValueError("; ".join(found))
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:

@@ -1,18 +1,23 @@
 from __future__ import annotations
 
+import argparse
 import copy
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
 import torch
+import torchvision
 import yaml
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import save_file
+from support import load_script, write_images
 from torch import nn
 
 from ssl_gradmix import backbones
-from ssl_gradmix.evaluation.encoders import Encoder, load_encoder
+from ssl_gradmix.evaluation.encoders import Encoder, load_encoder, start_from
 from ssl_gradmix.methods import BYOL, METHODS, Method, SimCLR, SupCon
 
 IMAGES = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -103,6 +108,146 @@ def test_weights_file_with_or_without_prefix_and_head(tmp_path, prefix, num_clas
     assert (encoder.name, encoder.size) == ("timm:resnet10t@mine.safetensors", 32)
 
 
+VIT = {"depth": 1, "patch_size": 8, "embed_dim": 24, "num_heads": 3}
+
+
+def resnet(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return torchvision.models.resnet18(num_classes=4).eval()
+
+
+def parts(**modules: nn.Module) -> dict[str, torch.Tensor]:
+    """State dicts side by side. `__` is a dot in a name, and the classifier is an MLP."""
+    named = {}
+    for start, module in modules.items():
+        for name, tensor in module.state_dict().items():
+            name = name.replace("fc.", "fc.0.")
+            named[f"{start.replace('__', '.')}.{name}"] = tensor
+        named[f"{start.replace('__', '.')}.fc.2.weight"] = torch.zeros(2, 4)
+    return named
+
+
+def moco(kept: nn.Module) -> dict[str, Any]:
+    """As published for MoCo v2."""
+    state = parts(module__encoder_q=kept, module__encoder_k=resnet(1))
+    state |= {"module.queue": torch.zeros(4, 8), "module.queue_ptr": torch.zeros(1)}
+    moments = {"state": {0: {"momentum_buffer": torch.zeros(3)}}, "param_groups": [{"lr": 0.03}]}
+    return {"epoch": 200, "arch": "resnet18", "state_dict": state, "optimizer": moments}
+
+
+def moco_v3(kept: nn.Module) -> dict[str, Any]:
+    state = parts(module__momentum_encoder=resnet(1), module__base_encoder=kept)
+    return {"state_dict": state, "scaler": {"scale": 1.0}}
+
+
+def lightly(kept: nn.Module) -> dict[str, Any]:
+    """As lightly's benchmarks save MoCo, one backbone under two names."""
+    state = parts(backbone=kept, teacher_backbone=resnet(1), model__0=kept)
+    state["projection_head.layers.0.weight"] = torch.zeros(8, 512)
+    return {"state_dict": state, "hyper_parameters": {"batch_size_per_device": 256}}
+
+
+def dino(kept: nn.Module) -> dict[str, Any]:
+    """As published by DINO with its whole state, heads and options included."""
+    torch.manual_seed(1)
+    other = timm.create_model("vit_tiny_patch16_224", img_size=96, num_classes=0, **VIT)
+    states = {"teacher": (kept, "backbone"), "student": (other, "module.backbone")}
+    content: dict[str, Any] = {"args": argparse.Namespace(arch="vit_tiny"), "epoch": 100}
+    for role, (model, start) in states.items():
+        content[role] = {f"{start}.{n}": w for n, w in model.state_dict().items()}
+        content[role][f"{start.replace('backbone', 'head')}.mlp.0.weight"] = torch.zeros(8, 24)
+    return content | {"dino_loss": {"center": torch.zeros(1, 8)}}
+
+
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (moco, []),
+        (moco_v3, []),
+        (lightly, []),
+        (lambda kept: moco(resnet(2)) | parts(mine=kept), ["--prefix", "mine"]),
+        (dino, ["--backbone.kwargs", str(VIT)]),
+    ],
+    ids=["moco v2", "moco v3", "lightly", "prefix", "dino"],
+)
+def test_published_checkpoint_is_probed_in_one_command(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    make: Callable[[nn.Module], dict[str, Any]],
+    options: list[str],
+) -> None:
+    """Features equal those of the model that was saved, resampled by timm for a transformer."""
+    monkeypatch.chdir(tmp_path)
+    if make is dino:
+        name, size = "vit_tiny_patch16_224", 64
+        kept = perturbed(timm.create_model(name, img_size=96, num_classes=0, **VIT))
+        expected = copy.deepcopy(kept)
+        expected.set_input_size(img_size=size)
+    else:
+        name, size = "resnet18", 32
+        kept = resnet(0)
+        expected = nn.Sequential(*list(kept.children())[:-1], nn.Flatten())
+    torch.save(make(kept), "w.pth")
+    seen = []
+    probe = load_script("eval/linear_probe.py")
+    extract = probe.cli.extract
+    monkeypatch.setattr(
+        probe.cli,
+        "extract",
+        lambda encoder, *rest, **more: seen.append(encoder) or extract(encoder, *rest, **more),
+    )
+    for split in ("train", "test"):
+        write_images(Path("images", split), ["a", "b"], 6, size=20)
+    data = ["--data.name", "folder", "--data.root", "images", "--data.size", str(size)]
+    command = [f"timm:{name}", "--weights", "w.pth", "--out", "out", "--epochs", "1"]
+    probe.main([*command, *data, *options])
+    assert list(Path("out").glob("linear_probe-*.json"))
+    images = torch.rand(2, 3, size, size)
+    torch.testing.assert_close(seen[0].model(images), expected(images))
+
+
+@pytest.mark.parametrize(
+    ("content", "prefix", "named"),
+    [
+        ({"a": nn.Linear(2, 2)}, None, "Linear"),
+        ({"epoch": 3}, None, "no tensors"),
+        ({"conv1.weights": torch.zeros(2)}, None, "conv1.weights"),
+        (parts(a=resnet(0)), "nowhere", "nowhere"),
+        (parts(module=resnet(0)) | {"module.conv1.weight": torch.zeros(2)}, None, "conv1.weight"),
+        (parts(module=resnet(0)) | {"module.bn1.extra": torch.zeros(2)}, None, "bn1.extra"),
+        (parts(a=resnet(0), b=resnet(1)), None, "a, b"),
+    ],
+    ids=["module", "nothing", "other names", "prefix", "shape", "unknown", "two encoders"],
+)
+def test_checkpoint_that_does_not_fit_raises(
+    tmp_path: Path, content: dict[str, Any], prefix: str | None, named: str
+) -> None:
+    torch.save(content, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=r"w\.pth") as raised:
+        load_encoder("timm:resnet18", weights=tmp_path / "w.pth", prefix=prefix)
+    assert named in str(raised.value)
+
+
+@pytest.mark.parametrize("spec", ["{run}", "local-dir:{run}/backbone", "{run}/w.pth"])
+@pytest.mark.parametrize("output_dim", [24, 16])
+@pytest.mark.parametrize("method", [SimCLR], indirect=True)
+def test_method_starts_from_weights_and_projector_of_a_run(
+    run: Path, method: Method, spec: str, output_dim: int
+) -> None:
+    torch.save({"model": method.backbone.state_dict()}, run / "w.pth")
+    second = SimCLR(backbones.create("resnet10_tiny"), 128, hidden_dim=40, output_dim=output_dim)
+    before = second.projector.state_dict()["layers.0.weight"].clone()
+    start_from(second, spec.format(run=run))
+    assert torch.equal(second.backbone.eval()(IMAGES), method.backbone(IMAGES))
+    expected = method.projector.state_dict()["layers.0.weight"]
+    taken = output_dim == 24 and spec == "{run}"
+    after = second.projector.state_dict()["layers.0.weight"]
+    assert after.equal(expected if taken else before)
+    other = SimCLR(backbones.create("resnet10t"), 512)
+    with pytest.raises(ValueError, match="resnet10_tiny" if "w.pth" not in spec else "w.pth"):
+        start_from(other, spec.format(run=run))
+
+
 def test_published_weights_are_read_from_safetensors_alone(tmp_path, monkeypatch) -> None:
     requested = []
 
@@ -113,6 +258,7 @@ def test_published_weights_are_read_from_safetensors_alone(tmp_path, monkeypatch
         return str(tmp_path / filename)
 
     monkeypatch.setattr("timm.models._hub.hf_hub_download", download)
+    monkeypatch.setattr(backbones, "get_hf_file_metadata", lambda url, timeout: None)
     model = perturbed(timm.create_model("resnet10t"))
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises((OSError, ValueError, EntryNotFoundError)):
@@ -124,10 +270,23 @@ def test_published_weights_are_read_from_safetensors_alone(tmp_path, monkeypatch
     assert set(requested) == {"model.safetensors"}
 
 
+def test_published_weights_without_network_raise_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(url: str, timeout: float) -> None:
+        raise ConnectionError("no network\nand more")
+
+    monkeypatch.setattr(backbones, "get_hf_file_metadata", fail)
+    with pytest.raises(ValueError, match=r"resnet10t.*\(no network\)"):
+        load_encoder("timm:resnet10t")
+
+
 @pytest.mark.parametrize("method", [SimCLR], indirect=True)
 @pytest.mark.parametrize(
     ("spec", "arguments", "error", "named"),
     [
+        ("", {}, ValueError, "run"),
+        ("resnet18", {}, FileNotFoundError, "timm:resnet18"),
+        ("{run}/../mein", {}, FileNotFoundError, "mine"),
+        ("{run}/..", {}, FileNotFoundError, "mine"),
         ("{run}/nowhere", {}, FileNotFoundError, "nowhere"),
         ("{run}/backbone", {}, FileNotFoundError, "backbone"),
         ("local-dir:{run}", {}, FileNotFoundError, "config.json"),
