@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-LEARNING_RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
-"""Candidates for the learning rate of a linear probe, for batches of 256 scaled features."""
+from ssl_gradmix.console import progress
+
+LEARNING_RATES = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+"""Candidates for the learning rate of a linear probe, for batches of 256 scaled features. Some tens
+of samples ask for 0.001, thousands for 0.03."""
 
 BATCH_SIZE = 256
 
@@ -30,7 +33,8 @@ class LinearProbe:
         weight: (C, D).
         bias: (C,).
         learning_rate: Learning rate it was trained with.
-        validation: Cross-entropy on held-out training features by learning rate.
+        validation: Cross-entropy on held-out training features by learning rate; empty if there was
+            one rate only.
     """
 
     classes: Tensor
@@ -86,7 +90,7 @@ def linear_probe(
     Args:
         features: (N, D), finite. Training is on their device, in float32.
         labels: (N,) integers from 0, not necessarily contiguous.
-        learning_rates: Candidates, for batches of 256.
+        learning_rates: Candidates, for batches of 256. A single one is taken as it is.
         epochs: Passes over the features, both for the choice and for the classifier.
         folds: Number of folds, in which each class has the same share. A class of one sample is
             never held out; if all are, the rate is chosen on the training features.
@@ -105,12 +109,41 @@ def linear_probe(
     scale = torch.where(varies, 1 / std, 0.0)
     scaled = (features.float() - mean) * scale
 
-    validation = _validate(scaled, targets, learning_rates, epochs, folds, seed)
-    best = min(validation, key=validation.__getitem__)
+    validation, best = {}, learning_rates[0]
+    if len(learning_rates) > 1:
+        validation = _validate(scaled, targets, learning_rates, epochs, folds, seed)
+        best = min(validation, key=validation.__getitem__)
     everything = torch.arange(len(targets), device=targets.device)
     weights, biases = _train(scaled, targets, everything, [best], epochs, seed)
     weight = weights[0] * scale
     return LinearProbe(classes, weight, biases[0] - weight @ mean, best, validation)
+
+
+def held_out_parts(
+    targets: Tensor, folds: int = 10, seed: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields indices of training and held-out samples, fold by fold, stratified by class.
+
+    Stops when 500 samples were held out, or all. A class of one sample is never held out; if all
+    classes are, training and held-out samples are the same.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    fold = torch.full((len(targets),), -1)
+    for members in _by_class(targets.cpu()):
+        if len(members) > 1:
+            order = torch.randperm(len(members), generator=generator)
+            fold[members[order]] = torch.arange(len(members)) % folds
+    fold = fold.to(targets.device)
+    judged = 0
+    for i in range(int(fold.max()) + 1):
+        held_out = (fold == i).nonzero().flatten()
+        yield (fold != i).nonzero().flatten(), held_out
+        judged += len(held_out)
+        if judged >= ENOUGH:
+            return
+    if judged == 0:
+        everything = torch.arange(len(targets), device=targets.device)
+        yield everything, everything
 
 
 def label_subset(labels: Tensor, fraction: float, seed: int = 0) -> Tensor:
@@ -126,11 +159,9 @@ def label_subset(labels: Tensor, fraction: float, seed: int = 0) -> Tensor:
     """
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction must be above 0 and at most 1, got {fraction}")
-    labels = labels.cpu()
     generator = torch.Generator().manual_seed(seed)
     drawn = []
-    for label in labels.unique():
-        members = (labels == label).nonzero().flatten()
+    for members in _by_class(labels.cpu()):
         order = torch.randperm(len(members), generator=generator)
         count = max(round(fraction * len(members)), 1)
         drawn.append(members[order[:count]])
@@ -148,33 +179,20 @@ def _validate(
     """Mean cross-entropy of held-out samples by learning rate."""
     losses = torch.zeros(len(learning_rates), device=targets.device, dtype=torch.float64)
     judged = 0
-    for rest, held_out in _splits(targets, folds, seed):
+    for rest, held_out in held_out_parts(targets, folds, seed):
         weights, biases = _train(scaled, targets, rest, learning_rates, epochs, seed)
         logits = scaled[held_out] @ weights.mT + biases[:, None]  # (L, B, C)
         for i, of_rate in enumerate(logits):
             losses[i] += functional.cross_entropy(of_rate, targets[held_out], reduction="sum")
         judged += len(held_out)
-        if judged >= ENOUGH:
-            break
     means = (losses / judged).tolist()
     return dict(zip(learning_rates, means, strict=True))
 
 
-def _splits(targets: Tensor, folds: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields indices of training and held-out samples, fold by fold, stratified by class."""
-    generator = torch.Generator().manual_seed(seed)
-    fold = torch.full((len(targets),), -1)  # a class of one sample is never held out
-    for label in targets.unique().tolist():
-        members = (targets.cpu() == label).nonzero().flatten()
-        if len(members) > 1:
-            order = torch.randperm(len(members), generator=generator)
-            fold[members[order]] = torch.arange(len(members)) % folds
-    fold = fold.to(targets.device)
-    for i in range(int(fold.max()) + 1):
-        yield (fold != i).nonzero().flatten(), (fold == i).nonzero().flatten()
-    if (fold < 0).all():
-        everything = torch.arange(len(targets), device=targets.device)
-        yield everything, everything
+def _by_class(labels: Tensor) -> tuple[Tensor, ...]:
+    """Ascending indices of the samples of each class, in the order of the labels."""
+    _, counts = labels.unique(return_counts=True)
+    return labels.argsort(stable=True).split(counts.tolist())
 
 
 @torch.no_grad()
@@ -201,6 +219,7 @@ def _train(
     weight, weight_velocity = torch.zeros(2, rows, n_features, device=targets.device)
     bias, bias_velocity = torch.zeros(2, rows, 1, device=targets.device)
     steps = epochs * math.ceil(len(kept) / BATCH_SIZE)
+    bar = progress(steps, "linear probe", "step", delay=3)
     for step, batch in enumerate(_batches(kept, epochs, seed)):
         features = scaled[batch]
         logits = torch.addmm(bias, weight, features.T)
@@ -213,6 +232,8 @@ def _train(
         cosine = (1 + math.cos(math.pi * step / steps)) / 2
         weight.sub_(weight_velocity, alpha=cosine)
         bias.sub_(bias_velocity, alpha=cosine)
+        bar.update()
+    bar.close()
     return weight.view(len(rates), n_classes, n_features), bias.view(len(rates), n_classes)
 
 

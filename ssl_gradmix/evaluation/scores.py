@@ -25,7 +25,9 @@ from torch.nn import functional
 Matrix = np.ndarray | Tensor
 
 _SIMILARITIES_AT_ONCE = 2**24  # 128 MiB of float64
-_ROWS_AT_ONCE = 2**13  # features cast to float64 at a time
+_FEWEST_ROWS = 64  # for fewer, casting the features would take longer than comparing them
+_WHOLE_BANK = 2**25  # numbers in training features that are cast to float64 at once, 256 MiB
+_ROWS_AT_ONCE = 2**13  # of more features, rows that are cast to float64 at a time
 _NEGLIGIBLE = 1e-6  # of the root mean square norm of the features
 
 
@@ -197,21 +199,30 @@ def _neighbors(
     """Distances (M,) to the k-th nearest of all, and largest sums (M,) of a class's top cosines."""
     if k < 1 or top_k < 1:
         raise ValueError(f"k and top_k must be at least 1, got {k} and {top_k}")
-    bank = functional.normalize(train.double(), dim=1)[classes.argsort()]
-    lengths = bank.square().sum(1)  # 1, or 0 for features of zeros
+    order = classes.argsort()
+    rows_of_block = len(train) if train.numel() <= _WHOLE_BANK else _ROWS_AT_ONCE
+
+    def unit(features: Tensor) -> Tensor:
+        return functional.normalize(features.double(), dim=1)
+
+    def blocks() -> Iterator[Tensor]:  # the whole bank in float64 would be twice the features
+        for rows in order.split(rows_of_block):
+            yield unit(train[rows])
+
+    lengths = torch.cat([block.square().sum(1) for block in blocks()])  # 1, or 0 for zeros
     sizes = classes.bincount().tolist()
-    k, top_k = min(k, len(bank)), min(top_k, *sizes)
+    k, top_k = min(k, len(train)), min(top_k, *sizes)
     distances, similarities = [], []
-    rows_at_once = max(1, _SIMILARITIES_AT_ONCE // len(bank))
-    for rows in functional.normalize(test.double(), dim=1).split(rows_at_once):
-        cosines = rows @ bank.T
+    rows_at_once = max(_SIMILARITIES_AT_ONCE // len(train), _FEWEST_ROWS)
+    for rows in map(unit, test.split(rows_at_once)):
+        cosines = torch.cat([rows @ block.T for block in blocks()], dim=1)
         nearest = [of_class.topk(top_k).values for of_class in cosines.split(sizes, dim=1)]
         sums = torch.stack([values.sum(1) for values in nearest], dim=1)
         similarities.append(sums.amax(1))
         closeness = 2 * cosines - lengths  # |a - b|^2 = |a|^2 + |b|^2 - 2 a b
-        kth = closeness.topk(k).indices[:, -1]
+        kth = order[closeness.topk(k).indices[:, -1]]
         # From the difference: sqrt(2 - 2 cosine) loses half its digits for near duplicates.
-        distances.append((rows - bank[kth]).norm(dim=1))
+        distances.append((rows - unit(train[kth])).norm(dim=1))
     return torch.cat(distances), torch.cat(similarities)
 
 

@@ -182,6 +182,51 @@ def test_accuracy_equals_scikit_learn(probe) -> None:
     assert five.accuracy(features, labels)[1] is None
 
 
+def test_parts_and_subset_are_drawn_class_by_class() -> None:
+    """As a loop over the classes draws them; one class has a single sample."""
+    labels = torch.randint(0, 40, (333,), generator=torch.Generator().manual_seed(0))
+    labels[7] = 99
+    of_parts, of_subset = (torch.Generator().manual_seed(3) for _ in range(2))
+    fold, drawn = torch.full((333,), -1), []
+    for label in labels.unique():
+        members = (labels == label).nonzero().flatten()
+        drawn += members[
+            torch.randperm(len(members), generator=of_subset)[: round(0.5 * len(members)) or 1]
+        ].tolist()
+        if len(members) > 1:
+            order = torch.randperm(len(members), generator=of_parts)
+            fold[members[order]] = torch.arange(len(members)) % 10
+    for i, (rest, held_out) in enumerate(probes.held_out_parts(labels, seed=3)):
+        assert held_out.tolist() == (fold == i).nonzero().flatten().tolist()
+        assert rest.tolist() == (fold != i).nonzero().flatten().tolist()
+    assert label_subset(labels, 0.5, seed=3).tolist() == sorted(drawn)
+
+
+def test_rate_for_few_samples_is_inside_the_grid() -> None:
+    for count in (30, 60, 500):
+        features, labels = clouds(count=count, spread=12.0, classes=10, dimensions=128)
+        rate = linear_probe(features, labels).learning_rate
+        assert LEARNING_RATES[0] < rate < LEARNING_RATES[-1]
+
+
+def test_progress_counts_the_steps(monkeypatch) -> None:
+    shown = []
+
+    class Bar:
+        def __init__(self, total, *given, **options) -> None:
+            shown.append([total, 0])
+
+        def update(self) -> None:
+            shown[-1][1] += 1
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(probes, "progress", Bar)
+    linear_probe(*clouds(count=6000), epochs=2)
+    assert shown == [[2 * 22, 2 * 22], [2 * 24, 2 * 24]]  # without a tenth, and with all
+
+
 def test_label_subset_is_a_fraction_of_each_class() -> None:
     labels = torch.tensor([7] * 200 + [1] * 100 + [3] * 4)[torch.randperm(304)]
     drawn = label_subset(labels, 0.1)

@@ -185,6 +185,8 @@ def test_neither_blocks_nor_order_nor_names_of_classes_matter(data: Data, monkey
     order = np.random.default_rng(1).permutation(len(data.train))
     labels = np.array([900, 7, 41])[data.labels[order]]
     monkeypatch.setattr(scores, "_SIMILARITIES_AT_ONCE", 7 * 250)
+    monkeypatch.setattr(scores, "_FEWEST_ROWS", 1)
+    monkeypatch.setattr(scores, "_WHOLE_BANK", 0)
     monkeypatch.setattr(scores, "_ROWS_AT_ONCE", 13)
     found = all_scores(
         data.train[order], labels, data.test, data.train_logits[order], data.test_logits
