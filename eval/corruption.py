@@ -23,9 +23,9 @@ import pandas as pd
 import torch
 from joblib import cpu_count
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
-from tqdm import tqdm
 
 from ssl_gradmix import cli
+from ssl_gradmix.console import progress, show
 from ssl_gradmix.data import corrupted
 from ssl_gradmix.data.corruptions import COMMON, GROUP_OF, SEVERITIES
 from ssl_gradmix.data.datasets import ImageSet, load
@@ -156,12 +156,14 @@ def evaluate(
     bank, queries = evaluation.features(train), evaluation.features(clean)
     numbers = []
     if is_main:
+        copies = evaluation.copies(clean, queries[0], bank[0])
         probe = linear_probe(*bank, epochs=epochs, seed=seed)
         training = {"learning_rate": probe.learning_rate, "epochs": epochs}
         for number in closed_set(probe, bank, queries, k, temperature, **training):
             numbers.append({**number, "metric": "clean_accuracy"})
     passes = [(name, severity) for name in names for severity in SEVERITIES]
-    for name, severity in tqdm(passes, "corruptions", unit="pass", disable=not is_main or None):
+    bar = progress(len(passes), "corruptions", "pass", silent=not is_main)
+    for name, severity in passes:
         features, labels = extract(
             encoder,
             source.read(name, severity),
@@ -169,12 +171,14 @@ def evaluate(
             accelerator=accelerator,
             progress=False,
         )
+        bar.update()
         if not is_main:
             continue
         queries = features.to(accelerator.device), labels.to(accelerator.device)
         where = {"corruption": name, "severity": severity, "group": GROUP_OF[name]}
         for number in closed_set(probe, bank, queries, k, temperature, **training):
             numbers.append({**number, "params": {**number["params"], **where}})
+    bar.close()
     if not is_main:
         return
 
@@ -188,11 +192,12 @@ def evaluate(
         f"{encoder.title} on {len(clean):,} images of {clean.name}: accuracy of the linear probe"
     )
     figure = plots.corruptions(table, clean_accuracy, title)
-    evaluation.write(pd.concat([rows, means], ignore_index=True), figure, [train, test])
-    print(f"{title}, {clean_accuracy:.1%} on clean images\n{100 * table.round(3)}\n")
+    rows = pd.concat([rows, means], ignore_index=True)
+    evaluation.write(rows, figure, [train, test], copies=copies)
+    show(f"{title}, {clean_accuracy:.1%} on clean images\n{100 * table.round(3)}\n")
     groups = means.assign(group=results.param(means, "group").fillna("all corruptions"))
     summary = groups.pivot(index="group", columns="score", values="value")
-    print(f"mean errors\n{summary.to_string(float_format='{:.4f}'.format)}")
+    show(f"mean errors\n{summary.to_string(float_format='{:.4f}'.format)}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -14,14 +14,22 @@ import sys
 from collections.abc import Sequence
 
 import pandas as pd
-from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
+from jsonargparse.typing import (
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    restricted_number_type,
+)
 from torch import Tensor
 
 from ssl_gradmix import cli
+from ssl_gradmix.console import show
 from ssl_gradmix.evaluation import plots, results
 from ssl_gradmix.evaluation.intervals import accuracy_interval
 from ssl_gradmix.evaluation.knn import knn_predict, used_k
 from ssl_gradmix.evaluation.probes import LinearProbe, label_subset, linear_probe
+
+Fraction = restricted_number_type("Fraction", float, [(">", 0), ("<=", 1)])
 
 
 def measure(
@@ -32,7 +40,7 @@ def measure(
     epochs: PositiveInt = 100,
     k: PositiveInt = 20,
     temperature: PositiveFloat = 0.07,
-    label_fractions: list[float] | None = None,
+    label_fractions: list[Fraction] | None = None,
     seed: NonNegativeInt = 0,
 ) -> tuple[list[results.Number], list[results.Number], LinearProbe]:
     """Accuracies on test images, with Wilson 95% intervals.
@@ -96,8 +104,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = pd.concat([overall, by_class], ignore_index=True)
     title = f"{evaluation.encoder.title} on {test.name}, linear probe on {len(train):,} images"
     figure = plots.class_accuracies(by_class, overall.iloc[0], title)
-    evaluation.write(rows, figure, [train, test], validation=probe.validation)
-    print(f"{title}\n{results.console(overall)}")
+    copies = evaluation.copies(test, features[1][0], features[0][0])
+    about = {"validation": probe.validation, "copies": copies}
+    evaluation.write(rows, figure, [train, test], **about)
+    show(f"{title}\n{results.console(overall)}")
 
 
 if __name__ == "__main__":

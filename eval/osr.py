@@ -7,6 +7,10 @@ random ones with six known classes, `random:6:0` one of these. The unknown class
 and `cifar+50` are those of CIFAR-100, in the same root folder. Unknown images of other data sets:
 eval/ood.py.
 
+The CSV has a line per image with all scores. `threshold_tpr95` in the JSON is the threshold for a
+score that 95% of held-out training images of the known classes reach. Files are named after
+--trials, if given: `osr-digits-random_6.json`.
+
     python eval/osr.py runs/x
     python eval/osr.py runs/x --trials random:6
     python eval/osr.py runs/x --data.name cifar10 --data.root data --trials cifar+10
@@ -17,17 +21,25 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pandas as pd
 import torch
 from jsonargparse.typing import NonNegativeInt, PositiveInt
-from tqdm import tqdm
 
 from ssl_gradmix import cli
+from ssl_gradmix.console import show
 from ssl_gradmix.data import open_set
 from ssl_gradmix.data.datasets import Data
 from ssl_gradmix.evaluation import plots, results
-from ssl_gradmix.evaluation.detection import SHOWN, Labeled, closed_set, detect
+from ssl_gradmix.evaluation.detection import (
+    SHOWN,
+    Labeled,
+    closed_set,
+    detect,
+    held_out_scores,
+    name_images,
+)
 from ssl_gradmix.evaluation.probes import linear_probe
 
 
@@ -45,7 +57,7 @@ def choose_trials(
         found = open_set.own_trials(data, classes)
     else:
         names = [names] if isinstance(names, str) else names
-        found = [each for name in names for each in open_set.trials(name, data.name, len(classes))]
+        found = [each for name in names for each in open_set.trials(name, data.name, classes)]
     if len({trial.name.rpartition(":")[0] for trial in found}) != 1:
         raise ValueError("trials must be of one kind, because results are averaged over them")
     distinct: dict[frozenset[int], open_set.Trial] = {}
@@ -90,9 +102,11 @@ def measure(
     known_places, known = select(test, trial.known)
     unknown_places, others = select(unknown, trial.unknown)
     probe = linear_probe(*bank, epochs=epochs, seed=seed)
-    training = {"learning_rate": probe.learning_rate, "epochs": epochs, "seed": seed}
-    numbers, samples = detect(probe, bank, known, others, k, top_k, **training)
-    samples.insert(0, "image", torch.cat([known_places, unknown_places]).cpu().numpy())
+    training: dict[str, Any] = {"learning_rate": probe.learning_rate, "epochs": epochs}
+    training["seed"] = seed
+    held_out = held_out_scores(bank, k, top_k, **training)
+    numbers, samples = detect(probe, bank, held_out, known, others, k, top_k, **training)
+    samples["image"] = torch.cat([known_places, unknown_places]).cpu().numpy()
     return closed_set(probe, bank, known, **training) + numbers, samples
 
 
@@ -166,10 +180,13 @@ def evaluate(
     others = queries if unknown is test else evaluation.features(unknown)
     if not evaluation.accelerator.is_main_process:
         return
+    copies = evaluation.copies(test, queries[0], bank[0])
+    if unknown is not test:
+        copies |= evaluation.copies(unknown, others[0], torch.cat([bank[0], queries[0]]))
     frames, samples = [], {}
-    for trial in tqdm(chosen, desc="trials", delay=3, disable=None):
+    for trial in chosen:
         found = measure(bank, queries, others, trial, k, top_k, epochs, seed)
-        numbers, samples[trial.name] = found
+        numbers, samples[trial.name] = found[0], name_images(found[1], test, unknown)
         frames.append(evaluation.frame("osr", test, numbers, trial.number, **params[trial]))
     rows = summary = pd.concat(frames, ignore_index=True)
     if len(chosen) > 1:
@@ -181,8 +198,10 @@ def evaluate(
     lines = pd.concat(samples, names=["trial", None]).reset_index("trial")
     classes = {each.name: {"known": each.known, "unknown": each.unknown} for each in chosen}
     used = [train, unknown, test] if unknown is not test else [train, test]
-    evaluation.write(rows, plots.open_set(samples, rows, title), used, lines, trials=classes)
-    print(f"{title}\n{results.comparison(summary, SHOWN)}")
+    figure = plots.open_set(samples, rows, title)
+    asked = "_".join([trials] if isinstance(trials, str) else trials or [])
+    evaluation.write(rows, figure, used, lines, asked, trials=classes, copies=copies)
+    show(f"{title}\n{results.comparison(summary, SHOWN)}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

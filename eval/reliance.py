@@ -20,12 +20,11 @@ import torch
 from jsonargparse.typing import NonNegativeInt, OpenUnitInterval, PositiveInt
 from matplotlib.figure import Figure
 from torch import Tensor
-from tqdm import tqdm
 
 from ssl_gradmix import cli
 from ssl_gradmix.backbones import default_layers
+from ssl_gradmix.console import progress, show
 from ssl_gradmix.data.augmentation import Augmentation, Views, usual_augmentation
-from ssl_gradmix.data.open_set import load_known
 from ssl_gradmix.evaluation import plots, results
 from ssl_gradmix.evaluation.reliance import (
     PLACES,
@@ -100,8 +99,7 @@ def evaluate(
         seed: Seed of images, views, replacing images, and random places.
     """
     encoder, data, accelerator = evaluation.encoder, evaluation.data, evaluation.accelerator
-    with accelerator.local_main_process_first():
-        every = load_known(data, "train")
+    every = evaluation.load("train", labeled=False)
     if not accelerator.is_main_process:
         return
     order = np.random.default_rng(seed).permutation(len(every))
@@ -112,10 +110,11 @@ def evaluate(
     crops: list[Tensor] = []
 
     def pairs() -> Iterator[list[Tensor]]:
-        batches = two_views(drawn, made, evaluation.batch_size, seed)
-        for pair, crop in tqdm(batches, desc="reliance", unit="batch", delay=3, disable=None):
-            crops.append(crop)
-            yield pair
+        with progress(len(drawn), "reliance", "image", delay=3) as bar:
+            for pair, crop in two_views(drawn, made, evaluation.batch_size, seed):
+                crops.append(crop)
+                yield pair
+                bar.update(len(crop))
 
     model = encoder.model.to(accelerator.device)
     backbone = model[0] if encoder.feature == "projector" else model
@@ -127,10 +126,10 @@ def evaluate(
     most = max(found, key=lambda each: each.by_image("attributed").mean())
     title = f"{encoder.title} on {every.name}, {most.layer}: {part:.0%} of the image replaced"
     evaluation.write(rows, draw(most, torch.cat(crops), made, title), [every])
-    print(f"{encoder.title} on {len(drawn):,} images of {every.name}, two views each")
-    print(results.console(rows))
+    show(f"{encoder.title} on {len(drawn):,} images of {every.name}, two views each")
+    show(results.console(rows))
     share, at_random = (most.by_image(place).mean().item() for place in PLACES[:2])
-    print(verdict(share, at_random, part))
+    show(verdict(share, at_random, part))
 
 
 def main(argv: Sequence[str] | None = None, views: Callable[..., Views] = Views) -> None:

@@ -104,9 +104,11 @@ def add_projector(run: Path, seed: int = 0) -> Path:
     return run
 
 
-def write_images(folder: Path, classes: Sequence[str], count: int = 2, size: int = 8) -> Path:
+def write_images(
+    folder: Path, classes: Sequence[str], count: int = 2, size: int = 8, seed: int = 0
+) -> Path:
     """Class folders of PNG files, noise around a color of each class."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     for name, color in zip(classes, rng.integers(0, 200, (len(classes), 3)), strict=True):
         (folder / name).mkdir(parents=True, exist_ok=True)
         for i in range(count):

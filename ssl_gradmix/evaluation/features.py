@@ -13,8 +13,8 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
+from ssl_gradmix import console
 from ssl_gradmix.backbones import read_weights
 from ssl_gradmix.data.augmentation import eval_transform
 from ssl_gradmix.data.corrupted import CorruptedImages
@@ -90,6 +90,27 @@ def extract(
     return features, labels
 
 
+def count_copies(features: Tensor, bank: Tensor) -> int:
+    """Number of features (M, D) that equal one of a bank (N, D) up to rounding.
+
+    Copies of an image do. So do images that an encoder cannot tell apart, such as all images if it
+    has collapsed. Features are compared with those whose projections to a line are next to theirs.
+    """
+    line = torch.randn(bank.shape[1], generator=torch.Generator().manual_seed(0)).to(bank.device)
+
+    def projected(vectors: Tensor) -> Tensor:
+        return torch.cat([rows.double() @ line.double() for rows in vectors.split(2**13)])
+
+    places, order = projected(bank).sort()
+    nearest = torch.searchsorted(places, projected(features))
+    largest = 1e-5 * features.norm(dim=1)  # images in batches of other sizes differ by less
+    copied = torch.zeros_like(largest, dtype=torch.bool)
+    for offset in range(-4, 4):
+        others = bank[order[(nearest + offset).clamp(0, len(bank) - 1)]]
+        copied |= (features - others).norm(dim=1) <= largest
+    return int(copied.sum())
+
+
 @torch.no_grad()
 def rankme(features: Tensor) -> float:
     """RankMe: exponential of the entropy of the singular values, normalized to sum 1.
@@ -126,14 +147,9 @@ def _encode(
     model = encoder.model.eval().to(device).to(memory_format=torch.channels_last)
     normalize = eval_transform(encoder.size, encoder.mean, encoder.std)
     batches = []
-    bar = tqdm(
-        total=len(images),
-        desc=f"encoding {images.name}",
-        unit="image",
-        delay=3,
-        disable=None if progress else True,
-    )
-    with bar:
+    description = f"encoding {images.name}"
+    silent = not progress
+    with console.progress(len(images), description, "image", delay=3, silent=silent) as bar:
         for pixels in _decoded_ahead(images, encoder.size, batch_size):
             encoded = model(normalize(pixels.to(device)))
             batches.append(encoded.float().cpu())

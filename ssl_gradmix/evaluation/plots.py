@@ -95,9 +95,10 @@ def open_set(samples: Mapping[str, pd.DataFrame], rows: pd.DataFrame, title: str
     figure = _figure(title, 13, 4)
     areas, roc, oscr = figure.subplots(1, 3)
     _areas(areas, rows[(rows["metric"] == "auroc") & rows["ci_low"].notna()])
-    _curves(roc, trials, "is_known")
+    _curves(roc, trials, [found["known"] for found in trials])
     roc.set(title=f"ROC{averaged}", ylabel="TPR: known accepted")
-    _curves(oscr, trials, "correct")
+    right = [found["known"] & (found["prediction"] == found["label"]) for found in trials]
+    _curves(oscr, trials, right)
     oscr.set(title=f"OSCR{averaged}", ylabel="CCR: known accepted, class correct")
     return figure
 
@@ -156,11 +157,35 @@ def reliance(
         axes.set_axis_off()
     for axes, (image, box, fraction) in zip(grid, examples, strict=False):
         axes.imshow(image)
-        axes.set_title(f"{fraction:.0%}", fontsize=8, loc="center", pad=2)
+        axes.set_title(f"{min(max(fraction, 0), 1):.0%}", fontsize=8, loc="center", pad=2)
         x0, y0, x1, y1 = box
         corner = (x0 - 0.5, y0 - 0.5)  # pixel centers lie at integers
         axes.add_patch(Rectangle(corner, x1 - x0, y1 - y0, fill=False, color="red"))
-    _losses(right.subplots(), fractions)
+    _losses(right, fractions)
+    return figure
+
+
+@rc_context(STYLE)
+def image_rows(
+    rows: Mapping[str, tuple[np.ndarray, Sequence[str], Sequence[bool]]], title: str
+) -> Figure:
+    """Draws rows of images, each with a caption.
+
+    Args:
+        rows: By title: images (n, H, W, 3), a caption for each, and whether it is emphasized.
+        title: Title of the figure.
+    """
+    columns = max(len(images) for images, _, _ in rows.values())
+    figure = _figure(title, 1.25 * max(columns, 4), 0.4 + 1.7 * len(rows))
+    for part, (name, row) in zip(figure.subfigures(len(rows), 1), rows.items(), strict=True):
+        part.suptitle(name, x=0.01, ha="left", fontsize="medium")
+        grid = part.subplots(1, columns, squeeze=False)[0]
+        for axes in grid:
+            axes.set_axis_off()
+        for axes, image, caption, emphasized in zip(grid, *row, strict=False):
+            axes.imshow(image)
+            color = COLORS[1] if emphasized else INK
+            axes.set_title(caption, fontsize=8, loc="center", pad=3, color=color)
     return figure
 
 
@@ -194,12 +219,12 @@ def _areas(axes: Axes, rows: pd.DataFrame) -> None:
     _name_rows(axes, range(len(means)), list(means.index))
 
 
-def _curves(axes: Axes, trials: Sequence[pd.DataFrame], accepted: str) -> None:
+def _curves(axes: Axes, trials: Sequence[pd.DataFrame], accepted: Sequence[pd.Series]) -> None:
     """The rate of accepted known images over that of unknown ones, and its area, per score."""
     grid = np.linspace(0, 1, 201)
     axes.plot([0, 1], [0, 1], **LINE)
     for score, color in zip(CURVES, COLORS, strict=False):
-        curves = [_curve(found, score, accepted) for found in trials]
+        curves = [_curve(*each, score) for each in zip(trials, accepted, strict=True)]
         area = np.mean([np.diff(x) @ (y[1:] + y[:-1]) / 2 for x, y in curves])
         mean = np.mean([np.interp(grid, x, y) for x, y in curves], axis=0)
         axes.plot(grid, mean, color=color, label=f"{score}  {area:.3f}")
@@ -207,9 +232,9 @@ def _curves(axes: Axes, trials: Sequence[pd.DataFrame], accepted: str) -> None:
     axes.legend(loc="lower right")
 
 
-def _curve(found: pd.DataFrame, score: str, accepted: str) -> tuple[np.ndarray, np.ndarray]:
+def _curve(found: pd.DataFrame, accepted: pd.Series, score: str) -> tuple[np.ndarray, np.ndarray]:
     """Rates over all thresholds, from accepting nothing to accepting everything."""
-    known = found["is_known"].to_numpy(bool)
+    known = found["known"].to_numpy(bool)
     scores = found[score].to_numpy(float)
     thresholds = np.append(np.inf, np.unique(scores)[::-1])
 
@@ -217,7 +242,7 @@ def _curve(found: pd.DataFrame, score: str, accepted: str) -> tuple[np.ndarray, 
         return chosen.sum() - np.searchsorted(np.sort(scores[chosen]), thresholds)
 
     unknown_rate = count(~known) / (~known).sum()
-    return unknown_rate, count(found[accepted].to_numpy(bool)) / known.sum()
+    return unknown_rate, count(accepted.to_numpy(bool)) / known.sum()
 
 
 def _heat_map(axes: Axes, values: pd.DataFrame) -> None:
@@ -236,13 +261,20 @@ def _heat_map(axes: Axes, values: pd.DataFrame) -> None:
     axes.grid(False)
 
 
-def _losses(axes: Axes, fractions: Mapping[str, np.ndarray]) -> None:
-    """Distributions of the agreement that images lose, one per place."""
+def _losses(figure: Any, fractions: Mapping[str, np.ndarray]) -> None:
+    """Distributions of the agreement that images lose, one per place.
+
+    Values are drawn between -50% and 100%, because those beyond depend on single images.
+    """
+    axes = figure.subplots()
     values = np.stack(list(fractions.values()), 1)
-    low, high = np.quantile(values, (0.002, 0.998))
-    labels = [f"{place}, mean {lost.mean():.0%}" for place, lost in fractions.items()]
+    low, high = np.quantile(values, (0.002, 0.998)).clip(-0.5, 1)
+    labels = [f"{name}, mean {min(lost.mean(), 1):.0%}" for name, lost in fractions.items()]
     colors = COLORS[: len(labels)]
     axes.hist(values.clip(low, high), 40, histtype="step", color=colors, label=labels)
-    axes.set(xlabel="agreement that an image loses", ylabel="images")
+    axes.set(
+        xlabel="agreement that an image loses (first and last bar: and beyond)", ylabel="images"
+    )
+    axes.locator_params(axis="x", nbins=6)
     axes.xaxis.set_major_formatter("{x:.0%}")
-    axes.legend(title="replaced box")
+    figure.legend(loc="outside upper right", ncols=2, title="replaced box")

@@ -88,15 +88,16 @@ class Reliance:
 
 
 def verdict(share: float, at_random: float, part: float) -> str:
-    """The result in a sentence.
+    """The result in a sentence, with fractions between none and all of the agreement.
 
     Args:
         share: Fraction of agreement lost with the attributed box.
         at_random: Fraction lost with a random box.
         part: Fraction of the image in the box.
     """
-    removed = f"removes {max(share, 0):.0%} of the agreement between views"
-    control = f"a random {part:.0%}: {max(at_random, 0):.0%}"
+    lost, lost_at_random = (min(max(each, 0), 1) for each in (share, at_random))
+    removed = f"removes {lost:.0%} of the agreement between views"
+    control = f"a random {part:.0%}: {lost_at_random:.0%}"
     found = f"Replacing the most attributed {part:.0%} of each image {removed} ({control})."
     if share <= at_random:
         return f"{found} No part of the images stands out."

@@ -23,7 +23,8 @@ corruption = load_script("eval/corruption.py")
 def evaluate(run, options, out=None) -> pd.DataFrame:
     folder = [] if out is None else ["--out", str(out)]
     corruption.main([str(run), "--workers", "1", "--epochs", "5", *options.split(), *folder])
-    return results.read((out or run / "eval") / "corruption-digits.json")[0]
+    (path,) = (out or run / "eval").glob("corruption-digits*.json")
+    return results.read(path)[0]
 
 
 def images_of(split):

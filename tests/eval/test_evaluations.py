@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
+import yaml
 from support import SIZE, add_projector, load_script, make_run, write_images
 
 from ssl_gradmix import cli
 from ssl_gradmix.data.datasets import Data, load
+from ssl_gradmix.data.open_set import load_known
 from ssl_gradmix.evaluation import results
 from ssl_gradmix.evaluation.encoders import load_encoder
 
-SCRIPTS = ("linear_probe", "osr", "ood", "corruption", "reliance")
+SCRIPTS = ("linear_probe", "osr", "ood", "corruption", "reliance", "predict")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -33,6 +35,14 @@ INVALID = [
     ("linear_probe", "{run} --lables 3", "lables"),
     ("linear_probe", "{run} --seed -1", "seed"),
     ("linear_probe", "{run} --batch_size 0", "batch_size"),
+    ("linear_probe", "{run} --epochs 0", "epochs"),
+    ("linear_probe", "{run} --k 0", "k"),
+    ("linear_probe", "{run} --label_fractions [2]", "label_fractions"),
+    ("linear_probe", "{run} --label_fractions [0.1,0]", "label_fractions"),
+    ("linear_probe", "{run} --data.classes [3]", "data"),
+    ("linear_probe", "{run} --out {run}/config.yaml", "config.yaml"),
+    ("osr", "{run} --epochs 0", "epochs"),
+    ("osr", "{run} --top_k 0", "top_k"),
     ("linear_probe", "{run} --feature projector", "projector"),
     ("osr", "{run} --data.name folder --data.root {run}/x", "data.root"),
     ("osr", "{run} --trials cifar10", "cifar10"),
@@ -45,6 +55,10 @@ INVALID = [
     ("corruption", "{run} --images 100000", "images"),
     ("corruption", "{run} --published {run}", "gaussian_noise"),
     ("corruption", "{run} --published {run}/nowhere", "nowhere"),
+    ("predict", "{run}", "data.root"),
+    ("predict", "{run} --data.root {run} --tpr 1", "tpr"),
+    ("predict", "{run} --data.root {run} --score cosine", "score"),
+    ("predict", "local-dir:{run}/backbone --data.root {run} --out {run}/out", "known"),
     ("reliance", "{run} --images 1", "images"),
     ("reliance", "{run} --part 1", "part"),
     ("reliance", "{run} --fill noise", "fill"),
@@ -59,7 +73,7 @@ def test_invalid_input_is_one_line_and_writes_no_results(run, capsys, script, op
     assert cli.run(main, options.format(run=run).split()) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert argument in line
-    assert not list(run.glob("eval/*.json"))
+    assert not list(run.glob("eval/**/*.*"))  # neither results nor features
 
 
 def options_of(function, *argv):
@@ -76,7 +90,7 @@ def test_options_are_those_that_were_given(run, tmp_path):
     evaluation, options = options_of(evaluate, run, "--config", tmp_path / "options.yaml")
     assert options == {"k": 3}
     assert evaluation.batch_size == 7
-    assert evaluation.data.classes == [1, 2, 8]
+    assert evaluation.data.classes == ["1", "2", "8"]
     _, options = options_of(evaluate, run, "--layers", "[layer1]")
     assert options == {"layers": ["layer1"]}
 
@@ -119,10 +133,12 @@ def test_files_are_named_by_task_data_set_and_feature(tmp_path):
     given = [str(run), *folder, "--epochs", "2"]
     for feature in ("backbone", "projector"):
         linear_probe.main([*given, "--feature", feature])
+    linear_probe.main([*given, "--data.classes", "[b, a]"])
     files = {path.name for path in (run / "eval").iterdir() if path.is_file()}
     assert files == {
         *("linear_probe-pets.json", "linear_probe-pets.png"),
         *("linear_probe-pets-projector.json", "linear_probe-pets-projector.png"),
+        *("linear_probe-pets-b_a.json", "linear_probe-pets-b_a.png"),
     }
     rows, about = results.read(run / "eval" / "linear_probe-pets-projector.json")
     assert set(rows["dataset"]) == {"folder:pets"}
@@ -134,6 +150,64 @@ def test_files_are_named_by_task_data_set_and_feature(tmp_path):
     assert about["images"] == {
         f"folder:pets/{part}": load(data, part).fingerprint() for part in ("train", "test")
     }
+
+
+def test_results_of_another_encoder_are_not_replaced(run, tmp_path, capsys):
+    other = make_run(tmp_path / "other")
+    linear_probe = load_script("eval/linear_probe.py")
+    given = ["--epochs", "1", "--out", str(tmp_path / "out")]
+    assert cli.run(linear_probe.main, [str(run), *given]) == 0
+    assert cli.run(linear_probe.main, [str(run), *given]) == 0
+    assert cli.run(linear_probe.main, [str(other), *given]) == 2
+    assert "out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "recorded"),
+    [
+        ({}, {}),
+        ({"classes": ["b", "a"]}, {}),
+        ({}, {"label_fraction": 0.5, "training": {"seed": 3}, "recipe": "supcon"}),
+    ],
+)
+def test_other_images_than_in_training_are_named(tmp_path, caplog, settings, recorded):
+    """Even where all classes are read, as for osr; classes asked for are not compared."""
+    for part in ("train", "test"):
+        write_images(tmp_path / "pets" / part, "abc", 4)
+    data = Data("folder", str(tmp_path / "pets"), SIZE, **settings)
+    images = load_known(data, "train")
+    if recorded:
+        images = images.with_few_labels(0.5, 3)
+    run = make_run(tmp_path / "run", name="folder", root=data.root, **settings)
+    config = {**yaml.safe_load((run / "config.yaml").read_text()), **recorded}
+    config["environment"] = {"images_fingerprint": images.fingerprint(), "images": len(images)}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+
+    def warnings(*options) -> list[str]:
+        caplog.clear()
+        evaluation, _ = options_of(evaluate, run, *options)
+        evaluation.load("train")
+        evaluation.load("test")
+        evaluation.load("train", replace(evaluation.data, classes=None))
+        return caplog.messages
+
+    assert warnings() == []
+    (tmp_path / "pets" / "train" / "a" / "0.png").rename(
+        tmp_path / "pets" / "train" / "b" / "9.png"
+    )
+    assert all(str(tmp_path / "pets") in message for message in warnings())
+    assert len(warnings()) == 2
+    assert len(warnings("--data.classes", "[c, a]")) == 1  # of all classes, not of these
+
+
+def test_copies_of_training_images_are_counted(tmp_path, caplog):
+    for part in ("train", "test"):
+        write_images(tmp_path / "pets" / part, "ab", 4)  # the same images
+    run = make_run(tmp_path / "run", name="folder", root=str(tmp_path / "pets"))
+    load_script("eval/linear_probe.py").main([str(run), "--epochs", "1"])
+    _, about = results.read(run / "eval" / "linear_probe-pets.json")
+    assert about["copies"] == {"folder:pets/test": 8}
+    assert any("8 of 8" in message for message in caplog.messages)
 
 
 @pytest.mark.slow
@@ -156,7 +230,8 @@ def test_two_processes_equal_one(run, tmp_path, script, name, options, images):
         )
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("Written: ") == 1
-        found[processes] = results.read(out / f"{name}-digits.json")[0]
+        (path,) = out.glob(f"{name}-digits*.json")
+        found[processes] = results.read(path)[0]
     one, two = found[1], found[2]
     for column in ("score", "metric", "trial", "n"):
         assert two[column].equals(one[column])

@@ -58,7 +58,7 @@ def test_numbers_on_digits_equal_independent_ones(run, capsys):
 
 def test_classes_of_the_data_settings_are_recorded(run):
     main([str(run), "--epochs", "1", "--data.classes", "[1, 2, 8]"])
-    rows, _ = results.read(run / "eval" / "linear_probe-digits.json")
+    rows, _ = results.read(run / "eval" / "linear_probe-digits-1_2_8.json")
     assert set(results.param(rows, "classes")) == {"1, 2, 8"}
     assert set(rows["metric"]) == {"top1", "class_accuracy"}
     test = load(Data(), "test")

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pandas as pd
 import pytest
 from sklearn.metrics import roc_auc_score
-from support import load_script, only, write_images
+from support import load_script, make_run, only, write_images
 
 from ssl_gradmix.data.datasets import Data, load
 from ssl_gradmix.data.open_set import ALL_CLASSES, KNOWN_ONLY
@@ -27,7 +28,7 @@ def test_each_unknown_data_set_has_its_files(run, tmp_path):
     for name, count in (("noise", 12), ("plain", 5)):
         rows, about = results.read(run / "eval" / f"ood-{name}.json")
         samples = pd.read_csv(run / "eval" / f"ood-{name}.csv")
-        is_known = samples["is_known"]
+        is_known = samples["known"]
         assert (is_known.sum(), (~is_known).sum()) == (n_known, count)
         row = only(rows, "mahalanobis", "auroc", dataset=f"folder:{name}", split="all", trial=None)
         assert row["value"] == pytest.approx(roc_auc_score(is_known, samples["mahalanobis"]))
@@ -47,11 +48,28 @@ def test_unknown_classes_of_the_same_data_set(run):
         "--unknown.name",
         "digits",
         "--unknown.classes",
-        "[8, 9]",
+        "['8', '9']",
     )
-    rows, _ = results.read(run / "eval" / "ood-digits.json")
-    samples = pd.read_csv(run / "eval" / "ood-digits.csv")
-    assert set(samples["label"][samples["is_known"]]) == {1, 2, 3}
-    assert set(samples["label"][~samples["is_known"]]) == {8, 9}
+    rows, _ = results.read(run / "eval" / "ood-digits-8_9-1_2_3.json")
+    samples = pd.read_csv(run / "eval" / "ood-digits-8_9-1_2_3.csv")
+    assert set(samples["label"][samples["known"]]) == {1, 2, 3}
+    assert set(samples["label"][~samples["known"]]) == {8, 9}
+    assert set(samples["prediction"]) <= {1, 2, 3}
     assert set(results.param(rows, "classes")) == {"1, 2, 3"}
     assert set(results.param(rows, "pretraining")) == {ALL_CLASSES}
+
+
+def test_copies_of_known_images_and_classes_of_both_sets_are_named(tmp_path, caplog):
+    """Unknown images are two known test images, one known training image, and others."""
+    for part in ("train", "test"):
+        write_images(tmp_path / "known" / part, ["cat", "dog"], count=12, seed=len(part))
+    write_images(tmp_path / "unknown", ["cat", "fish"], count=3, seed=9)
+    for i, copied in enumerate(("test/cat/0.png", "test/dog/1.png", "train/dog/2.png")):
+        shutil.copy(tmp_path / "known" / copied, tmp_path / "unknown" / "fish" / f"copy{i}.png")
+    run = make_run(tmp_path / "run", name="folder", root=str(tmp_path / "known"))
+    evaluate(run, "--unknown.name", "folder", "--unknown.root", str(tmp_path / "unknown"))
+    _, about = results.read(run / "eval" / "ood-unknown.json")
+    assert about["copies"] == {"folder:known/test": 0, "folder:unknown/all": 3}
+    assert about["shared_classes"] == ["cat"]
+    assert any("cat" in message for message in caplog.messages)
+    assert any("3 of 9" in message for message in caplog.messages)

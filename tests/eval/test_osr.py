@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -20,8 +22,9 @@ TEN = tuple("0123456789")
 
 def evaluate(run, *options):
     osr.main([str(run), "--epochs", "3", *options])
-    rows, about = results.read(run / "eval" / "osr-digits.json")
-    return rows, about, pd.read_csv(run / "eval" / "osr-digits.csv")
+    (path,) = (run / "eval").glob("osr-digits*.json")
+    rows, about = results.read(path)
+    return rows, about, pd.read_csv(path.with_suffix(".csv"))
 
 
 def test_two_trials_on_digits(run, capsys):
@@ -36,15 +39,16 @@ def test_two_trials_on_digits(run, capsys):
         known = sorted(np.random.default_rng(seed).permutation(10)[:6].tolist())
         assert about["trials"][f"random:6:{seed}"]["known"] == known
         found = samples[samples["trial"] == f"random:6:{seed}"]
-        is_known = found["is_known"].to_numpy()
+        is_known = found["known"].to_numpy()
         order = np.argsort(~np.isin(test.labels, known), kind="stable")
-        assert found["image"].tolist() == order.tolist()
+        assert found["path"].tolist() == [f"digits/test/{i}" for i in order]
         assert found["label"].tolist() == test.labels[order].tolist()
         assert is_known.tolist() == np.isin(test.labels[order], known).tolist()
         chosen = np.isin(labels, known)
         probe = linear_probe(bank[chosen], labels[chosen], epochs=3)
         logits = features[order] @ probe.weight.T + probe.bias
         np.testing.assert_allclose(found["max_logit"], logits.amax(1), atol=1e-5)
+        assert found["prediction"].tolist() == probe.classes[logits.argmax(1)].tolist()
         hits = (probe.classes[logits.argmax(1)] == targets[order]).numpy() & is_known
         row = only(rows, "linear", "accuracy", trial=seed, epochs=3)
         assert row["value"] == pytest.approx(hits.sum() / is_known.sum())
@@ -55,7 +59,7 @@ def test_two_trials_on_digits(run, capsys):
         values = [only(rows, mean["score"], mean["metric"], trial=t)["value"] for t in (0, 3)]
         assert mean["value"] == pytest.approx(np.mean(values))
         assert mean["params"]["std"] == pytest.approx(np.std(values, ddof=1))
-    assert (run / "eval" / "osr-digits.png").exists()
+    assert list((run / "eval").glob("osr-digits-*.png"))
 
 
 def test_run_of_known_classes_is_evaluated_on_its_own_trial(tmp_path, capsys):
@@ -67,6 +71,22 @@ def test_run_of_known_classes_is_evaluated_on_its_own_trial(tmp_path, capsys):
     assert set(trial["known"]) | set(trial["unknown"]) == set(range(10))
     assert cli.run(osr.main, [str(run), "--trials", "random:4"]) == 2
     assert "pretrained" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_evaluations_at_once_keep_their_results(run, script):
+    """Of other trials, each in a process of its own."""
+    trials = {"": [0, 1, 2, 3, 4], "-random_4_1": [1], "-random_6_2": [2]}
+    options = [[], ["--trials", "random:4:1"], ["--trials", "random:6:2"]]
+    with ThreadPoolExecutor() as threads:
+        done = list(threads.map(lambda each: script("eval/osr.py", str(run), *each), options))
+    assert [each.returncode for each in done] == [0, 0, 0]
+    for name, numbers in trials.items():
+        path = run / "eval" / f"osr-digits{name}.json"
+        rows, about = results.read(path)
+        assert sorted(set(rows["trial"].dropna())) == numbers
+        assert set(pd.read_csv(path.with_suffix(".csv"))["trial"]) == set(about["trials"])
+        assert path.with_suffix(".png").exists()
 
 
 @pytest.mark.parametrize(
@@ -102,12 +122,12 @@ def test_cifar_plus_n_takes_unknown_classes_from_cifar100(run, tmp_path, monkeyp
     monkeypatch.setattr("ssl_gradmix.data.open_set.load", fake)
     given = ["--data.name", "cifar10", "--trials", "cifar+10:4", "--out", str(tmp_path / "out")]
     osr.main([str(run), "--epochs", "1", *given])
-    samples = pd.read_csv(tmp_path / "out" / "osr-cifar10.csv")
+    samples = pd.read_csv(tmp_path / "out" / "osr-cifar10-cifar+10_4.csv")
     (trial,) = trials("cifar+10:4", "cifar10", 10)
-    known = samples["is_known"]
+    known = samples["known"]
     assert sorted(samples["label"][known]) == sorted(trial.known * 4)
     assert sorted(samples["label"][~known]) == sorted(trial.unknown * 4)
-    _, about = results.read(tmp_path / "out" / "osr-cifar10.json")
+    _, about = results.read(tmp_path / "out" / "osr-cifar10-cifar+10_4.json")
     assert set(about["images"]) == {"cifar10/train", "cifar10/test", "cifar100/test"}
 
 

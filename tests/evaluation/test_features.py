@@ -16,7 +16,7 @@ from torch import nn
 from ssl_gradmix import backbones
 from ssl_gradmix.data.datasets import ImageSet
 from ssl_gradmix.evaluation.encoders import Encoder
-from ssl_gradmix.evaluation.features import extract, rankme
+from ssl_gradmix.evaluation.features import count_copies, extract, rankme
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 
@@ -176,3 +176,15 @@ def test_rankme_equals_the_formula(shape: tuple[int, int]) -> None:
     assert rankme(torch.eye(16)) == pytest.approx(16, rel=1e-3)
     assert rankme(torch.ones(100, 32)) == pytest.approx(1, abs=1e-3)
     assert rankme(torch.zeros(5, 3)) == 0
+
+
+def test_copies_are_counted_up_to_rounding() -> None:
+    generator = torch.Generator().manual_seed(0)
+    bank = 5 + torch.randn(4000, 48, generator=generator)
+    features = 5 + torch.randn(300, 48, generator=generator)
+    features[::3] = bank[torch.randperm(4000, generator=generator)[:100]]
+    features[::3] *= 1 + 1e-7 * torch.randn(100, 48, generator=generator)
+    features[1] = bank[0] + 1e-3
+    assert count_copies(features, bank) == 100
+    assert count_copies(torch.zeros(3, 48), bank) == 0
+    assert count_copies(torch.zeros(3, 48), torch.zeros(2, 48)) == 3

@@ -18,14 +18,15 @@ def make_samples(seed: int) -> pd.DataFrame:
     rng = np.random.default_rng(seed)
     known = np.arange(60) < 40
     scores = {score: (known + rng.normal(size=60)).round(1) for score in plots.CURVES}
-    return pd.DataFrame({"is_known": known, "correct": known & (rng.random(60) < 0.8), **scores})
+    columns = {"label": ["a", "b"] * 30, "known": known, "prediction": rng.choice(["a", "b"], 60)}
+    return pd.DataFrame({**columns, **scores})
 
 
 def make_rows(samples: dict[str, pd.DataFrame]) -> pd.DataFrame:
     numbers = []
     for found in samples.values():
         for score in plots.CURVES:
-            area = roc_auc_score(found["is_known"], found[score])
+            area = roc_auc_score(found["known"], found[score])
             interval = Interval(area, area - 0.1, area + 0.1)
             numbers.append(results.number(score, "auroc", interval, len(found)))
     return results.frame(numbers, "osr", "x/test", "mine")
@@ -47,11 +48,13 @@ def test_open_set_curves_are_means_over_trials(tmp_path, trials):
     for score in plots.CURVES:
         areas, rates = [], []
         for each in samples.values():
-            areas.append(roc_auc_score(each["is_known"], each[score]))
-            rates.append(oscr(*(each[name].to_numpy() for name in (score, "is_known", "correct"))))
+            correct = (each["prediction"] == each["label"]).to_numpy()
+            areas.append(roc_auc_score(each["known"], each[score]))
+            rates.append(oscr(each[score].to_numpy(), each["known"].to_numpy(), correct))
         assert areas_of(roc)[score] == pytest.approx(np.mean(areas), abs=6e-4)
         assert areas_of(oscr_axes)[score] == pytest.approx(np.mean(rates), abs=6e-4)
-    accuracy = np.mean([each["correct"].sum() / 40 for each in samples.values()])
+    hits = [(each["prediction"] == each["label"])[:40].mean() for each in samples.values()]
+    accuracy = np.mean(hits)
     assert oscr_axes.lines[1].get_ydata()[-1] == pytest.approx(accuracy)
     plots.write(tmp_path / "figure.png", figure)
 
@@ -68,6 +71,19 @@ def test_corruption_curves_are_means_over_groups(tmp_path):
     for label, members in (("noise (3)", GROUPS["noise"]), ("all (6)", names)):
         expected = table.loc[list(members)].mean().to_numpy()
         np.testing.assert_allclose(lines[label].get_ydata(), expected)
+    plots.write(tmp_path / "figure.png", figure)
+
+
+def test_fractions_in_the_reliance_figure_are_between_none_and_all(tmp_path):
+    rng = np.random.default_rng(0)
+    examples = [(rng.random((8, 8, 3)), (1, 1, 4, 4), lost) for lost in (7.07, 0.25, -0.5)]
+    fractions = {place: rng.normal(3, 2, 99) for place in ("attributed", "random", "center")}
+    maps = {name: rng.random((8, 8)) for name in ("in the views", "in the images")}
+    figure = plots.reliance(maps, examples, fractions, "a title")
+    titles = [axes.get_title(loc="center") for axes in figure.axes]
+    assert [title for title in titles if title.endswith("%")] == ["100%", "25%", "0%"]
+    _, low, high = figure.axes[-1].get_xlim()[0], *figure.axes[-1].dataLim.intervalx
+    assert -0.5 <= low < high <= 1
     plots.write(tmp_path / "figure.png", figure)
 
 

@@ -219,6 +219,7 @@ def test_invalid_input_raises(model, given, layers, error, argument) -> None:
     ("share", "at_random", "stands_out", "relies"),
     [
         (0.97, 0.13, True, True),
+        (7.07, 0.13, True, True),
         (0.14, -0.02, True, False),
         (0.1, 0.1, False, False),
         (0.6, 0.7, False, False),
@@ -226,7 +227,7 @@ def test_invalid_input_raises(model, given, layers, error, argument) -> None:
 )
 def test_verdict_has_the_numbers_and_the_comparison(share, at_random, stands_out, relies) -> None:
     sentence = verdict(share, at_random, 0.1)
-    assert f"{share:.0%}" in sentence
+    assert f"{min(share, 1):.0%}" in sentence
     assert f"{max(at_random, 0):.0%}" in sentence
     assert ("No part" in sentence) is not stands_out
     assert ("shortcut" in sentence) is relies
