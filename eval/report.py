@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from ssl_gradmix import cli
+from ssl_gradmix.console import show
 from ssl_gradmix.evaluation.report import write_report
 
 
@@ -22,12 +23,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         "runs",
         type=str,
         nargs="+",
-        help="Run folders, or folders of results. Differences are to the first one.",
+        help="Run folders, or folders of results. Differences are the first one minus another one.",
     )
     parser.add_argument("--out", type=str, default="report", help="Folder to write to.")
     options = parser.parse_args(argv)
     for path in write_report(options.runs, options.out):
-        print(path)
+        show(path)
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ MAY_DIFFER = ("training.seed", "environment.")
 NOTE = (
     "Brackets are 95% confidence intervals over test images; ± is the standard deviation over "
     "trials or seeds. Runs that differ in their seed alone share a column, named after the first. "
-    "Differences are a column minus the first: + means larger than the first. "
+    "Differences are the first run minus another one: + means that the first is larger. "
     "↓ marks measures where lower is better."
 )
 
@@ -84,8 +84,8 @@ def write_report(paths: Sequence[str], out: str | Path) -> list[Path]:
     """Writes `report.html`, one page that opens without network, and `report.md`, its tables.
 
     Args:
-        paths: Run folders, or folders of results (`--out` of an evaluation). Differences are to
-            the first one. Runs that differ in their seed alone share a column.
+        paths: Run folders, or folders of results (`--out` of an evaluation). Differences are the
+            first one minus another one. Runs that differ in their seed alone share a column.
         out: Folder to write to.
 
     Returns:
@@ -204,8 +204,8 @@ def comparison(rows: pd.DataFrame) -> pd.DataFrame:
         rows: Rows of `read_rows` of all runs, with the title of their `column`.
 
     Returns:
-        Text, one row per measure and protocol, one column per run or group of seeds, and their
-        differences to the first. The name of the index is the protocol that all rows share.
+        Text, one row per measure and protocol, one column per run or group of seeds, and the first
+        minus each other one. The name of the index is the protocol that all rows share.
     """
     if rows.empty:
         return pd.DataFrame()
@@ -219,8 +219,8 @@ def comparison(rows: pd.DataFrame) -> pd.DataFrame:
     means = same["value"].mean().unstack()
     first = columns[0]
     for other in columns[1:]:
-        difference = (means[other] - means[first]).dropna()
-        table[f"{other} − {first} (+: larger)"] = difference.map("{:+.3f}".format)
+        difference = (means[first] - means[other]).dropna()
+        table[f"{first} − {other} (+: {first} larger)"] = difference.map("{:+.3f}".format)
     common = [part for part in rows["protocol"].iloc[0] if part in shared]
     return table.fillna("–").rename_axis(", ".join(common))
 

@@ -103,14 +103,14 @@ def test_two_runs_are_compared(tmp_path, report):
     settings, _, details = page.tables
     assert settings == {"extra_view": {"a": "gradmix", "b": "none"}}
     assert page.lines[1] == [
-        ["on digits/test 01234567, n 99", "a", "b", "b − a (+: larger)"],
-        [TOP1, "0.900 [0.850, 0.950]", "0.750 [0.700, 0.800]", "-0.150"],
-        ["knn top1 k 20", "0.775", "0.625", "-0.150"],
+        ["on digits/test 01234567, n 99", "a", "b", "a − b (+: a larger)"],
+        [TOP1, "0.900 [0.850, 0.950]", "0.750 [0.700, 0.800]", "+0.150"],
+        ["knn top1 k 20", "0.775", "0.625", "+0.150"],
     ]
     (per_class,) = details.values()
     assert per_class["a"] == "0.250"
     markdown = (tmp_path / "out" / "report.md").read_text("utf-8")
-    assert "| knn top1, k 20 | 0.775 | 0.625 | -0.150 |" in markdown
+    assert "| knn top1, k 20 | 0.775 | 0.625 | +0.150 |" in markdown
 
 
 def test_page_contains_its_figures_and_loads_nothing(tmp_path, report):
@@ -131,7 +131,7 @@ def test_runs_that_differ_in_seed_alone_share_a_column(tmp_path, report):
     assert page.tables[1][TOP1] == {
         "a0": f"{mean:.3f} ± {spread:.3f} (3 seeds)",
         "b": "0.750 [0.700, 0.800]",
-        "b − a0 (+: larger)": f"{0.75 - mean:+.3f}",
+        "a0 − b (+: a0 larger)": f"{mean - 0.75:+.3f}",
     }
 
 
