@@ -66,7 +66,7 @@ def draw(found: Reliance, crops: Tensor, views: Views, title: str) -> Figure:
     fractions = {place: found.by_image(place).numpy() for place in PLACES}
     most = np.argsort(-fractions["attributed"], kind="stable")[:EXAMPLES]
     pixels = (found.images[most] * views.std.cpu() + views.mean.cpu()).clamp(0, 1)
-    images = pixels.permute(0, 2, 3, 1).numpy()
+    images = pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
     boxes, lost = found.boxes[most].tolist(), fractions["attributed"][most]
     maps = {
         "in the views": found.attribution.mean(0).numpy(),

@@ -115,7 +115,12 @@ def run(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None
         # An unreadable image can be the problem of one process only, hence on all of them.
         message = error.args[0] if isinstance(error, KeyError) else error
         console.show(f"error: {' '.join(str(message).split())}", sys.stderr)
-        return 1 if isinstance(error, FloatingPointError) else 2
+        status = 1 if isinstance(error, FloatingPointError) else 2
+        if torch.distributed.is_initialized():
+            # Taking the process group down would wait for processes that have ended, or abort.
+            sys.stdout.flush()
+            os._exit(status)
+        return status
     return 0
 
 
@@ -373,8 +378,8 @@ class Evaluation:
         count = count_copies(features, bank)
         if count:
             logger.warning(
-                "%s: %d of %d images have exactly the features of an image that the classifier or "
-                "the known classes are from: copies?",
+                "%s: %d of %d images have the same features as a training image or a known one: "
+                "are they copies?",
                 *(images.name, count, len(features)),
             )
         return {images.name: count}

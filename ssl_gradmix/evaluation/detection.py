@@ -77,7 +77,8 @@ def held_out_scores(
     They are those of `probes.held_out_parts`: a tenth of each class, or, until 500 images have
     scores, further tenths in turn, each scored by what the other nine give. Such scores are what
     new images of the known classes get, so that thresholds can be chosen on them and test images
-    stay unseen. Classes should have some images more than `top_k`: of fewer, `top_k_cosine` is too
+    stay unseen. The encoder has seen them, however: if it was trained on their labels for long, it
+    tells them better from others than new images. Classes should have some images more than `top_k`: of fewer, `top_k_cosine` is too
     small here.
 
     Args:

@@ -16,6 +16,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import PercentFormatter
 
 from ssl_gradmix.data.corruptions import GROUP_OF, GROUPS
 from ssl_gradmix.files import write_whole
@@ -76,7 +77,7 @@ def class_accuracies(by_class: pd.DataFrame, overall: pd.Series, title: str) -> 
     axes.axvline(overall["value"], **LINE)
     total = f"{overall['n']:,} images, {overall['value']:.1%}"
     axes.set_xlabel(f"accuracy with 95% interval (dashed: all {total})")
-    axes.xaxis.set_major_formatter("{x:.0%}")
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
     _name_rows(axes, places, [params["class"] for params in rows["params"]])
     return figure
 
@@ -123,8 +124,8 @@ def corruptions(accuracies: pd.DataFrame, clean: float, title: str) -> Figure:
     right.plot(severities, mean, color=INK, linewidth=2.5, label=label)
     right.axhline(clean, **LINE, label=f"clean images, {clean:.1%}")
     right.set(xticks=severities, xlabel="severity", title="mean over corruptions")
-    right.yaxis.set_major_formatter("{x:.0%}")
-    right.legend()
+    right.yaxis.set_major_formatter(PercentFormatter(1))
+    figure.legend(loc="outside right upper")
     return figure
 
 
@@ -276,5 +277,5 @@ def _losses(figure: Any, fractions: Mapping[str, np.ndarray]) -> None:
         xlabel="agreement that an image loses (first and last bar: and beyond)", ylabel="images"
     )
     axes.locator_params(axis="x", nbins=6)
-    axes.xaxis.set_major_formatter("{x:.0%}")
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
     figure.legend(loc="outside upper right", ncols=2, title="replaced box")

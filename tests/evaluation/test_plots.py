@@ -32,12 +32,12 @@ def make_rows(samples: dict[str, pd.DataFrame]) -> pd.DataFrame:
     return results.frame(numbers, "osr", "x/test", "mine")
 
 
-def labels_of(axes) -> list[str]:
-    return [text.get_text() for text in axes.get_legend().get_texts()]
+def labels_of(legend) -> list[str]:
+    return [text.get_text() for text in legend.get_texts()]
 
 
 def areas_of(axes) -> dict[str, float]:
-    return {name: float(area) for name, area in map(str.split, labels_of(axes))}
+    return {name: float(area) for name, area in map(str.split, labels_of(axes.get_legend()))}
 
 
 @pytest.mark.parametrize("trials", [1, 3])
@@ -67,7 +67,7 @@ def test_corruption_curves_are_means_over_groups(tmp_path):
     assert [text.get_text() for text in cells.texts] == [
         f"{100 * value:.1f}" for value in table.to_numpy().ravel()
     ]
-    lines = dict(zip(labels_of(curves), curves.lines, strict=True))
+    lines = dict(zip(labels_of(figure.legends[0]), curves.lines, strict=True))
     for label, members in (("noise (3)", GROUPS["noise"]), ("all (6)", names)):
         expected = table.loc[list(members)].mean().to_numpy()
         np.testing.assert_allclose(lines[label].get_ydata(), expected)
