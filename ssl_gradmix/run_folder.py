@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import fcntl
 import json
 import logging
@@ -164,11 +165,12 @@ class RunFolder:
         write_whole(self.log, lambda temporary: temporary.write_text("".join(kept)))
 
 
-def run_folders(folder: Path) -> list[str]:
-    """Paths of the runs in a folder, sorted."""
-    if not folder.is_dir():
-        return []
-    return sorted(str(p.parent) for p in folder.glob("*/config.yaml"))
+def near_runs(path: Path) -> list[str]:
+    """Runs that somebody who gives this path may mean: those in it, or with a similar name."""
+    if found := sorted(str(config.parent) for config in path.glob("*/config.yaml")):
+        return found
+    beside = [str(config.parent) for config in path.parent.glob("*/config.yaml")]
+    return difflib.get_close_matches(str(path), beside)
 
 
 def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

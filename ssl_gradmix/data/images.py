@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
-from tqdm import tqdm
+
+from ssl_gradmix import console
 
 ENDINGS = (
     *(".apng", ".bmp", ".dib", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg"),
@@ -177,8 +178,8 @@ def for_each(
 ) -> None:
     """Calls `work(i)` for all i below `count` in a few threads (Pillow decodes outside the GIL).
 
-    The first exception, by lowest i, stops the rest and is raised here. On a terminal, a progress
-    bar appears after some seconds.
+    The first exception, by lowest i, stops the rest and is raised here. Progress is reported after
+    some seconds.
     """
 
     def chunk(start: int) -> int:
@@ -187,10 +188,9 @@ def for_each(
             work(i)
         return len(indices)
 
-    silent = None if progress else True  # None: silent unless on a terminal
     with (
         ThreadPoolExecutor(_THREADS) as pool,
-        tqdm(total=count, desc=description, unit="image", delay=3, disable=silent) as bar,
+        console.progress(count, description, "image", delay=3, silent=not progress) as bar,
     ):
         for done in pool.map(chunk, range(0, count, _CHUNK)):
             bar.update(done)

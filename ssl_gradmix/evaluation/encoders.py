@@ -17,7 +17,7 @@ from torch import nn
 from ssl_gradmix import backbones
 from ssl_gradmix.files import read_yaml
 from ssl_gradmix.methods import METHODS, Method
-from ssl_gradmix.run_folder import RunFolder, run_folders
+from ssl_gradmix.run_folder import RunFolder, near_runs
 
 logger = logging.getLogger("ssl_gradmix")
 
@@ -164,10 +164,8 @@ def _near(path: Path) -> list[str]:
         return [f"timm:{path}"]
     if path.is_file():
         return [f"timm:NAME --weights {path}"]
-    if runs := run_folders(path):
-        return runs
-    near = difflib.get_close_matches(str(path), run_folders(path.parent))
-    return near or [f"timm:{n}" for n in difflib.get_close_matches(str(path), timm.list_models())]
+    models = difflib.get_close_matches(str(path), timm.list_models())
+    return near_runs(path) or [f"timm:{model}" for model in models]
 
 
 def _encoder(model: nn.Module, name: str, image_size: int | None) -> Encoder:

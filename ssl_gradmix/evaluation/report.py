@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from ssl_gradmix.evaluation import plots, results
 from ssl_gradmix.evaluation.detection import SHOWN
 from ssl_gradmix.files import read_yaml, write_whole
-from ssl_gradmix.run_folder import RunFolder, flat
+from ssl_gradmix.run_folder import RunFolder, flat, near_runs
 from ssl_gradmix.version import __version__
 
 TASKS = {
@@ -123,7 +123,8 @@ def _read_run(path: str, name: str) -> Run:
     out = folder.path / "eval" if is_run else folder.path
     files = [file for task in TASKS for file in out.glob(f"{task}-*.json")]
     if not is_run and not files:
-        raise FileNotFoundError(f"runs: {path} has neither a config.yaml nor results")
+        near = f"; did you mean {' '.join(found)}?" if (found := near_runs(folder.path)) else ""
+        raise FileNotFoundError(f"runs: {path} has neither a config.yaml nor results{near}")
     config = flat(read_yaml(folder.config)) if is_run else {}
     settings = {key: str(value) for key, value in config.items() if key != "run"}
     rows = {file.stem: read_rows(file) for file in files}

@@ -18,10 +18,10 @@ def draw(images: Tensor, mixed: MixedViews, mean: Tensor, std: Tensor, path: Pat
     """Draws one column per image: image, attribution, replaced region, and mixed view.
 
     Args:
-        images: (N, 3, H, W), the normalized images that were mixed.
+        images: (N, C, H, W), the normalized images that were mixed, of 3 channels or 1.
         mixed: What GradMix made of them.
-        mean: (3, 1, 1), mean of the normalization.
-        std: (3, 1, 1), standard deviation of the normalization.
+        mean: (C, 1, 1), mean of the normalization.
+        std: (C, 1, 1), standard deviation of the normalization.
         path: Where the PNG goes.
     """
     before = _pixels(images, mean, std)
@@ -49,5 +49,5 @@ def draw(images: Tensor, mixed: MixedViews, mean: Tensor, std: Tensor, path: Pat
 
 def _pixels(images: Tensor, mean: Tensor, std: Tensor) -> np.ndarray:
     """(N, H, W, 3) in [0, 1]."""
-    pixels = images.detach().float() * std + mean
+    pixels = (images.detach().float() * std + mean).expand(-1, 3, -1, -1)
     return pixels.clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()

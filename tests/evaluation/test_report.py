@@ -198,3 +198,10 @@ def test_unreadable_or_absent_files_are_named_in_one_line(tmp_path, capsys, name
 def test_folder_given_twice_raises(tmp_path):
     with pytest.raises(ValueError, match="runs"):
         write_report([write_run(tmp_path / "a")] * 2, tmp_path)
+
+
+def test_folder_of_runs_names_its_members(tmp_path):
+    for name in ("b", "a"):
+        write_run(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match=r"mean \S+/a \S+/b\?"):
+        write_report([tmp_path], tmp_path / "out")
