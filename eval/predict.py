@@ -30,7 +30,7 @@ from ssl_gradmix.evaluation.intervals import accuracy_interval
 from ssl_gradmix.evaluation.probes import linear_probe
 
 EXAMPLES = 10
-"""Images in each row of the picture."""
+"""Images in each row of the picture, at most half of all."""
 
 Distance = Literal["knn_distance", "top_k_cosine", "ncm", "mahalanobis", "rmd"]
 Score = Literal[Distance, "vim", "msp", "max_logit", "energy"]
@@ -38,9 +38,9 @@ Score = Literal[Distance, "vim", "msp", "max_logit", "energy"]
 
 def draw(images: ImageSet, lines: pd.DataFrame, title: str) -> plots.Figure:
     """The least and the most known images, with prediction and score."""
-    order = np.argsort(lines["score"], kind="stable")
+    order, few = np.argsort(lines["score"], kind="stable"), min(EXAMPLES, len(lines) // 2)
     rows = {}
-    for name, chosen in (("least known", order[:EXAMPLES]), ("most known", order[::-1][:EXAMPLES])):
+    for name, chosen in (("least known", order[:few]), ("most known", order[::-1][:few])):
         pixels = images.subset(chosen.to_numpy()).pixels(128, progress=False)
         largest = 255 if pixels.dtype == torch.uint8 else 65535
         shown = (pixels / largest).expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()

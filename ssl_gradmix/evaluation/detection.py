@@ -78,8 +78,8 @@ def held_out_scores(
     scores, further tenths in turn, each scored by what the other nine give. Such scores are what
     new images of the known classes get, so that thresholds can be chosen on them and test images
     stay unseen. The encoder has seen them, however: if it was trained on their labels for long, it
-    tells them better from others than new images. Classes should have some images more than `top_k`: of fewer, `top_k_cosine` is too
-    small here.
+    tells them better from others than new images. Classes should have some images more than
+    `top_k`: of fewer, `top_k_cosine` is too small here.
 
     Args:
         train: Training images of the known classes.
