@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from lightly.loss import NTXentLoss
+from support import Stage
 from torch import Tensor, nn
 
 from ssl_gradmix import GradMix
@@ -16,18 +17,6 @@ from ssl_gradmix.losses import nt_xent, supcon
 from ssl_gradmix.methods import BYOL, METHODS, Method, SupCon
 
 LABELS = torch.tensor([0, 0, 1, 1, -1, 2])
-
-
-class Stage(nn.Module):
-    """One convolution with BatchNorm: an encoder of 8 features."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        convolution = nn.Conv2d(3, 8, 3, stride=2, padding=1)
-        self.stage = nn.Sequential(convolution, nn.BatchNorm2d(8), nn.ReLU())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.stage(x).mean((2, 3))
 
 
 def method(name: str, **kwargs) -> Method:
