@@ -22,6 +22,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ssl_gradmix import GradMix, backbones
+from ssl_gradmix.adaptive import Adaptive
 from ssl_gradmix.methods import METHODS
 
 PLAIN = "plain third view"
@@ -36,7 +37,8 @@ class Step:
         torch.manual_seed(0)
         backbone = backbones.create(options.backbone, **options.kwargs)
         features = backbones.num_features(backbone)
-        self.method = METHODS[name](backbone, features, gradmix=gradmix)
+        adaptive = Adaptive() if gradmix is not None and n_views == 3 else None
+        self.method = METHODS[name](backbone, features, gradmix=gradmix, adaptive=adaptive)
         self.method.to(options.device, memory_format=torch.channels_last)
         weights = [each for each in self.method.parameters() if each.requires_grad]
         self.optimizer = torch.optim.SGD(weights, 0.01, momentum=0.9)
@@ -102,6 +104,7 @@ def table(name: str, options: argparse.Namespace) -> str:
         PLAIN: Step(name, None, 3, options),
         "random box": Step(name, GradMix(region="random"), 2, options),
         f"GradMix, {', '.join(options.layers)}": Step(name, GradMix(options.layers), 2, options),
+        "adaptive": Step(name, GradMix(options.layers), 3, options),
     }
     taken = take_turns(steps, options.rounds)
     flops = {key: step.flops() for key, step in steps.items()}
