@@ -33,7 +33,7 @@ from jsonargparse.typing import NotEmptyStr, PositiveInt
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ssl_gradmix import console
+from ssl_gradmix import console, model_card
 from ssl_gradmix.backbones import Backbone
 from ssl_gradmix.data.augmentation import Augmentation, usual_augmentation
 from ssl_gradmix.data.datasets import Data, ImageSet
@@ -43,6 +43,7 @@ from ssl_gradmix.evaluation.encoders import load_encoder
 from ssl_gradmix.evaluation.features import count_copies, extract
 from ssl_gradmix.files import parse_yaml, write_whole
 from ssl_gradmix.gradmix import GradMix
+from ssl_gradmix.run_folder import RunFolder
 from ssl_gradmix.training.optimizers import Optimizer
 from ssl_gradmix.training.trainer import Training
 from ssl_gradmix.version import __version__
@@ -448,6 +449,8 @@ class Evaluation:
         if samples is not None:
             write_whole(path.with_suffix(".csv"), partial(samples.to_csv, index=False))
         console.show(f"Written: {path}")
+        if encoder.run is not None and self.out == encoder.run / "eval":
+            model_card.update(RunFolder(encoder.run))
 
 
 def selection(data: Data) -> str:

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from jsonargparse import Namespace
 
-from ssl_gradmix import backbones
+from ssl_gradmix import backbones, model_card
 from ssl_gradmix.adaptive import Adaptive
 from ssl_gradmix.console import show
 from ssl_gradmix.data.augmentation import Views
@@ -98,6 +98,7 @@ def pretrain(
                 folder.start(settings, images, device=str(accelerator.device), layers=layers)
         trainer.run()
     if accelerator.is_main_process:
+        model_card.write(folder)
         show(f"Next: python eval/{_next(config, images)}.py {shlex.quote(str(folder.path))}")
 
 
