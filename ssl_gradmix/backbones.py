@@ -388,7 +388,6 @@ def fit(
     kept = {n.removeprefix(start): w for n, w in weights.items() if n.startswith(start)}
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     shapes = {name: tensor.shape for name, tensor in wanted.items()}
-    left_out: set[str] = set()
     try:
         if convert and any(kept[n].shape != s if n in kept else True for n, s in shapes.items()):
             kept = convert(kept, model)
@@ -402,13 +401,7 @@ def fit(
         }
         model.load_state_dict({n: w for n, w in kept.items() if n not in left_out})
     except (RuntimeError, KeyError, AttributeError, TypeError) as error:
-        missing = sorted(shapes.keys() - kept.keys())
-        other = sorted(n for n in kept if n in shapes and kept[n].shape != shapes[n])
-        unknown = sorted(n for n in kept.keys() - shapes.keys() if n not in left_out)
-        found = {"missing": missing, "of another shape": other, "not in the model": unknown}
-        listed = [f"{len(n)} {what} ({', '.join(n[:_FEW])})" for what, n in found.items() if n]
-        reasons = "; ".join(listed) or error
-        raise ValueError(f"{source} does not fit the model: {reasons}") from error
+        raise ValueError(f"{source} does not fit the model: {error}") from error
     if start or left_out:
         names = sorted({name.partition(".")[0] for name in left_out})
         without = f" without {', '.join(names)}" if names else ""

@@ -160,7 +160,6 @@ def test_recipe_starts_from_the_weights_of_a_run_or_a_file(name: str) -> None:
     [
         ("labeled", "linear_probe"),
         ("unlabeled", "reliance"),
-        ("no test", "reliance"),
         ("one class", "reliance"),
     ],
 )
@@ -170,8 +169,6 @@ def test_next_command_suits_the_images(
     options = []
     if layout == "unlabeled":
         options = ["--data.root", "images/train/dark"]
-    elif layout == "no test":
-        shutil.rmtree("images/test")
     elif layout == "one class":
         options = ["--data.classes", "[dark]"]
     train("simclr", *options, "--run", "runs/a run")
