@@ -21,11 +21,16 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate, pad
+from torchvision.transforms.v2.functional import resize
 
 from ssl_gradmix.data.augmentation import Views
 
 CELLS = 16
 """Stamp cells that would fit along the shorter side of an image."""
+
+FONT = (0o75557, 0o26227, 0o71747, 0o71717, 0o55711, 0o74717, 0o74757, 0o71111, 0o75757, 0o75717)
+"""The ten digits, five rows of three pixels each."""
 
 
 @dataclass
@@ -36,7 +41,7 @@ class Stamps:
         bits: Number of cells, a square number.
         place: At a location of the image's own, in the lower right corner, or repeated over the
             whole image with gaps as wide as the stamp.
-        before: Plant before the augmentation.
+        before: Plant before the augmentation, into images that are as large as views.
         strength: Opacity in (0, 1].
 
     Attributes:
@@ -106,6 +111,35 @@ class Stamps:
         return offset.div(cell, rounding_mode="floor")
 
 
+@dataclass
+class Tags(Stamps):
+    """A number of the image's own, as a burnt-in patient number: digits along the whole top edge.
+
+    `bits` are those of the number. White on black, an eighth of the image high.
+    """
+
+    def boxes(self, codes: Tensor, size: tuple[int, int]) -> Tensor:
+        return codes.new_tensor([0, 0, size[1], size[0] // 8]).expand(len(codes), 4)
+
+    def plant(
+        self,
+        images: Tensor,
+        codes: Tensor,
+        black: Tensor | float = 0,
+        white: Tensor | float = 255,
+    ) -> Tensor:
+        digits = len(str(2**self.bits - 1))
+        powers = 10 ** torch.arange(digits - 1, -1, -1, device=codes.device)
+        number = codes[:, :1] % 2**self.bits // powers % 10
+        pixels = torch.tensor(FONT)[:, None] >> torch.arange(14, -1, -1) & 1
+        glyphs = pad(pixels.view(10, 5, 3), (1, 0, 1, 1)).to(codes.device)[number]
+        strip = pad(glyphs.transpose(1, 2).flatten(2), (0, 1))[:, None].float()
+        strip = interpolate(strip, (images.shape[2] // 8, images.shape[3]), mode="nearest-exact")
+        tagged = images.clone()
+        tagged[:, :, : strip.shape[2]] = strip * white + (1 - strip) * black
+        return tagged
+
+
 def _cell(size: tuple[int, int]) -> int:
     """Side of a stamp's cell in pixels."""
     return max(1, min(size) // CELLS)
@@ -131,6 +165,7 @@ class StampedViews(Views):
         codes = identify(images)
         self.stamps.latest = self.stamps.boxes(codes, (self.size, self.size))
         if self.stamps.before:
+            images = resize(images, [self.size, self.size])
             return super().forward(self.stamps.plant(images, codes), n_views)
         black, white = ((value - self.mean) / self.std for value in (0, 1))
         views = super().forward(images, n_views)

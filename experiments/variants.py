@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,25 +19,26 @@ from experiments.parts import (
     lafam,
     logging_hits,
 )
-from experiments.stamps import StampedViews, Stamps
+from experiments.stamps import StampedViews, Stamps, Tags
 from ssl_gradmix import GradMix
 from ssl_gradmix.methods import METHODS
 
 TRIALS = (0, 2, 3, 4)
 """CIFAR-10's distinct open-set trials: trial 1 has the known classes of trial 0."""
 
-STAMPS: dict[str, dict[str, Any]] = {
-    "stamps-4": {"bits": 4},
-    "stamps-9": {"bits": 9},
-    "stamps-16": {"bits": 16},
-    "stamps-9-corner": {"bits": 9, "place": "corner"},
-    "stamps-9-before": {"bits": 9, "before": True},
-    "stamps-9-faint": {"bits": 9, "strength": 0.3},
-    "stamps-9-everywhere": {"bits": 9, "place": "everywhere", "strength": 0.5},
+STAMPS = {
+    "stamps-4": Stamps(4),
+    "stamps-9": Stamps(9),
+    "stamps-16": Stamps(16),
+    "stamps-9-corner": Stamps(9, "corner"),
+    "stamps-9-before": Stamps(9, before=True),
+    "stamps-9-faint": Stamps(9, strength=0.3),
+    "stamps-9-everywhere": Stamps(9, "everywhere", strength=0.5),
+    "tags": Tags(23, before=True),
 }
 """Stamps in the views of a training."""
 
-DATA = ("all", "known", "stamps-0", *STAMPS)
+DATA = ("all", "known", "stamps-0", "tags-0", *STAMPS)
 """All classes, known classes of an open-set trial, all classes without and with stamps."""
 
 _GRADMIX = {"extra_view": "gradmix", "gradmix.layers": "[layer3]", "gradmix.target": "agreement"}
@@ -98,6 +99,10 @@ STAMPS_RECIPE = (*_LAM, *_LR, "--optimizer.warmup_epochs", "1")
 """Options of all trainings on stamps and their control. A box of a tenth to a fifth of the image
 covers a stamp, and at a random location it rarely does."""
 
+_VIEWS = {"min_scale": 1, "rotation": 10, "jitter": 0, "gray": 0, "blur": 0}
+TAGS_RECIPE = ("--data.size", "64", *(f"--augmentation.{name}={_VIEWS[name]}" for name in _VIEWS))
+"""Further options of trainings on tags and their control: whole images, as in medical imaging."""
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -126,7 +131,9 @@ class Grid:
         # Rows without `probe` chose the linear probe's learning rate by accuracy. Rows without
         # `boxes` kept boxes inside `lam_range` exactly.
         since = {"ood": ["digits"], "probe": "loss", "boxes": "rounded"}
-        recipe = [*(STAMPS_RECIPE if "stamps" in cell.kinds else ()), *self.recipe]
+        planted = STAMPS_RECIPE if "stamps" in cell.kinds else ()
+        further = TAGS_RECIPE if cell.data.startswith("tags") else ()
+        recipe = [*planted, *further, *self.recipe]
         return {"data": self.data.name, **shared, "recipe": recipe, **since}
 
 
@@ -165,7 +172,7 @@ class Cell(NamedTuple):
 
     def stamps(self) -> Stamps | None:
         """Stamps that are planted into the views."""
-        return Stamps(**STAMPS[self.data]) if self.data in STAMPS else None
+        return replace(STAMPS[self.data]) if self.data in STAMPS else None
 
 
 def epochs(cell: Cell, grid: Grid) -> int:
