@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import combinations
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.functional import cross_entropy, interpolate, normalize
+from timm.models import register_model
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, interpolate, normalize, pad
 
 from experiments.stamps import Stamps
 from ssl_gradmix import GradMix, MixedViews, SimCLR
+from ssl_gradmix.backbones import resnet10_tiny
+from ssl_gradmix.data.augmentation import Views
 from ssl_gradmix.gradmix import Activations
 from ssl_gradmix.losses import nt_xent, similarities
 from ssl_gradmix.methods import Embeddings, Method
@@ -74,6 +79,65 @@ class IFM(SimCLR):
         harder = (logits + shift / self.temperature).scatter(1, own[:, None], -torch.inf)
         plain = nt_xent(z[0], z[1], self.temperature)
         return (plain + cross_entropy(harder, partner)) / 2
+
+
+class HardViews(SimCLR):
+    """Hard view pretraining (Ferreira et al. 2025, arXiv 2310.03940).
+
+    Of all pairs of an image's views, the one with the largest loss is trained on. The loss of each
+    pair comes from a pass without gradients, in training mode as in the authors' code.
+    """
+
+    def forward(
+        self, views: list[Tensor], labels: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        with torch.no_grad():
+            z = self.embed(torch.cat(views)).chunk(len(views))
+            pairs = list(combinations(range(len(views)), 2))
+            losses = torch.stack([self._by_image(z[i], z[j]) for i, j in pairs])
+        hardest = losses.argmax(0)
+        number = torch.arange(len(hardest), device=hardest.device)
+        chosen = []
+        for side in zip(*pairs, strict=True):
+            of_pairs = torch.stack([views[i] for i in side])
+            chosen.append(of_pairs[hardest, number])
+        return super().forward(chosen, labels)
+
+    def _by_image(self, z0: Tensor, z1: Tensor) -> Tensor:
+        """NT-Xent of each image, (N,)."""
+        logits, own = similarities(z0, z1, self.temperature)
+        half = logits.shape[1] // 2
+        logits = logits.scatter(1, own[:, None], -torch.inf)
+        losses = cross_entropy(logits, (own + half) % (2 * half), reduction="none")
+        return losses.view(2, -1).mean(0)
+
+
+def with_fourth(views: type[Views]) -> type[Views]:
+    """A subclass of views that draws a fourth view beside the three of a training step."""
+
+    class WithFourth(views):  # type: ignore[misc, valid-type]  # mypy knows no dynamic bases
+        def forward(self, images: Tensor | Sequence[Tensor], n_views: int) -> list[Tensor]:
+            return super().forward(images, 4 if n_views == 3 else n_views)
+
+    return WithFourth
+
+
+class PaddedConv(nn.Conv2d):
+    """A convolution that takes missing channels as zeros."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(pad(images, (0, 0, 0, 0, 0, self.in_channels - images.shape[1])))
+
+
+@register_model
+def resnet10_tiny_randbits(pretrained: bool = False, bits: int = 0, **kwargs: Any) -> nn.Module:
+    """`resnet10_tiny` with as many more channels. Where images do not have them, they are zero."""
+    model: Any = resnet10_tiny(pretrained, **kwargs)
+    model.pretrained_cfg = {**model.pretrained_cfg, "architecture": "resnet10_tiny_randbits"}
+    stem = PaddedConv(3 + bits, model.conv1.out_channels, 3, padding=1, bias=False)
+    nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
+    model.add_module("conv1", stem)
+    return model
 
 
 class DonorPositive(SimCLR):

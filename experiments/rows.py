@@ -102,7 +102,7 @@ MEASURES = {
     "other_bits": Measure("cosine, stamp of other bits", "past"),
     "other_place": Measure("cosine, stamp elsewhere", "past"),
     "other_image": Measure("cosine, other image", "past", better=-1),
-    "reliance": Measure("reliance", "stamps", "reliance attributed reliance", better=-1),
+    "reliance": Measure("reliance", "reliance", "reliance attributed reliance", better=-1),
     "hit": Measure("share of the stamp in the box, last epoch", "hit"),
     "unstamped_corruption_error": _ERROR("mean corruption error, without stamps", "stamps"),
     "stamps_validation_loss": _LOSS("linear probe's loss, held-out images", "stamps"),

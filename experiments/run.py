@@ -117,7 +117,7 @@ def evaluations(
         yield cell.result(grid, "osr", "projector"), projector
     if kinds & {"all", "labels"}:
         yield cell.result(grid, "ood"), partial(ood.main, [folder, "--unknown.name", "digits"])
-    if "stamps" in kinds:
+    if "reliance" in kinds:
         views = {} if stamps is None else {"views": partial(StampedViews, stamps=stamps)}
         look = partial(reliance.main, [folder, "--layers", "[layer3]"], **views)
         yield cell.result(grid, "reliance"), look

@@ -29,6 +29,9 @@ from ssl_gradmix.data.augmentation import Views
 CELLS = 16
 """Stamp cells that would fit along the shorter side of an image."""
 
+Color = Tensor | float
+"""A number, or (3, 1, 1)."""
+
 FONT = (0o75557, 0o26227, 0o71747, 0o71717, 0o55711, 0o74717, 0o74757, 0o71111, 0o75757, 0o75717)
 """The ten digits, five rows of three pixels each."""
 
@@ -71,19 +74,13 @@ class Stamps:
             corners = room.expand(len(codes), 2)
         return torch.cat([corners, corners + extent], 1)
 
-    def plant(
-        self,
-        images: Tensor,
-        codes: Tensor,
-        black: Tensor | float = 0,
-        white: Tensor | float = 255,
-    ) -> Tensor:
+    def plant(self, images: Tensor, codes: Tensor, black: Color = 0, white: Color = 255) -> Tensor:
         """Returns a copy of images (N, 3, H, W) that bears their stamps.
 
         Args:
             images: uint8, or floating point in any normalization.
             codes: (N, 3), from `identify`.
-            black: Value of black in the images, a number or (3, 1, 1).
+            black: Value of black in the images.
             white: Value of white.
         """
         size = (images.shape[2], images.shape[3])
@@ -112,32 +109,88 @@ class Stamps:
 
 
 @dataclass
-class Tags(Stamps):
-    """A number of the image's own, as a burnt-in patient number: digits along the whole top edge.
+class TwoStamps(Stamps):
+    """A second stamp with other bits in the upper left corner; `boxes` are those of the first."""
 
-    `bits` are those of the number. White on black, an eighth of the image high.
+    def plant(self, images: Tensor, codes: Tensor, black: Color = 0, white: Color = 255) -> Tensor:
+        first = super().plant(images, codes, black, white)
+        turned = super().plant(first.flip(2, 3), codes >> self.bits, black, white)
+        return turned.flip(2, 3)
+
+
+@dataclass
+class Band(Stamps):
+    """A band of cells across the image."""
+
+    def box(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """Where the band lies, as in `boxes`."""
+        raise NotImplementedError
+
+    def pattern(self, codes: Tensor) -> Tensor:
+        """The cells (N, rows, columns) of the band, 1 for white and 0 for black."""
+        raise NotImplementedError
+
+    def boxes(self, codes: Tensor, size: tuple[int, int]) -> Tensor:
+        return codes.new_tensor(self.box(*size)).expand(len(codes), 4)
+
+    def plant(self, images: Tensor, codes: Tensor, black: Color = 0, white: Color = 255) -> Tensor:
+        x0, y0, x1, y1 = self.box(images.shape[2], images.shape[3])
+        cells = self.pattern(codes)[:, None].float()
+        cells = interpolate(cells, (y1 - y0, x1 - x0), mode="nearest-exact")
+        stamped, inside = images.clone(), (..., slice(y0, y1), slice(x0, x1))
+        color = cells * white + (1 - cells) * black
+        band = torch.lerp(images[inside].float(), color.expand_as(images[inside]), self.strength)
+        stamped[inside] = band if images.is_floating_point() else band.round().to(images.dtype)
+        return stamped
+
+
+@dataclass
+class Tags(Band):
+    """A number of `bits` bits along the top edge, as a burnt-in patient number: white on black."""
+
+    def box(self, height: int, width: int) -> tuple[int, int, int, int]:
+        return 0, 0, width, height // 8
+
+    def pattern(self, codes: Tensor) -> Tensor:
+        powers = [10**i for i in reversed(range(len(str(2**self.bits))))]
+        digits = codes[:, :1] % 2**self.bits // codes.new_tensor(powers) % 10
+        pixels = codes.new_tensor(FONT)[:, None] >> torch.arange(15, device=codes.device) & 1
+        glyphs = pad(pixels.flip(1).view(10, 5, 3), (1, 0, 1, 1))[digits]
+        return pad(glyphs.transpose(1, 2).flatten(2), (0, 1))
+
+
+@dataclass
+class Strip(Band):
+    """A band like ImageNet-W's watermark [1], whose cells are `bits` bits of the image's own.
+
+    It lies in the middle, 16% of the image high and nearly as wide. Use it with half the opacity.
+
+    - [1]: Li et al., A Whac-A-Mole Dilemma, 2023, https://arxiv.org/abs/2212.04825
+    """
+
+    def box(self, height: int, width: int) -> tuple[int, int, int, int]:
+        high, margin = round(0.16 * height), round(width / 56)
+        top = (height - high) // 2
+        return margin, top, width - margin, top + high
+
+    def pattern(self, codes: Tensor) -> Tensor:
+        return (codes[:, :1] >> torch.arange(self.bits, device=codes.device) & 1)[:, None]
+
+
+@dataclass
+class RandBits(Stamps):
+    """RandBit [0]: `bits` more channels, each a bit of the image's own everywhere.
+
+    No box covers them: mixing replaces the bits in a box by the donor's, and all others stay.
     """
 
     def boxes(self, codes: Tensor, size: tuple[int, int]) -> Tensor:
-        return codes.new_tensor([0, 0, size[1], size[0] // 8]).expand(len(codes), 4)
+        return codes.new_empty(0, 4)
 
-    def plant(
-        self,
-        images: Tensor,
-        codes: Tensor,
-        black: Tensor | float = 0,
-        white: Tensor | float = 255,
-    ) -> Tensor:
-        digits = len(str(2**self.bits - 1))
-        powers = 10 ** torch.arange(digits - 1, -1, -1, device=codes.device)
-        number = codes[:, :1] % 2**self.bits // powers % 10
-        pixels = torch.tensor(FONT)[:, None] >> torch.arange(14, -1, -1) & 1
-        glyphs = pad(pixels.view(10, 5, 3), (1, 0, 1, 1)).to(codes.device)[number]
-        strip = pad(glyphs.transpose(1, 2).flatten(2), (0, 1))[:, None].float()
-        strip = interpolate(strip, (images.shape[2] // 8, images.shape[3]), mode="nearest-exact")
-        tagged = images.clone()
-        tagged[:, :, : strip.shape[2]] = strip * white + (1 - strip) * black
-        return tagged
+    def plant(self, images: Tensor, codes: Tensor, black: Color = 0, white: Color = 255) -> Tensor:
+        bits = codes[:, :1] >> torch.arange(self.bits, device=codes.device) & 1
+        planes = bits[:, :, None, None].expand(-1, -1, *images.shape[2:])
+        return torch.cat([images, planes.to(images.dtype)], 1)
 
 
 def _cell(size: tuple[int, int]) -> int:
@@ -165,8 +218,8 @@ class StampedViews(Views):
         codes = identify(images)
         self.stamps.latest = self.stamps.boxes(codes, (self.size, self.size))
         if self.stamps.before:
-            images = resize(images, [self.size, self.size])
-            return super().forward(self.stamps.plant(images, codes), n_views)
+            large = resize(images, [self.size, self.size])
+            return super().forward(self.stamps.plant(large, codes), n_views)
         black, white = ((value - self.mean) / self.std for value in (0, 1))
         views = super().forward(images, n_views)
         if self.blank:

@@ -14,19 +14,22 @@ from experiments.parts import (
     Anywhere,
     Attract,
     DonorPositive,
+    HardViews,
     OnTheStamp,
     RandomPatches,
     lafam,
     logging_hits,
+    with_fourth,
 )
-from experiments.stamps import StampedViews, Stamps, Tags
+from experiments.stamps import RandBits, StampedViews, Stamps, Strip, Tags, TwoStamps
 from ssl_gradmix import GradMix
+from ssl_gradmix.data.augmentation import Views
 from ssl_gradmix.methods import METHODS
 
 TRIALS = (0, 2, 3, 4)
 """CIFAR-10's distinct open-set trials: trial 1 has the known classes of trial 0."""
 
-STAMPS = {
+STAMPS: dict[str, Stamps] = {
     "stamps-4": Stamps(4),
     "stamps-9": Stamps(9),
     "stamps-16": Stamps(16),
@@ -34,7 +37,13 @@ STAMPS = {
     "stamps-9-before": Stamps(9, before=True),
     "stamps-9-faint": Stamps(9, strength=0.3),
     "stamps-9-everywhere": Stamps(9, "everywhere", strength=0.5),
+    "stamps-two": TwoStamps(9, "corner"),
+    "strip": Strip(10, strength=0.5),
     "tags": Tags(23, before=True),
+    "randbit-0": RandBits(0),
+    "randbit-4": RandBits(4),
+    "randbit-6": RandBits(6),
+    "randbit-8": RandBits(8),
 }
 """Stamps in the views of a training."""
 
@@ -74,6 +83,7 @@ VARIANTS: dict[str, dict[str, str]] = {
     "gradmix-lafam": _GRADMIX,
     "random-patches": {**_GRADMIX, "gradmix.region": "mask", "gradmix.fill": "crop"},
     "ifm": _THIRD,
+    "hard-views": _THIRD,  # of four views
     "crops.08": {**_THIRD, "augmentation.min_scale": "0.08"},
     "blur": {**_THIRD, "augmentation.blur": "0.5"},
     "blank-corner": _THIRD,
@@ -91,6 +101,7 @@ PARTS: dict[str, dict[str, Any]] = {
     "gradmix-lafam": {"gradmix": partial(GradMix, attribution=lafam)},
     "random-patches": {"gradmix": RandomPatches},
     "ifm": {"method": IFM},
+    "hard-views": {"method": HardViews},
 }
 """Parts of the recipe that a variant replaces."""
 
@@ -158,7 +169,10 @@ class Cell(NamedTuple):
         """Kinds of measures that the cell has, see `rows.MEASURES`."""
         if self.data == "known" and self.method == "supcon":
             return {"known", "labels"}
-        return {self.data} if self.data in ("all", "known") else {"stamps"}
+        if self.data in ("all", "known"):
+            return {self.data}
+        # Reliance is drawn on images of three channels.
+        return {"stamps"} if self.data.startswith("randbit") else {"stamps", "reliance"}
 
     def folder(self, grid: Grid) -> Path:
         """Run folder."""
@@ -185,9 +199,12 @@ def passes(cell: Cell, grid: Grid) -> tuple[int, int, int]:
 
     Returns:
         Passes through the encoder (forward and backward), further backward passes to the observed
-        layer for attribution, and passes through BYOL's target network (forward only).
+        layer for attribution, and passes that are forward only: through BYOL's target network, or
+        to choose hard views.
     """
     settings, n = VARIANTS[cell.variant], epochs(cell, grid)
+    if cell.variant == "hard-views":
+        return 2 * n, 0, 4 * n
     views = 2 if settings["extra_view"] == "none" else 3
     placed = "gradmix" in PARTS.get(cell.variant, {})
     placed = placed or settings.get("gradmix.region") in ("random", "center")
@@ -197,7 +214,7 @@ def passes(cell: Cell, grid: Grid) -> tuple[int, int, int]:
 
 def recipe_options(cell: Cell, grid: Grid) -> list[str]:
     """Command line of the recipe. The last one counts if an option is given twice."""
-    settings = {
+    settings: dict[str, Any] = {
         "run": cell.folder(grid),
         "data.name": "folder",
         "data.root": grid.subset,
@@ -210,16 +227,23 @@ def recipe_options(cell: Cell, grid: Grid) -> list[str]:
     }
     if cell.data == "known":
         settings["data.open_set"] = f"cifar10:{TRIALS[cell.seed % len(TRIALS)]}"
+    if cell.data.startswith("randbit"):
+        settings["backbone.name"] += "_randbits"
+        settings["backbone.kwargs"] = {"bits": STAMPS[cell.data].bits}
+        settings["training.samples_every"] = 0  # pictures have three channels
     return [*grid.settings(cell)["recipe"], *options(settings)]
 
 
 def recipe_parts(cell: Cell, stamps: Stamps | None) -> dict[str, Any]:
     """Arguments of the recipe's `main`: the parts that are not the recipe's own."""
     parts: dict[str, Any] = dict(PARTS.get(cell.variant, {}))
+    views: Any = Views if stamps is None else StampedViews
+    if cell.variant == "hard-views":
+        views = parts["views"] = with_fourth(views)
     if stamps is None:
         return parts
     blank = cell.variant == "blank-corner"
-    parts["views"] = partial(StampedViews, stamps=stamps, blank=blank)
+    parts["views"] = partial(views, stamps=stamps, blank=blank)
     parts["method"] = logging_hits(parts.get("method", METHODS[cell.method]), stamps)
     if cell.variant == "oracle":
         parts["gradmix"] = partial(OnTheStamp, stamps=stamps)
