@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
+from training_support import before_step, create_method, log_of, newest, trainer
 
 from ssl_gradmix.adaptive import Adaptive, agreement_lost
 from ssl_gradmix.gradmix import GradMix, MixedViews
+from ssl_gradmix.methods import BYOL, Method, SimCLR
+from ssl_gradmix.training import trainer as trainer_module
+from ssl_gradmix.training.trainer import Trainer
 
 
 def mixed_views(count: int = 64) -> tuple[MixedViews, Tensor]:
@@ -98,3 +104,39 @@ def test_state_is_saved_with_the_module() -> None:
 def test_invalid_arguments_raise(arguments: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="low"):
         Adaptive(**arguments)
+
+
+class StoppedError(Exception):
+    """Ends a training as a kill would."""
+
+
+@pytest.mark.parametrize("kind", [SimCLR, BYOL])
+def test_training_stopped_while_the_probability_falls_ends_the_same(
+    kind: type[Method], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer_module, "SAVE_SECONDS", 0.0)  # a checkpoint after every step
+
+    def create(name: str) -> Trainer:
+        torch.manual_seed(0)
+        method = create_method(kind)
+        method.adaptive = Adaptive(low=0, high=8)
+        return trainer(tmp_path / name, method=method, n_views=3)
+
+    def stop() -> None:
+        raise StoppedError
+
+    create("whole").run()
+    stopped = create("parts")
+    before_step(stopped, (1, 2), stop)
+    with pytest.raises(StoppedError):
+        stopped.run()
+    resumed = create("parts")
+    seen: list[float] = []
+    before_step(resumed, (1, 2), lambda: seen.append(float(resumed.bare.adaptive.probability)))
+    resumed.run()
+    whole, parts = newest(tmp_path / "whole"), newest(tmp_path / "parts")
+    torch.testing.assert_close(parts, whole, rtol=0, atol=0)
+    assert log_of(tmp_path / "parts")[2:] == log_of(tmp_path / "whole")[2:]
+    chances = [1, *seen, float(whole["method"]["adaptive.reading"]) / 8]
+    assert chances == sorted(set(chances), reverse=True)
+    assert 0.1 < log_of(tmp_path / "whole")[-1]["mixed"] < 1

@@ -21,6 +21,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 from training_support import create_method, trainer
 
 from ssl_gradmix import GradMix, backbones
+from ssl_gradmix.adaptive import Adaptive
 from ssl_gradmix.data.augmentation import Augmentation
 from ssl_gradmix.gradmix import Fill, Region
 from ssl_gradmix.methods import BYOL, SimCLR, SupCon
@@ -139,13 +140,18 @@ def main(folder: Path) -> None:
     augmentation = Augmentation(blur=0.5, solarize=0.5)
     unequal = [torch.zeros(3, height, 16, dtype=torch.uint8) for height in (16, 20)]
     kinds = itertools.product((SimCLR, BYOL, SupCon), ENCODERS.items())
-    # Each method and encoder meets all regions, fills and optimizers, and each region all fills.
+    # Each method and encoder meets all regions, fills and optimizers, and each region all fills;
+    # every second one is adaptive.
     for i, (kind, (name, arguments)) in enumerate(kinds):
         method = create_method(kind, backbones.create(name, **arguments))
         gradmix = method.gradmix = GradMix()
-        clip = Optimizer(clip=1.0)
+        method.adaptive = Adaptive() if i % 2 else None
         training = trainer(
-            folder / str(i), method=method, augmentation=augmentation, optimizer=clip
+            folder / str(i),
+            method=method,
+            augmentation=augmentation,
+            optimizer=Optimizer(clip=1.0),
+            n_views=3 if i % 2 else 2,
         )
         training.method.train()
         training._step(*next(training.batches.epoch(0, 0)))  # GradMix chooses its layer
