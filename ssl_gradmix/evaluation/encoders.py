@@ -38,7 +38,9 @@ class Encoder:
         run: Run folder of the encoder, if it has one.
         config: Contents of the run's config.yaml.
         feature: What `model` returns: `backbone` features, or embeddings of the `projector`.
-        fingerprint: SHA-256 of the model's structure, weights and buffers, computed here.
+
+    Attributes:
+        fingerprint: SHA-256 of the model's structure, weights and buffers.
     """
 
     model: nn.Module
