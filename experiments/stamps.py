@@ -8,6 +8,9 @@ Stamps are drawn onto views only: training views, and the views that reliance is
 other evaluations see the images without stamps. A stamp drawn before the augmentation is cropped
 and resampled with its image, and is hardly a shortcut at 32 px.
 
+There are larger shortcuts too: a number (`Tags`), a strip across the image (`Strip`), and bits in
+channels of their own (`RandBits`).
+
 - [0]: Chen, Luo, Li, Intriguing Properties of Contrastive Losses, 2021,
   https://arxiv.org/abs/2011.02803
 """
@@ -182,6 +185,7 @@ class RandBits(Stamps):
     """RandBit [0]: `bits` more channels, each a bit of the image's own everywhere.
 
     No box covers them: mixing replaces the bits in a box by the donor's, and all others stay.
+    Evaluations see zeros, where the authors' notebook keeps the bits.
     """
 
     def boxes(self, codes: Tensor, size: tuple[int, int]) -> Tensor:
