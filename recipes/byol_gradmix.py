@@ -12,7 +12,8 @@ On your images (the defaults are for digits):
 
 On several GPUs: `accelerate launch recipes/byol_gradmix.py` with the same options.
 
---extra_view augmented is the control, a plain third view; --extra_view none is plain BYOL.
+The third view is GradMix's while the encoder relies on small regions, else a plain one. The
+controls are --extra_view gradmix (always mixed), augmented (always plain), and none (plain BYOL).
 Everything is written to the run folder. The same command resumes an unfinished run, and
 --config runs/byol/config.yaml --run runs/again repeats a run.
 """

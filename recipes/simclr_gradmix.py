@@ -11,7 +11,8 @@ On your images:
 
 On several GPUs: `accelerate launch recipes/simclr_gradmix.py` with the same options.
 
---extra_view augmented is the control, a plain third view; --extra_view none is plain SimCLR.
+The third view is GradMix's while the encoder relies on small regions, else a plain one. The
+controls are --extra_view gradmix (always mixed), augmented (always plain), and none (plain SimCLR).
 Everything is written to the run folder. The same command resumes an unfinished run, and
 --config runs/simclr/config.yaml --run runs/again repeats a run.
 """

@@ -14,7 +14,8 @@ On your images, in one folder per class:
 weights of another run, as the two stages of GradMix's authors.
 On several GPUs: `accelerate launch recipes/supcon_gradmix.py` with the same options.
 
---extra_view augmented is the control, a plain third view; --extra_view none leaves it out.
+The third view is GradMix's while the encoder relies on small regions, else a plain one. The
+controls are --extra_view gradmix (always mixed), augmented (always plain), and none.
 Everything is written to the run folder. The same command resumes an unfinished run, and
 --config runs/supcon/config.yaml --run runs/again repeats a run.
 """

@@ -175,7 +175,7 @@ def recipe_parser(
     parser.add_argument(
         "--extra_view",
         type=Literal["adaptive", "gradmix", "augmented", "none"],
-        default="gradmix",
+        default="adaptive",
         help="Third view: GradMix's while the encoder relies on small regions, else a plain one "
         "(adaptive); always GradMix's; a plain augmentation (control); or none (plain method).",
     )

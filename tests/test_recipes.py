@@ -51,7 +51,7 @@ def weights(run: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", ["simclr", "byol", "supcon"])
-@pytest.mark.parametrize("extra_view", ["gradmix", "augmented", "none"])
+@pytest.mark.parametrize("extra_view", ["adaptive", "gradmix", "augmented", "none"])
 def test_recipe_trains_and_resumes(name: str, extra_view: str) -> None:
     train(name, "--extra_view", extra_view)
     run = Path("runs", name)
@@ -62,13 +62,15 @@ def test_recipe_trains_and_resumes(name: str, extra_view: str) -> None:
     (entry,) = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     metrics = {"loss", "loss_views", "embedding_std"}
     metrics |= {"loss_mixed", "lam"} if extra_view != "none" else set()
-    metrics |= {"flat", "agreement_lost"} if extra_view == "gradmix" else set()
+    mixing = extra_view in ("adaptive", "gradmix")
+    metrics |= {"flat", "agreement_lost"} if mixing else set()
+    metrics |= {"mixed", "mix_probability"} if extra_view == "adaptive" else set()
     metrics |= {"loss_supervised"} if name == "supcon" else set()
     times = {"images_per_second", "images_per_second_overall", "seconds_left"}
     assert entry.keys() == {"epoch", "step", "lr", *metrics, *times}
     config = yaml.safe_load((run / "config.yaml").read_text())
     layers = config["environment"]["layers"]
-    assert layers == (["layer3"] if extra_view == "gradmix" else [])  # 4x4 at 16 px
+    assert layers == (["layer3"] if mixing else [])  # 4x4 at 16 px
     assert config["recipe"] == name
 
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
@@ -274,7 +276,7 @@ def test_gradmix_needs_torch_alone(statement: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("extra_view", ["gradmix", "none"])
+@pytest.mark.parametrize("extra_view", ["adaptive", "gradmix", "none"])
 def test_training_learns(extra_view: str) -> None:
     """Digits, by kNN on held-out training images."""
     options = "--training.epochs 8 --training.threads 1 --training.samples_every 0"
