@@ -23,7 +23,7 @@ class Adaptive(nn.Module):
         adaptive.update(z0, z1, z2)
 
     A mixed view tells what its image lost: with embeddings z0, z1 of the pair, z2 of the mixed view
-    and z' of another image, the reading of a batch is
+    and z' of all other images, the reading of a batch is
 
         mean(cos(z0, z1) − cos(z2, z1)) / mean(cos(z0, z1) − cos(z0, z')) / (1 − lam)
 
@@ -97,40 +97,43 @@ class Adaptive(nn.Module):
         """
         if self._chosen is None or self._replaced is None:
             raise ValueError("update: call choose(...) first")
-        reading, fraction = agreement_lost(z0, z1, third, self._replaced, self._chosen)
+        reading, number, count = agreement_lost(z0, z1, third, self._replaced, self._chosen)
         # Without mixed images, or without agreement, there is nothing to read.
         reading = torch.where(reading.isfinite(), reading, self.reading).clamp(0, 2 * self.high)
         if self.training:
-            enough = (fraction * len(z0) / ENOUGH).clamp(max=1)
+            enough = (number / ENOUGH).clamp(max=1)
             self.reading.lerp_(reading, (1 - self.momentum) * enough)
-        metrics = {"agreement_lost": reading, "mixed": fraction}
+        metrics = {"agreement_lost": reading, "mixed": number / count}
         return {**metrics, "mix_probability": self.probability}
 
 
 @torch.no_grad()
 def agreement_lost(
     z0: Tensor, z1: Tensor, third: Tensor, replaced: Tensor, chosen: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, int]:
     """The reading of a batch, see `Adaptive`, over all processes.
 
     Args:
-        z0: Embeddings (N, D) of the views that were mixed.
+        z0: Embeddings (N, D) of the views that were mixed. N must be the same on all processes.
         z1: Embeddings, or targets, of the other views.
         third: Embeddings of the third views.
         replaced: Fraction of an image that was replaced, a scalar.
         chosen: (N,) bool, which third views are mixed. None means all.
 
     Returns:
-        The reading, not finite without mixed images; and the fraction of images that are mixed.
+        The reading, not finite without mixed images; and how many images are mixed, and are there.
     """
     z0, z1, third = (F.normalize(each.float(), dim=1) for each in (z0, z1, third))
     mixed = torch.ones_like(z0[:, 0]) if chosen is None else chosen.float()
     whole = (z0 * z1).sum(1)
     lost = mixed * (whole - (third * z1).sum(1))
-    most = whole - (z0 * z1.roll(1, 0)).sum(1)
-    sums = torch.stack([each.mean() for each in (lost, mixed * replaced, most, mixed)])
+    scalars = torch.stack([each.sum() for each in (lost, mixed * replaced, whole, mixed)])
+    sums, count = torch.cat([z0.sum(0), z1.sum(0), scalars]), len(z0)
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(sums)
-        sums = sums / dist.get_world_size()
-    lost_mean, area, most_mean, fraction = sums.unbind()
-    return lost_mean / area / most_mean, fraction
+        count *= dist.get_world_size()
+    every0, every1, scalars = sums.split([z0.shape[1], z0.shape[1], 4])
+    loss, area, agreement, number = scalars.unbind()
+    # Between different images, n (n - 1) pairs. Autocast would round a matrix product.
+    chance = ((every0 * every1).sum() - agreement) / max(count - 1, 1)
+    return loss / area / (agreement - chance) * count, number, count

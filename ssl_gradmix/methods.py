@@ -133,7 +133,7 @@ class Method(nn.Module):
         metrics = {"flat": mixed.flat.float().mean()}
         if self.adaptive is not None:
             return {**metrics, **self.adaptive.update(z0, z1, third)}
-        reading, _ = agreement_lost(z0, z1, third, 1 - mixed.lam)
+        reading, *_ = agreement_lost(z0, z1, third, 1 - mixed.lam)
         return {**metrics, "agreement_lost": reading.nan_to_num(0, 0, 0)}
 
 

@@ -7,21 +7,28 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from training_support import TRAINING, before_step, trainer
 
 from ssl_gradmix import GradMix, backbones, gradmix
+from ssl_gradmix.adaptive import Adaptive
 from ssl_gradmix.data.datasets import ImageSet
 from ssl_gradmix.methods import BYOL, Method, SimCLR, SupCon
 from ssl_gradmix.training import trainer as trainer_module
 from ssl_gradmix.training.pretrain import create_accelerator
 from ssl_gradmix.training.trainer import Trainer
 
-KINDS: dict[str, type[Method]] = {"SimCLR": SimCLR, "BYOL": BYOL, "SupCon": SupCon}
+KINDS: dict[str, type[Method]] = {
+    "SimCLR": SimCLR,
+    "BYOL": BYOL,
+    "SupCon": SupCon,
+    "adaptive": SimCLR,
+}
 COUNT = 17
 PIXELS = np.random.default_rng(0).integers(0, 256, (COUNT, 16, 16, 3), np.uint8)
 LABELS = np.arange(COUNT) % 3 - 1  # a third is unlabeled, so that processes have different numbers
@@ -55,15 +62,25 @@ def create(folder: Path, name: str) -> Trainer:
     own = {"temperature": 0.5} if name == "SupCon" else {}
     method = KINDS[name](backbone, 128, hidden_dim=32, output_dim=16, gradmix=mixer, **own)
     make_comparable(method)
+    n_views = 2
+    if name == "adaptive":
+        method.adaptive, n_views = Adaptive(low=0, high=30, momentum=0), 3
     images = ImageSet(PIXELS, LABELS, ("a", "b"), "noise")
-    return trainer(folder / name, images=images, method=method)
+    return trainer(folder / name, images=images, method=method, n_views=n_views)
 
 
 def train(folder: Path, name: str, stop: bool = False) -> None:
     """Trains to the end, or until it is stopped in the middle of an epoch.
 
-    The donor of an image is its own second view, so that it does not depend on the process.
+    The donor of an image is its own second view, and every fourth image draws the same number, so
+    that neither depends on the process.
     """
+    draw = torch.rand
+
+    def rand(*size: Any, **kwargs: Any) -> Tensor:
+        if len(size) == 1 and isinstance(size[0], int):
+            return (torch.arange(size[0]) % 4 + 0.5) / 4
+        return draw(*size, **kwargs)
 
     def end() -> None:
         raise StoppedError
@@ -73,7 +90,7 @@ def train(folder: Path, name: str, stop: bool = False) -> None:
         before_step(created, STOP, end)
     own = mock.patch.object(gradmix, "derangement", lambda count, *rest: torch.arange(count))
     eager = mock.patch.multiple(trainer_module, READ_EVERY=1, SAVE_SECONDS=0.0)
-    with own, eager:
+    with own, eager, mock.patch.object(torch, "rand", rand):
         try:
             created.run()
         except StoppedError:
