@@ -66,7 +66,8 @@ def stamps_page(found: pd.DataFrame) -> Iterator[str]:
         values = part.groupby(["variant", "measure"]).value.agg(["mean", "std", "count"])
         cells = {key: spread(key[1], row) for key, row in values.iterrows()}
         variants = in_order(part.variant)
-        references = [name for name in ("random-box", "third-view", "plain") if name in variants]
+        usual = ("gradmix", "random-box", "third-view", "plain")
+        references = [name for name in usual if name in variants]
         lines = {name: [name, cells.pop((name, PRIMARY))] for name in variants}
         for reference in references:
             compared = rows.differences(part[part.measure == PRIMARY], reference)
