@@ -10,6 +10,7 @@ import argparse
 import difflib
 import json
 import logging
+import math
 import re
 import sys
 from collections import Counter
@@ -34,7 +35,10 @@ from ssl_gradmix.files import open_regular, read_json, write_whole
 logger = logging.getLogger("ssl_gradmix")
 
 SMALLEST_MAP = 4
-"""Side of the smallest map, in positions, at which `default_layers` attributes."""
+"""Side of the smallest map, in positions, that `stages` returns."""
+
+MOST_STAGES = 4
+"""Largest number of layers that `stages` returns."""
 
 SMALL = ("resnet10_tiny", "resnet18_small", "resnet34_small", "resnet50_small")
 
@@ -227,23 +231,32 @@ def num_features(backbone: nn.Module) -> int:
 
 
 def default_layers(backbone: nn.Module, size: int) -> list[str]:
-    """Layers at which GradMix attributes by default, from timm's `feature_info`.
+    """The layer at which GradMix attributes by default: the last one of `stages`."""
+    return stages(backbone, size)[-1:]
+
+
+def stages(backbone: nn.Module, size: int) -> list[str]:
+    """Up to four layers with maps, from the first to the deepest, from timm's `feature_info`.
 
     Args:
         backbone: A timm model.
         size: Side of the images in pixels.
 
     Returns:
-        The deepest stage whose map has at least 4x4 positions. For a transformer that is read at
-        its class token, the last block but one: the gradient at the patch tokens of its last block
-        is zero. Empty for a model without `feature_info`.
+        The deepest stages whose maps have at least 4x4 positions. Blocks of a transformer, whose
+        maps all have the same size, are evenly spaced. If it is read at its class token, the last
+        one is the last block but one: the gradient at the patch tokens of the last block is zero.
+        Empty for a model without `feature_info`.
     """
     modules = dict(backbone.named_modules())
-    stages = [s for s in getattr(backbone, "feature_info", []) if s["module"] in modules]
-    roomy = [s["module"] for s in stages if size // s["reduction"] >= SMALLEST_MAP]
+    known = [s for s in getattr(backbone, "feature_info", []) if s["module"] in modules]
+    roomy = [s for s in known if size // s["reduction"] >= SMALLEST_MAP]
     if getattr(backbone, "global_pool", None) == "token":
         roomy = roomy[:-1]
-    return roomy[-1:] or [stage["module"] for stage in stages[:1]]
+    alike = len({s["reduction"] for s in roomy}) == 1
+    step = math.ceil(len(roomy) / MOST_STAGES) if alike else 1
+    chosen = roomy[::-1][::step][:MOST_STAGES] or known[:1]
+    return [s["module"] for s in reversed(chosen)]
 
 
 def preparation(cfg: Mapping[str, Any]) -> tuple[int, tuple[float, ...], tuple[float, ...]]:

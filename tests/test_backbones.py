@@ -78,6 +78,33 @@ def test_default_layer_is_the_deepest_with_a_map_and_a_gradient(
     assert backbones.default_layers(model, size) == usable[-1:]
 
 
+@pytest.mark.parametrize(
+    ("name", "kwargs", "size", "expected"),
+    [
+        ("resnet10_tiny", {}, 32, ["layer1", "layer2", "layer3", "layer4"]),
+        ("resnet18", {}, 32, ["act1", "layer1", "layer2"]),
+        ("resnet18", {}, 3, ["act1"]),  # no map has 4x4 positions
+        ("vit_tiny_patch16_224", {}, 224, ["blocks.1", "blocks.4", "blocks.7", "blocks.10"]),
+        (
+            "vit_tiny_patch16_224",
+            {"global_pool": "avg", "class_token": False, "depth": 8},
+            224,
+            ["blocks.1", "blocks.3", "blocks.5", "blocks.7"],
+        ),
+        ("vit_tiny_patch16_224", {"depth": 3}, 224, ["blocks.0", "blocks.1"]),
+        ("vit_tiny_patch16_224", {"depth": 1}, 224, ["blocks.0"]),
+        ("swin_tiny_patch4_window7_224", {}, 224, [f"layers.{i}" for i in range(4)]),
+        ("swin_tiny_patch4_window7_224", {}, 96, ["layers.0", "layers.1", "layers.2"]),
+    ],
+)
+def test_stages_are_at_most_four_with_a_map_of_at_least_4x4(
+    name: str, kwargs: dict[str, Any], size: int, expected: list[str]
+) -> None:
+    model = backbones.create(name, **kwargs)
+    assert backbones.stages(model, size) == expected
+    assert backbones.default_layers(model, size) == expected[-1:]
+
+
 def test_saved_model_is_loaded_with_its_arguments(tmp_path: Path) -> None:
     first = backbones.create("vit_tiny_patch16_224", **VIT).eval()
     backbones.save(first, tmp_path / "first", image_size=32)
