@@ -76,8 +76,8 @@ def extract(
     own, main = images, True
     if accelerator is not None:
         device, main = device or accelerator.device, accelerator.is_main_process
-        with accelerator.split_between_processes(list(range(len(images)))) as indices:
-            own = images.subset(indices)
+        parts = np.array_split(np.arange(len(images)), accelerator.num_processes)
+        own = images.subset(parts[accelerator.process_index])
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     batches = _encode(encoder, own, batch_size, device, progress and main)
     features = torch.cat(batches if accelerator is None else gather_object(batches))
