@@ -1,19 +1,19 @@
 """Reliance: how strongly the agreement between two views depends on a small part of the image.
 
 The most attributed box of the first view is replaced by another image, and the agreement is
-measured again, next to boxes at random places and in the center. Labels are not needed. Views are
-those of the run's training; of other encoders, those that recipes make by default. A figure shows
-the boxes.
+measured again, next to boxes at random places and in the center. Several layers are attributed,
+and the one that finds most is reported. Labels are not needed. Views are those of the run's
+training; of other encoders, those that recipes make by default. A figure shows the boxes.
 
     python eval/reliance.py runs/x
-    python eval/reliance.py runs/x --feature projector --layers '[layer2, layer3, layer4]'
+    python eval/reliance.py runs/x --feature projector --layers '[layer3]'
     python eval/reliance.py timm:resnet18.a1_in1k --data.name cifar10 --out results
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ssl_gradmix import cli
-from ssl_gradmix.backbones import default_layers
+from ssl_gradmix.backbones import stages
 from ssl_gradmix.console import progress, show
 from ssl_gradmix.data.augmentation import Augmentation, Views, usual_augmentation
 from ssl_gradmix.evaluation import plots, results
@@ -30,6 +30,7 @@ from ssl_gradmix.evaluation.reliance import (
     PLACES,
     Fill,
     Reliance,
+    fixed_place,
     in_images,
     measure,
     two_views,
@@ -58,21 +59,26 @@ def numbers(found: Sequence[Reliance], part: float, fill: Fill, seed: int) -> li
             made.append(results.number("attributed", metric, share, n, **of_layer))
         flat = each.flat.float().mean().item()
         made.append(results.number("attributed", "flat", flat, n, **of_layer))
+    most = largest(found)
+    share = most.share("attributed", seed=seed)
+    made.append(results.number("largest", "reliance", share, n, at=most.layer, **how))
     return made
 
 
-def draw(found: Reliance, crops: Tensor, views: Views, title: str) -> Figure:
+def largest(found: Sequence[Reliance]) -> Reliance:
+    """The layer that finds the box with most of the agreement."""
+    return max(found, key=lambda each: each.by_image("attributed").mean())
+
+
+def draw(found: Reliance, maps: Mapping[str, Tensor], views: Views, title: str) -> Figure:
     """Where the encoder looks, in views and in images, and what each image loses."""
     fractions = {place: found.by_image(place).numpy() for place in PLACES}
     most = np.argsort(-fractions["attributed"], kind="stable")[:EXAMPLES]
     pixels = (found.images[most] * views.std.cpu() + views.mean.cpu()).clamp(0, 1)
     images = pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
     boxes, lost = found.boxes[most].tolist(), fractions["attributed"][most]
-    maps = {
-        "in the views": found.attribution.mean(0).numpy(),
-        "in the images": in_images(found.attribution, crops).numpy(),
-    }
-    return plots.reliance(maps, list(zip(images, boxes, lost, strict=True)), fractions, title)
+    means = {f"in the {frame}": attribution.numpy() for frame, attribution in maps.items()}
+    return plots.reliance(means, list(zip(images, boxes, lost, strict=True)), fractions, title)
 
 
 def evaluate(
@@ -94,8 +100,8 @@ def evaluate(
         part: Fraction of the image that is replaced.
         fill: Content of the box: `crop`, the same place of another image, or `donor`, all of it,
             resized.
-        layers: Layers to attribute, each separately, for instance [layer3]. The default is the
-            deepest one with a map of at least 4x4.
+        layers: Layers to attribute, each separately, for instance [layer3]. The default is up to
+            four stages with maps of at least 4x4, or blocks of a transformer.
         seed: Seed of images, views, replacing images, and random places.
     """
     encoder, data, accelerator = evaluation.encoder, evaluation.data, evaluation.accelerator
@@ -118,18 +124,22 @@ def evaluate(
 
     model = encoder.model.to(accelerator.device)
     backbone = model[0] if encoder.feature == "projector" else model
-    layers = layers or default_layers(backbone, encoder.size)
+    layers = layers or stages(backbone, encoder.size)
     found = measure(model, pairs(), layers, part, fill, backbone, seed)
     rows = evaluation.frame(
         "reliance", every, numbers(found, part, fill, seed), **evaluation.classes
     )
-    most = max(found, key=lambda each: each.by_image("attributed").mean())
+    most = largest(found)
+    maps = {
+        "images": in_images(most.attribution, torch.cat(crops)),
+        "views": most.attribution.mean(0),
+    }
     title = f"{encoder.title} on {every.name}, {most.layer}: {part:.0%} of the image replaced"
-    evaluation.write(rows, draw(most, torch.cat(crops), made, title), [every])
+    evaluation.write(rows, draw(most, maps, made, title), [every])
     show(f"{encoder.title} on {len(drawn):,} images of {every.name}, two views each")
-    show(results.console(rows))
+    show(results.console(rows[rows["metric"] == "reliance"]))
     share, at_random = (most.by_image(place).mean().item() for place in PLACES[:2])
-    show(verdict(share, at_random, part))
+    show(verdict(share, at_random, part, most.layer, fixed_place(maps, len(drawn))))
 
 
 def main(argv: Sequence[str] | None = None, views: Callable[..., Views] = Views) -> None:

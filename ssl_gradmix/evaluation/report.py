@@ -39,7 +39,7 @@ CURVES = {
 }
 """Titles of the values in log.jsonl that are drawn by epoch."""
 
-OUTCOMES = {"learning_rate", "labels", "std", "over"}
+OUTCOMES = {"at", "learning_rate", "labels", "std", "over"}
 """Parameters of a row that are outcomes or repeat others. The rest is the protocol of the row."""
 
 FOLDED_PARAMS = {"class", "corruption", "severity"}
