@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ import yaml
 from PIL import Image
 from support import add_projector, load_script, only
 
+from ssl_gradmix.backbones import stages
 from ssl_gradmix.data.augmentation import Views
 from ssl_gradmix.data.datasets import Data, load
 from ssl_gradmix.evaluation import results
@@ -43,8 +46,36 @@ def test_rows_figure_and_sentence(run, capsys):
     assert about["images"] == {"digits/train": load(Data(), "train").fingerprint()}
     with Image.open(run / "eval" / "reliance-digits.png") as picture:
         assert min(picture.size) > 300
-    largest = rows[(rows["score"] == "attributed") & (rows["metric"] == "reliance")]["value"].max()
-    assert f"{min(largest, 1):.0%}" in capsys.readouterr().out.splitlines()[-1]
+    assert_largest_is_reported(rows, capsys.readouterr().out.splitlines()[-1])
+
+
+def assert_largest_is_reported(rows, sentence):
+    shares = rows[(rows["score"] == "attributed") & (rows["metric"] == "reliance")]
+    layers = results.param(shares, "layer")
+    assert len(layers) == layers.nunique() > 1
+    most = shares["value"].idxmax()
+    summary = only(rows, "largest", "reliance")
+    assert summary["params"]["at"] == layers[most]
+    for column in ("value", "ci_low", "ci_high"):
+        assert summary[column] == shares[column][most]
+    assert f"{min(summary['value'], 1):.0%}" in sentence
+    assert layers[most] in sentence
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_all_stages_are_read_by_default(run, capsys, monkeypatch, turned):
+    """16 px images: layer3 has a map of 2x2. The picture is of the reported layer, too."""
+    titles = []
+    script = sys.modules["reliance_script"]
+    draw = script.draw
+    monkeypatch.setattr(script, "draw", lambda *given: titles.append(given[-1]) or draw(*given))
+    if turned:  # the other layer is first
+        monkeypatch.setattr(script, "stages", lambda *given: stages(*given)[::-1])
+    main([str(run), "--images", "40"], views=Stamped)
+    rows, _ = results.read(run / "eval" / "reliance-digits.json")
+    assert set(results.param(rows, "layer").dropna()) == {"act1", "layer1"}
+    assert_largest_is_reported(rows, capsys.readouterr().out.splitlines()[-1])
+    assert only(rows, "largest", "reliance")["params"]["at"] in titles[0]
 
 
 def test_views_are_those_of_the_run_and_its_projector(run):

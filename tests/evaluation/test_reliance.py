@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 from ssl_gradmix.data.augmentation import Augmentation, Views
 from ssl_gradmix.data.datasets import Data, ImageSet, load
-from ssl_gradmix.evaluation.reliance import PLACES, in_images, measure, two_views, verdict
+from ssl_gradmix.evaluation.reliance import (
+    PLACES,
+    fixed_place,
+    in_images,
+    measure,
+    two_views,
+    verdict,
+)
 
 
 class Reader(nn.Module):
@@ -215,6 +222,96 @@ def test_invalid_input_raises(model, given, layers, error, argument) -> None:
         measure(model, given, layers)
 
 
+def hot(top: int, bottom: int, left: int, right: int, size: int = 32) -> Tensor:
+    """A map that is 0.9 in a box and 0.1 elsewhere."""
+    values = torch.full((size, size), 0.1)
+    values[top:bottom, left:right] = 0.9
+    return values
+
+
+@pytest.mark.parametrize(
+    ("attribution", "expected"),
+    [
+        (hot(26, 32, 26, 32), "lower right corner"),
+        (hot(26, 32, 26, 32).flip(1), "lower left corner"),
+        (hot(26, 32, 26, 32).flip(0), "upper right corner"),
+        (hot(26, 32, 26, 32).flip(0, 1), "upper left corner"),
+        (hot(0, 8, 0, 32), "upper margin"),
+        (hot(0, 8, 4, 28), "upper margin"),
+        (hot(24, 32, 0, 32), "lower margin"),
+        (hot(0, 32, 0, 8), "left margin"),
+        (hot(0, 32, 24, 32), "right margin"),
+        (hot(0, 50, 150, 200, size=200), "upper right corner"),
+        (hot(8, 24, 8, 24), None),
+        (hot(12, 20, 12, 20), None),
+        (hot(0, 32, 0, 32), None),
+        (torch.zeros(32, 32), None),
+    ],
+)
+def test_corner_or_margin_of_a_map_is_named(attribution: Tensor, expected: str | None) -> None:
+    place = fixed_place({"images": attribution}, 100)
+    assert place == (expected and f"{expected} of all images")
+    assert fixed_place({"images": 7 * attribution}, 100) == place
+    assert fixed_place({"images": attribution}, 1) is None
+
+
+def test_place_is_named_from_a_ratio_of_three_on() -> None:
+    """By hand: a corner cell of 1.0, and 15 cells of 0.4 or 0.25, have ratios of 2.5 and 4."""
+    for rest, named in ((0.4, False), (0.25, True)):
+        cells = torch.full((4, 4), rest)
+        cells[0, -1] = 1.0
+        place = fixed_place({"images": cells.repeat_interleave(8, 0).repeat_interleave(8, 1)}, 64)
+        assert (place == "upper right corner of all images") is named
+        assert (place is None) is not named
+
+
+@pytest.mark.parametrize("in_views", [False, True])
+def test_place_is_fixed_in_images_or_in_views(in_views: bool) -> None:
+    """Maps of crops, half of them flipped, that are hot in the lower right of one of the two."""
+    generator = torch.Generator().manual_seed(0)
+    height, width = 0.5 + 0.5 * torch.rand(2, 256, generator=generator)
+    top, left = (1 - height) * torch.rand(256, generator=generator), 1 - width
+    left = left * torch.rand(256, generator=generator)
+    crops = torch.stack([top, left, height, width, torch.arange(256) % 2], 1)
+    at = (torch.arange(32) + 0.5) / 32
+    down = top[:, None] + height[:, None] * at
+    across = left[:, None] + width[:, None] * torch.where(crops[:, 4:] > 0, 1 - at, at)
+    if in_views:
+        down, across = at.expand(256, 32), at.expand(256, 32)
+    attribution = ((down > 0.8)[:, :, None] & (across > 0.8)[:, None, :]).float()
+    maps = {"images": in_images(attribution, crops), "views": attribution.mean(0)}
+    frame = "views" if in_views else "images"
+    assert fixed_place(maps, 256) == f"lower right corner of all {frame}"
+
+
+def test_encoder_of_a_corner_of_all_images_is_found() -> None:
+    """A corner of flipped, uncropped images, by the whole path from images to the place."""
+
+    class Corner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Conv2d(3, 3, 1)
+            nn.init.eye_(self.stem.weight.data[:, :, 0, 0])
+
+        def forward(self, images: Tensor) -> Tensor:
+            seen = self.stem(images).exp()
+            left, right = seen[:, :, 28:, :4], seen[:, :, 28:, 28:].flip(3)
+            return torch.where(left[:, :1] > right[:, :1], left, right).flatten(1)
+
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 60, (128, 32, 32, 3), np.uint8)
+    pixels[:, 28:, 28:] = rng.integers(100, 256, (128, 4, 4, 3), np.uint8)
+    images = ImageSet(pixels, np.zeros(128, np.int64), ("x",), "x/train")
+    views = Views(Augmentation(min_scale=1, jitter=0, gray=0), 32, (0.5,) * 3, (0.2,) * 3)
+    made, crops = zip(*two_views(images, views, 64, 0), strict=True)
+    (found,) = measure(Corner().eval(), made, ["stem"])
+    maps = {
+        "images": in_images(found.attribution, torch.cat(crops)),
+        "views": found.attribution.mean(0),
+    }
+    assert fixed_place(maps, 128) == "lower right corner of all images"
+
+
 @pytest.mark.parametrize(
     ("share", "at_random", "stands_out", "relies"),
     [
@@ -226,8 +323,14 @@ def test_invalid_input_raises(model, given, layers, error, argument) -> None:
     ],
 )
 def test_verdict_has_the_numbers_and_the_comparison(share, at_random, stands_out, relies) -> None:
-    sentence = verdict(share, at_random, 0.1)
+    sentence = verdict(share, at_random, 0.1, "layer2")
     assert f"{min(share, 1):.0%}" in sentence
     assert f"{max(at_random, 0):.0%}" in sentence
+    assert "layer2" in sentence
     assert ("No part" in sentence) is not stands_out
     assert ("shortcut" in sentence) is relies
+    assert ("--extra_view adaptive" in sentence) is relies
+    placed = verdict(share, at_random, 0.1, "layer2", "left margin of all images")
+    assert ("left margin of all images" in placed) is relies
+    assert ("blank" in placed) is relies
+    assert "adaptive" not in placed
