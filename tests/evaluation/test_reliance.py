@@ -285,18 +285,16 @@ def test_place_is_fixed_in_images_or_in_views(in_views: bool) -> None:
 
 
 def test_encoder_of_a_corner_of_all_images_is_found() -> None:
-    """A corner of flipped, uncropped images, by the whole path from images to the place."""
+    """Bright pixels there, in images that are flipped and not cropped."""
 
     class Corner(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.stem = nn.Conv2d(3, 3, 1)
-            nn.init.eye_(self.stem.weight.data[:, :, 0, 0])
+            self.stem = nn.ReLU()
 
         def forward(self, images: Tensor) -> Tensor:
-            seen = self.stem(images).exp()
-            left, right = seen[:, :, 28:, :4], seen[:, :, 28:, 28:].flip(3)
-            return torch.where(left[:, :1] > right[:, :1], left, right).flatten(1)
+            seen = self.stem(images)[:, :, 28:]
+            return (seen[..., :4].flip(3) + seen[..., 28:]).flatten(1)
 
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 60, (128, 32, 32, 3), np.uint8)
