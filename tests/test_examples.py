@@ -1,0 +1,133 @@
+"""The examples run, mix at the layer that they name, and keep criteria with a state intact."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import lightly.loss
+import pytest
+import torch
+from support import ROOT, load_script
+from torch import Tensor
+
+from ssl_gradmix import GradMix, MixedViews
+from ssl_gradmix.adaptive import Adaptive
+
+LAYERS = {
+    "adaptive": "layer2",
+    "dino": "layer2",
+    "hugging_face": "model.encoder.layer.2",
+    "lightning_module": "layer2",
+    "moco": "layer2",
+    "simclr": "layer2",
+    "timm_vit": "blocks.2",
+    "vicreg": "layer2",
+}
+STEPS = 2
+
+
+@pytest.fixture
+def mixed(monkeypatch: pytest.MonkeyPatch) -> list[MixedViews]:
+    """The mixed views that GradMix makes."""
+    made: list[MixedViews] = []
+    call = GradMix.__call__
+
+    def recorded(self: GradMix, *args: Any, **kwargs: Any) -> MixedViews:
+        made.append(call(self, *args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(GradMix, "__call__", recorded)
+    return made
+
+
+@pytest.fixture
+def example(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """Loads an example that trains on few digits, as if it were started from its folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+
+    def load(name: str) -> ModuleType:
+        module = load_script(f"examples/{name}.py")
+        if hasattr(module, "Digits"):
+            monkeypatch.setattr(module.Digits, "__len__", lambda data: STEPS * 128 + 1)
+        return module
+
+    yield load
+    sys.modules.pop("digits", None)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_example_mixes_at_its_layer(
+    name: str, example: Any, mixed: list[MixedViews], capsys: pytest.CaptureFixture[str]
+) -> None:
+    if name == "hugging_face":
+        pytest.importorskip("transformers")
+    example(name).main(epochs=1)
+    printed = capsys.readouterr().out
+    assert "nan" not in printed
+    assert len(printed.splitlines()) == 1
+    assert [each.layers for each in mixed] == [(LAYERS[name],)] * STEPS
+    assert all(each.flat.float().mean() < 0.5 for each in mixed)
+
+
+@pytest.mark.slow
+def test_shortcut_is_found_and_drawn(example: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """What plain training loses with the box is more than with a random one."""
+    example("find_a_shortcut").main(epochs=3)
+    plain, adaptive = capsys.readouterr().out.splitlines()
+    assert (plain[:5], adaptive[:8]) == ("plain", "adaptive")
+    _, lost, at_random = (float(each) for each in re.findall(r"([\d.]+)%", plain))
+    assert lost > 2 * at_random
+    assert Path("shortcut.png").stat().st_size > 10_000
+
+
+def test_bank_of_moco_gets_the_keys_of_the_pairs_alone(
+    example: Any, mixed: list[MixedViews], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With 8 places for 2 x 128 keys, the pointer and the content follow the pair's calls."""
+    module, calls = example("moco"), []
+    forward = lightly.loss.NTXentLoss.forward
+
+    def recorded(self: Any, queries: Tensor, keys: Tensor) -> Tensor:
+        before = int(self.memory_bank.bank_ptr) if self.memory_bank.bank.ndim > 1 else 0
+        loss = forward(self, queries, keys)
+        calls.append((before, int(self.memory_bank.bank_ptr)))
+        return loss
+
+    monkeypatch.setattr(lightly.loss.NTXentLoss, "forward", recorded)
+    module.main(epochs=1)
+    assert calls == [(0, 128), (0, 128), (128, 256), (128, 256)]
+
+
+def test_center_of_dino_follows_the_teacher_on_the_pairs_alone(
+    example: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, expected, found = example("dino"), torch.zeros(512), []
+    forward = lightly.loss.DINOLoss.forward
+
+    def recorded(self: Any, targets: list[Tensor], student: list[Tensor], **more: Any) -> Tensor:
+        nonlocal expected
+        loss = forward(self, targets, student, **more)
+        if len(student) > 1:
+            expected = 0.9 * expected + 0.1 * torch.cat(targets).mean(0)
+            found.append((self.center.flatten().clone(), expected))
+        return loss
+
+    monkeypatch.setattr(lightly.loss.DINOLoss, "forward", recorded)
+    module.main(epochs=1)
+    assert len(found) == STEPS
+    for center, by_hand in found:
+        torch.testing.assert_close(center, by_hand)
+
+
+def test_reading_of_adaptive_moves(example: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, made = example("adaptive"), []
+    monkeypatch.setattr(module, "Adaptive", lambda: made.append(Adaptive()) or made[-1])
+    module.main(epochs=1)
+    (adaptive,) = made
+    assert adaptive.state_dict()["reading"].isfinite()
+    assert adaptive.reading != Adaptive().reading
