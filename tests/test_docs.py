@@ -18,7 +18,7 @@ from ssl_gradmix.evaluation.intervals import bootstrap_interval
 from ssl_gradmix.evaluation.metrics import auroc
 
 FORMULAS = {"SupCon"}  # whose indented lines happen to be Python
-ELSEWHERE = {"your-own-encoder.md"}  # its loops run in test_gradmix.py, as that of the README
+ELSEWHERE = {"your-own-encoder.md"}  # pushes to a hub
 
 
 def in_docstrings() -> Iterator[tuple[str, str]]:
