@@ -134,11 +134,12 @@ def evaluate(
         "images": in_images(most.attribution, torch.cat(crops)),
         "views": most.attribution.mean(0),
     }
-    title = f"{encoder.title} on {every.name}, {most.layer}: {part:.0%} of the image replaced"
+    share, at_random = (most.by_image(place).mean().item() for place in PLACES[:2])
+    lost = f"{min(max(share, 0), 1):.0%} of the agreement"
+    title = f"{encoder.title} on {every.name}: {part:.0%} of the image, {lost} ({most.layer})"
     evaluation.write(rows, draw(most, maps, made, title), [every])
     show(f"{encoder.title} on {len(drawn):,} images of {every.name}, two views each")
     show(results.console(rows[rows["metric"] == "reliance"]))
-    share, at_random = (most.by_image(place).mean().item() for place in PLACES[:2])
     show(verdict(share, at_random, part, most.layer, fixed_place(maps, len(drawn))))
 
 

@@ -255,9 +255,9 @@ def test_corner_or_margin_of_a_map_is_named(attribution: Tensor, expected: str |
     assert fixed_place({"images": attribution}, 1) is None
 
 
-def test_place_is_named_from_a_ratio_of_three_on() -> None:
-    """By hand: a corner cell of 1.0, and 15 cells of 0.4 or 0.25, have ratios of 2.5 and 4."""
-    for rest, named in ((0.4, False), (0.25, True)):
+def test_place_is_named_from_a_ratio_of_four_on() -> None:
+    """By hand: a corner cell of 1.0, and 15 cells of 0.4 or 0.2, have ratios of 2.5 and 5."""
+    for rest, named in ((0.4, False), (0.2, True)):
         cells = torch.full((4, 4), rest)
         cells[0, -1] = 1.0
         place = fixed_place({"images": cells.repeat_interleave(8, 0).repeat_interleave(8, 1)}, 64)
