@@ -111,7 +111,7 @@ def fixed_place(maps: Mapping[str, Tensor], images: int) -> str | None:
     """The corner or margin that stands out in all images, if there is one.
 
     Args:
-        maps: Mean attributions (H, W) by what they are a mean over, `images` or `views`.
+        maps: Mean attributions (H, W) by what they are a mean over, first `images`, then `views`.
         images: Number of images.
 
     Returns:
@@ -125,7 +125,7 @@ def fixed_place(maps: Mapping[str, Tensor], images: int) -> str | None:
             inside = torch.zeros_like(cells, dtype=torch.bool)
             inside[edge] = True
             ratio = cells[inside].mean() / cells[~inside].mean().clamp_min(1e-6)
-            ratios[f"{name} of all {frame}"] = ratio.item()
+            ratios[f"{name} of all {frame}"] = round(ratio.item(), 2)  # equal maps: the first
     place = max(ratios, key=ratios.__getitem__)
     return place if images >= FEWEST and ratios[place] >= STANDS_OUT else None
 
