@@ -135,8 +135,8 @@ def evaluate(
         "views": most.attribution.mean(0),
     }
     share, at_random = (most.by_image(place).mean().item() for place in PLACES[:2])
-    lost = f"{min(max(share, 0), 1):.0%} of the agreement"
-    title = f"{encoder.title} on {every.name}: {part:.0%} of the image, {lost} ({most.layer})"
+    lost = f"replacing {part:.0%} of the image removes {min(max(share, 0), 1):.0%}"
+    title = f"{encoder.title} on {every.name}: {lost} of the agreement ({most.layer})"
     evaluation.write(rows, draw(most, maps, made, title), [every])
     show(f"{encoder.title} on {len(drawn):,} images of {every.name}, two views each")
     show(results.console(rows[rows["metric"] == "reliance"]))

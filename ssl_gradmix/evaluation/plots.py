@@ -273,9 +273,7 @@ def _losses(figure: Any, fractions: Mapping[str, np.ndarray]) -> None:
     labels = [f"{name}, mean {min(lost.mean(), 1):.0%}" for name, lost in fractions.items()]
     colors = COLORS[: len(labels)]
     axes.hist(values.clip(low, high), 40, histtype="step", color=colors, label=labels)
-    axes.set(
-        xlabel="agreement that an image loses (first and last bar: and beyond)", ylabel="images"
-    )
+    axes.set(xlabel="agreement that an image loses (end bars: and beyond)", ylabel="images")
     axes.locator_params(axis="x", nbins=6)
     axes.xaxis.set_major_formatter(PercentFormatter(1))
-    figure.legend(loc="outside upper right", ncols=2, title="replaced box")
+    figure.legend(loc="outside upper right", ncols=2, title="replaced box", reverse=True)
