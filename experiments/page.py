@@ -32,8 +32,10 @@ def main(folder: Path = rows.RESULTS) -> None:
             path = folder / f"evidence-{grid}-{method}.png"
             figures.forest(compared, in_order(part.variant)).savefig(path, dpi=120)
     plots.write(folder / "shortcuts.png", figures.accuracy_by_bits(stamps[stamps.grid == "cpu"]))
+    third = third_views(stamps[stamps.grid == "long"])
     stamps = stamps.query("grid == 'cpu' and method == 'simclr' and data == 'stamps-9'")
-    print("\n".join([*headline(stamps), "", *summary(evidence[evidence.grid == "cpu"])]))
+    tables = [*third, "", *headline(stamps), "", *summary(evidence[evidence.grid == "cpu"])]
+    print("\n".join(tables))
 
 
 def rewrite(path: Path, lines: Iterable[str]) -> None:
@@ -92,8 +94,24 @@ def recovered(part: pd.DataFrame) -> Iterator[str]:
         yield f"\nGradMix has {mean:.0%} {ends} of what the oracle gains over plain views."
 
 
+def third_views(part: pd.DataFrame) -> list[str]:
+    """The first table of EVIDENCE.md: the primary measure by third view and data."""
+    part = part[part.measure == PRIMARY]
+    values = part.groupby(["variant", "data"]).value.agg(["mean", "count"])
+    cells = {
+        key: f"{number(PRIMARY, row['mean'])} ({row['count']:.0f})"
+        for key, row in values.iterrows()
+    }
+    columns = {"stamps-0": "natural", "stamps-9-corner": "stamp in one corner"}
+    lines = [
+        [name, *(cells.get((name, data), "") for data in columns)]
+        for name in in_order(part.variant)
+    ]
+    return table(["third view", *columns.values()], lines)
+
+
 def headline(part: pd.DataFrame) -> list[str]:
-    """The first table of EVIDENCE.md: the primary measure, and what GradMix has beyond it."""
+    """The second table of EVIDENCE.md: the primary measure, and what GradMix has beyond it."""
     part = part[part.measure == PRIMARY]
     titles = {"gradmix": "**gradmix**", "oracle": "oracle, boxes on the stamp"}
     lines = []
