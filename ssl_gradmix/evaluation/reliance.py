@@ -33,7 +33,8 @@ Fill = Literal["crop", "donor"]
 HEALTHY = 0.31
 """The largest fraction that encoders without a planted shortcut lost with a tenth of the image:
 CIFAR-10 and digits, backbone and projector, 512 images or more. The smallest was 0.04. The largest
-of all stages is no larger than that of layers 3 and 4: it was one of these in all of 16 runs."""
+of all stages is no larger than that of layers 3 and 4: it was one of these in all of 16 runs. Of a
+ViT on digits, the largest of four blocks was 0.18."""
 
 RELIES = 0.5
 """From this fraction on, an encoder is reported to rely on a small part. Encoders trained without
