@@ -251,7 +251,8 @@ def hot(top: int, bottom: int, left: int, right: int, size: int = 32) -> Tensor:
 def test_corner_or_margin_of_a_map_is_named(attribution: Tensor, expected: str | None) -> None:
     place = fixed_place({"images": attribution}, 100)
     assert place == (expected and f"{expected} of all images")
-    assert fixed_place({"images": 7 * attribution}, 100) == place
+    nearly = attribution + 1e-6 * attribution**2  # of whole images, the two maps are the same
+    assert fixed_place({"images": 7 * attribution, "views": nearly}, 100) == place
     assert fixed_place({"images": attribution}, 1) is None
 
 
