@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -14,7 +12,8 @@ from ssl_gradmix.data.augmentation import Views
 from ssl_gradmix.data.datasets import Data, load
 from ssl_gradmix.evaluation import results
 
-main = load_script("eval/reliance.py").main
+script = load_script("eval/reliance.py")
+main = script.main
 FEW = ["--images", "40", "--layers", "[layer1, layer2]"]
 
 
@@ -66,7 +65,6 @@ def assert_largest_is_reported(rows, sentence):
 def test_all_stages_are_read_by_default(run, capsys, monkeypatch, turned):
     """16 px images: layer3 has a map of 2x2. The picture is of the reported layer, too."""
     titles = []
-    script = sys.modules["reliance_script"]
     draw = script.draw
     monkeypatch.setattr(script, "draw", lambda *given: titles.append(given[-1]) or draw(*given))
     if turned:  # the other layer is first
