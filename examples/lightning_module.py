@@ -39,13 +39,14 @@ class SimCLR(pl.LightningModule):
             pair = self.criterion(z0, z1)
         mixed = self.gradmix(x0, pair, activations, donors=x1)
         third = self.criterion(self(mixed.images), z1)
-        self.log_dict({"pair": pair, "mixed": third}, on_step=False, on_epoch=True)
+        losses = {"pair": pair, "mixed": third}
+        self.log_dict(losses, on_step=False, on_epoch=True, sync_dist=True)
         return pair + mixed.lam * third
 
     def on_train_epoch_end(self) -> None:
         logged = {name: value.item() for name, value in self.trainer.callback_metrics.items()}
         epoch, pair, mixed = self.current_epoch + 1, logged["pair"], logged["mixed"]
-        print(f"epoch {epoch}: loss of the pair {pair:.3f}, of mixed views {mixed:.3f}")
+        self.print(f"epoch {epoch}: loss of the pair {pair:.3f}, of mixed views {mixed:.3f}")
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), lr=1e-3)

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from ssl_gradmix import GradMix
 
 
-def main(epochs: int = 4) -> None:
+def main(epochs: int = 3) -> None:
     torch.manual_seed(0)
     transform = SimCLRTransform(input_size=32, min_scale=0.3, hf_prob=0, gaussian_blur=0)
     loader = DataLoader(Digits(transform), batch_size=128, shuffle=True, drop_last=True)

@@ -12,7 +12,7 @@ import timm
 import torch
 from digits import Digits
 from lightly.loss import VICRegLoss
-from lightly.models.modules import BarlowTwinsProjectionHead
+from lightly.models.modules.heads import VICRegProjectionHead
 from lightly.transforms import SimCLRTransform
 from torch.utils.data import DataLoader
 
@@ -24,7 +24,7 @@ def main(epochs: int = 5) -> None:
     transform = SimCLRTransform(input_size=32, min_scale=0.3, hf_prob=0, gaussian_blur=0)
     loader = DataLoader(Digits(transform), batch_size=128, shuffle=True, drop_last=True)
     encoder = timm.create_model("test_resnet", num_classes=0)
-    head = BarlowTwinsProjectionHead(encoder.num_features, 256, 256)  # VICReg's has this form
+    head = VICRegProjectionHead(encoder.num_features, 256, 256)
     criterion = VICRegLoss()
     optimizer = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], lr=1e-3)
     gradmix = GradMix(layers=["layer2"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import lightly.loss
 import pytest
 import torch
+import torch.nn.functional as F
 from support import ROOT, load_script
 from torch import Tensor
 
@@ -21,6 +23,7 @@ LAYERS = {
     "adaptive": "layer2",
     "dino": "layer2",
     "hugging_face": "model.encoder.layer.2",
+    "lejepa": "layer2",
     "lightning_module": "layer2",
     "moco": "layer2",
     "simclr": "layer2",
@@ -28,6 +31,7 @@ LAYERS = {
     "vicreg": "layer2",
 }
 STEPS = 2
+NUMBER = r"(?<![\w.])-?(?:\d+\.\d+|nan|inf)"
 
 
 @pytest.fixture
@@ -66,11 +70,14 @@ def test_example_mixes_at_its_layer(
 ) -> None:
     if name == "hugging_face":
         pytest.importorskip("transformers")
-    example(name).main(epochs=1)
-    printed = capsys.readouterr().out
-    assert "nan" not in printed
-    assert len(printed.splitlines()) == 1
-    assert [each.layers for each in mixed] == [(LAYERS[name],)] * STEPS
+    example(name).main(epochs=2)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["epoch 1", "epoch 2"]
+    for line in lines:
+        numbers = [float(each) for each in re.findall(NUMBER, line)]
+        assert len(numbers) >= 2
+        assert all(map(math.isfinite, numbers))
+    assert [each.layers for each in mixed] == [(LAYERS[name],)] * STEPS * 2
     assert all(each.flat.float().mean() < 0.5 for each in mixed)
 
 
@@ -86,21 +93,27 @@ def test_shortcut_is_found_and_drawn(example: Any, capsys: pytest.CaptureFixture
 
 
 def test_bank_of_moco_gets_the_keys_of_the_pairs_alone(
-    example: Any, mixed: list[MixedViews], monkeypatch: pytest.MonkeyPatch
+    example: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With 8 places for 2 x 128 keys, the pointer and the content follow the pair's calls."""
+    """Both calls of a step see the keys of earlier steps, each once, and none of their own."""
     module, calls = example("moco"), []
     forward = lightly.loss.NTXentLoss.forward
 
     def recorded(self: Any, queries: Tensor, keys: Tensor) -> Tensor:
-        before = int(self.memory_bank.bank_ptr) if self.memory_bank.bank.ndim > 1 else 0
-        loss = forward(self, queries, keys)
-        calls.append((before, int(self.memory_bank.bank_ptr)))
-        return loss
+        calls.append((self.memory_bank.bank.clone(), F.normalize(keys, dim=1)))
+        return forward(self, queries, keys)
 
     monkeypatch.setattr(lightly.loss.NTXentLoss, "forward", recorded)
-    module.main(epochs=1)
-    assert calls == [(0, 128), (0, 128), (128, 256), (128, 256)]
+    module.main(epochs=2)
+    (expected, _), *_ = calls
+    assert len(calls) == 2 * 2 * STEPS
+    for step, (pair, third) in enumerate(zip(calls[::2], calls[1::2], strict=True)):
+        keys = pair[1]
+        assert torch.equal(third[1], keys)
+        assert torch.equal(pair[0], expected)
+        assert torch.equal(third[0], expected)
+        expected = expected.clone()
+        expected[step * 128 : (step + 1) * 128] = keys
 
 
 def test_center_of_dino_follows_the_teacher_on_the_pairs_alone(
@@ -124,10 +137,14 @@ def test_center_of_dino_follows_the_teacher_on_the_pairs_alone(
         torch.testing.assert_close(center, by_hand)
 
 
-def test_reading_of_adaptive_moves(example: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reading_of_adaptive_moves(
+    example: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     module, made = example("adaptive"), []
     monkeypatch.setattr(module, "Adaptive", lambda: made.append(Adaptive()) or made[-1])
     module.main(epochs=1)
     (adaptive,) = made
-    assert adaptive.state_dict()["reading"].isfinite()
-    assert adaptive.reading != Adaptive().reading
+    reading = adaptive.state_dict()["reading"]
+    assert reading.isfinite()
+    assert reading != Adaptive().reading
+    assert f"reading {reading:.2f}, p {adaptive.probability:.2f}" in capsys.readouterr().out
