@@ -119,22 +119,22 @@ def test_bank_of_moco_gets_the_keys_of_the_pairs_alone(
 def test_center_of_dino_follows_the_teacher_on_the_pairs_alone(
     example: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module, expected, found = example("dino"), torch.zeros(512), []
+    """Both calls of a step start from the center of earlier steps, computed here by hand."""
+    module, calls = example("dino"), []
     forward = lightly.loss.DINOLoss.forward
 
     def recorded(self: Any, targets: list[Tensor], student: list[Tensor], **more: Any) -> Tensor:
-        nonlocal expected
-        loss = forward(self, targets, student, **more)
-        if len(student) > 1:
-            expected = 0.9 * expected + 0.1 * torch.cat(targets).mean(0)
-            found.append((self.center.flatten().clone(), expected))
-        return loss
+        calls.append((self.center.flatten().clone(), torch.cat(targets).mean(0), len(student)))
+        return forward(self, targets, student, **more)
 
     monkeypatch.setattr(lightly.loss.DINOLoss, "forward", recorded)
-    module.main(epochs=1)
-    assert len(found) == STEPS
-    for center, by_hand in found:
-        torch.testing.assert_close(center, by_hand)
+    module.main(epochs=2)
+    assert [students for *_, students in calls] == [4, 1] * STEPS * 2
+    expected = torch.zeros(512)
+    for pair, third in zip(calls[::2], calls[1::2], strict=True):
+        torch.testing.assert_close(pair[0], expected)
+        torch.testing.assert_close(third[0], expected)
+        expected = 0.9 * expected + 0.1 * pair[1]
 
 
 def test_reading_of_adaptive_moves(
