@@ -14,7 +14,7 @@ import torch
 from digits import Digits
 from lightly.loss import NTXentLoss
 from lightly.models.modules import SimCLRProjectionHead
-from lightly.transforms import SimCLRTransform
+from lightly.transforms import SimCLRViewTransform
 from lightly.transforms.multi_view_transform import MultiViewTransform
 from torch.utils.data import DataLoader
 
@@ -24,13 +24,13 @@ from ssl_gradmix.adaptive import Adaptive
 
 def main(epochs: int = 5) -> None:
     torch.manual_seed(0)
-    one = SimCLRTransform(input_size=32, min_scale=0.3, hf_prob=0, gaussian_blur=0).transforms[0]
-    data = Digits(MultiViewTransform([one, one, one]))  # a pair, and a plain third view
+    view = SimCLRViewTransform(32, cj_strength=0.5, min_scale=0.3, hf_prob=0, gaussian_blur=0)
+    data = Digits(MultiViewTransform([view, view, view]))  # a pair, and a plain third view
     loader = DataLoader(data, batch_size=128, shuffle=True, drop_last=True)
     encoder = timm.create_model("test_resnet", num_classes=0)
     head = SimCLRProjectionHead(encoder.num_features, 128, 64)
     criterion = NTXentLoss(temperature=0.2)
-    optimizer = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], lr=1e-3)
+    optimizer = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], lr=3e-3)
     gradmix, adaptive = GradMix(layers=["layer2"]), Adaptive()
 
     for epoch in range(epochs):

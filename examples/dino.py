@@ -27,18 +27,24 @@ from ssl_gradmix import GradMix
 def main(epochs: int = 4) -> None:
     torch.manual_seed(0)
     transform = DINOTransform(
-        global_crop_size=32, local_crop_size=16, n_local_views=2, hf_prob=0, gaussian_blur=(0, 0, 0)
+        global_crop_size=32,
+        global_crop_scale=(0.5, 1),
+        local_crop_size=16,
+        local_crop_scale=(0.25, 0.5),
+        n_local_views=2,
+        hf_prob=0,
+        gaussian_blur=(0, 0, 0),
     )
     loader = DataLoader(Digits(transform), batch_size=128, shuffle=True, drop_last=True)
     encoder = timm.create_model("test_resnet", num_classes=0)
     sizes = (encoder.num_features, 128, 64, 512)
-    head = DINOProjectionHead(*sizes)
-    teacher, teacher_head = copy.deepcopy(encoder), DINOProjectionHead(*sizes)
+    head = DINOProjectionHead(*sizes, batch_norm=True)  # without, so short a training collapses
+    teacher, teacher_head = copy.deepcopy(encoder), DINOProjectionHead(*sizes, batch_norm=True)
     teacher_head.load_state_dict(head.state_dict())
     deactivate_requires_grad(teacher)
     deactivate_requires_grad(teacher_head)
     criterion = DINOLoss(output_dim=512)
-    optimizer = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], lr=1e-3)
+    optimizer = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], lr=3e-3)
     gradmix = GradMix(layers=["layer2"])
 
     for epoch in range(epochs):

@@ -34,7 +34,7 @@ class Encoder(nn.Module):
 
 def main(epochs: int = 3) -> None:
     torch.manual_seed(0)
-    transform = SimCLRTransform(input_size=32, min_scale=0.3, hf_prob=0, gaussian_blur=0)
+    transform = SimCLRTransform(32, cj_strength=0.5, min_scale=0.3, hf_prob=0, gaussian_blur=0)
     loader = DataLoader(Digits(transform), batch_size=128, shuffle=True, drop_last=True)
     config = Dinov2Config(
         image_size=32, patch_size=4, hidden_size=64, num_hidden_layers=4, num_attention_heads=4

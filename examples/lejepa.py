@@ -23,13 +23,19 @@ from ssl_gradmix import GradMix
 def main(epochs: int = 4) -> None:
     torch.manual_seed(0)
     transform = DINOTransform(
-        global_crop_size=32, local_crop_size=16, n_local_views=2, hf_prob=0, gaussian_blur=(0, 0, 0)
+        global_crop_size=32,
+        global_crop_scale=(0.5, 1),
+        local_crop_size=16,
+        local_crop_scale=(0.25, 0.5),
+        n_local_views=2,
+        hf_prob=0,
+        gaussian_blur=(0, 0, 0),
     )
     loader = DataLoader(Digits(transform), batch_size=128, shuffle=True, drop_last=True)
     encoder = timm.create_model("test_resnet", num_classes=0)
     head = LeJEPAProjectionHead(encoder.num_features, 128, 32)
     criterion = LeJEPALoss(sigreg_num_vectors=256)
-    optimizer = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], lr=1e-3)
+    optimizer = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], lr=3e-3)
     gradmix = GradMix(layers=["layer2"])
 
     for epoch in range(epochs):

@@ -49,12 +49,12 @@ class SimCLR(pl.LightningModule):
         self.print(f"epoch {epoch}: loss of the pair {pair:.3f}, of mixed views {mixed:.3f}")
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+        return torch.optim.AdamW(self.parameters(), lr=3e-3)
 
 
 def main(epochs: int = 5) -> None:
     pl.seed_everything(0, verbose=False)
-    transform = SimCLRTransform(input_size=32, min_scale=0.3, hf_prob=0, gaussian_blur=0)
+    transform = SimCLRTransform(32, cj_strength=0.5, min_scale=0.3, hf_prob=0, gaussian_blur=0)
     loader = DataLoader(Digits(transform), batch_size=128, shuffle=True, drop_last=True)
     trainer = pl.Trainer(
         max_epochs=epochs,

@@ -26,7 +26,7 @@ from ssl_gradmix import GradMix
 
 def main(epochs: int = 5) -> None:
     torch.manual_seed(0)
-    transform = SimCLRTransform(input_size=32, min_scale=0.3, hf_prob=0, gaussian_blur=0)
+    transform = SimCLRTransform(32, cj_strength=0.5, min_scale=0.3, hf_prob=0, gaussian_blur=0)
     loader = DataLoader(Digits(transform), batch_size=128, shuffle=True, drop_last=True)
     encoder = timm.create_model("test_resnet", num_classes=0)
     head = MoCoProjectionHead(encoder.num_features, 128, 64)
@@ -34,7 +34,7 @@ def main(epochs: int = 5) -> None:
     deactivate_requires_grad(key_encoder)
     deactivate_requires_grad(key_head)
     criterion = NTXentLoss(temperature=0.1, memory_bank_size=(512, 64))
-    optimizer = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], lr=1e-3)
+    optimizer = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], lr=3e-3)
     gradmix = GradMix(layers=["layer2"])
 
     for epoch in range(epochs):

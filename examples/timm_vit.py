@@ -21,7 +21,7 @@ from ssl_gradmix import GradMix
 
 def main(epochs: int = 3) -> None:
     torch.manual_seed(0)
-    transform = SimCLRTransform(input_size=32, min_scale=0.3, hf_prob=0, gaussian_blur=0)
+    transform = SimCLRTransform(32, cj_strength=0.5, min_scale=0.3, hf_prob=0, gaussian_blur=0)
     loader = DataLoader(Digits(transform), batch_size=128, shuffle=True, drop_last=True)
     encoder = timm.create_model(
         "vit_tiny_patch16_224",

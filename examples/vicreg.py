@@ -21,12 +21,12 @@ from ssl_gradmix import GradMix
 
 def main(epochs: int = 5) -> None:
     torch.manual_seed(0)
-    transform = SimCLRTransform(input_size=32, min_scale=0.3, hf_prob=0, gaussian_blur=0)
+    transform = SimCLRTransform(32, cj_strength=0.5, min_scale=0.3, hf_prob=0, gaussian_blur=0)
     loader = DataLoader(Digits(transform), batch_size=128, shuffle=True, drop_last=True)
     encoder = timm.create_model("test_resnet", num_classes=0)
     head = VICRegProjectionHead(encoder.num_features, 256, 256)
     criterion = VICRegLoss()
-    optimizer = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], lr=1e-3)
+    optimizer = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], lr=3e-3)
     gradmix = GradMix(layers=["layer2"])
 
     for epoch in range(epochs):
