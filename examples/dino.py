@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import timm
 import torch
 from digits import Digits
@@ -26,6 +27,7 @@ from ssl_gradmix import GradMix
 
 def main(epochs: int = 4) -> None:
     torch.manual_seed(0)
+    np.random.seed(0)  # of lightly's solarization
     transform = DINOTransform(
         global_crop_size=32,
         global_crop_scale=(0.5, 1),

@@ -3,7 +3,7 @@
     python examples/timm_vit.py
 
 The observed layer is the last block but one: of the last block, the loss reads the class token
-alone, and has no gradient at the patches. Prints the layer, and both losses, one line per epoch.
+alone, and has no gradient at the patches. Prints both losses, one line per epoch.
 """
 
 from __future__ import annotations
@@ -51,10 +51,7 @@ def main(epochs: int = 3) -> None:
             optimizer.step()
             losses.append([pair.item(), third.item()])
         mean = torch.tensor(losses).mean(0)
-        print(
-            f"epoch {epoch + 1}: loss of two views {mean[0]:.3f}, of the mixed view {mean[1]:.3f}, "
-            f"attributed at {', '.join(mixed.layers)}"
-        )
+        print(f"epoch {epoch + 1}: loss of the pair {mean[0]:.3f}, of mixed views {mean[1]:.3f}")
 
 
 if __name__ == "__main__":

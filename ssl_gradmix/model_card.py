@@ -29,9 +29,9 @@ IN_THE_LOG = {
 EVALUATED = {
     ("linear", "top1"): "linear probe, top 1",
     ("knn", "top1"): "kNN, top 1",
-    ("attributed", "reliance"): "reliance",
+    ("largest", "reliance"): "reliance",
 }
-"""Names of numbers by score and metric. Of the reliance at several layers, the largest is shown."""
+"""Names of numbers by score and metric."""
 
 CARD = """\
 ---
@@ -138,11 +138,11 @@ def _measured(run: RunFolder) -> Iterator[str]:
             for (score, metric), title in EVALUATED.items():
                 found = rows[(rows["score"] == score) & (rows["metric"] == metric)]
                 if not found.empty:
-                    yield _line(title, found.iloc[int(found["value"].argmax())])
+                    yield _line(title, found.iloc[0])
 
 
 def _line(title: str, row: Any) -> str:
-    layer = f" at {row['params']['layer']}" if "layer" in row["params"] else ""
+    layer = f" at {row['params']['at']}" if "at" in row["params"] else ""
     images = f"{row['n']:,} of {row['dataset']}/{row['split']}"
     interval = f"{100 * row['ci_low']:.1f} to {100 * row['ci_high']:.1f}"
     return f"| {title}{layer} | {images} | {100 * row['value']:.1f}% ({interval}) |"

@@ -79,6 +79,9 @@ def test_example_of_a_docstring_runs(name: str, names: dict[str, object]) -> Non
 
 @pytest.mark.parametrize(("page", "block"), PAGES)
 def test_example_of_a_page_runs(page: str, block: str, names: dict[str, object]) -> None:
+    if page != "torch-compile.md":
+        exec(block, names)
+        return
     compiler, graphs = torch._dynamo.config, torch._functorch.config
     if not hasattr(compiler, "recompile_limit"):
         pytest.skip("torch 2.6 calls it cache_size_limit")

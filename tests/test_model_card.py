@@ -18,7 +18,7 @@ def test_card_of_a_training_is_read_by_the_hub(tmp_path):
     recipe(["--run", str(tmp_path / "x"), *options])
     folder = RunFolder(tmp_path / "x")
     card = ModelCard.load(folder.backbone / "README.md")
-    assert card.data.library_name == "timm"
+    assert card.data.to_dict()["library_name"] == "timm"
     assert {"simclr", "gradmix"} < set(card.data.tags)
     images = timm.create_model(f"local-dir:{folder.backbone}", pretrained=True).pretrained_cfg
     assert f"{images['input_size'][1]} px" in card.text
