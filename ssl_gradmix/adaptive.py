@@ -20,7 +20,7 @@ class Adaptive(nn.Module):
         third, lam = adaptive.choose(mixed, plain)
         z2 = head(encoder(third))
         loss = loss + lam * criterion(z2, z1)
-        adaptive.update(z0, z1, z2)
+        adaptive.update(z0, z1, z2)  # before or after backward()
 
     A mixed view tells what its image lost: with embeddings z0, z1 of the pair, z2 of the mixed view
     and z' of all other images, the reading of a batch is

@@ -266,6 +266,8 @@ class Evaluation:
     ) -> None:
         given, kwargs = dict(data or {}), (backbone or {}).get("kwargs")
         self.encoder = load_encoder(encoder, weights, given.get("size"), feature, prefix, kwargs)
+        if self.encoder.run is None and "name" not in given:
+            raise ValueError(f"data.name: {self.encoder.name} is not a run, so it must be given")
         given |= {"size": self.encoder.size, "channels": len(self.encoder.mean)}
         self.data = Data(**{**self._of_run(given), **given})
         self.variant = selection(self.data) if given.keys() & {"classes", "open_set"} else ""

@@ -152,7 +152,8 @@ class GradMix:
         for name in names:
             if name not in modules:
                 close = difflib.get_close_matches(name, modules, 5, 0.3) or list(modules)[1:6]
-                raise KeyError(f"layers: the encoder has no {name!r}; close are {', '.join(close)}")
+                near = ", ".join(close)
+                raise KeyError(f"layers: no {name!r} in the encoder; close: {near}; None chooses")
 
         def record(name: str, output: object) -> None:
             output = output[0] if isinstance(output, tuple) and output else output
@@ -284,7 +285,8 @@ class GradMix:
                 raise ValueError(
                     f"layers: cannot attribute {bad}: it did not run, runs twice per image, has no "
                     "map, or the gradient at its places is zero, as in the last block of a "
-                    "transformer read at its class token; name an earlier block"
+                    "transformer read at its class token (name an earlier block), or before "
+                    "loss.backward() if loss is None"
                 )
             return self.layers
         for name in reversed(grids):
@@ -292,7 +294,10 @@ class GradMix:
             smallest = min((min(grids[each]) for each in around), default=0)
             if smallest >= SMALLEST_MAP and usable(name):
                 return [name]
-        raise ValueError(f"layers: none has a gradient and a {SMALLEST_MAP}x{SMALLEST_MAP} map")
+        raise ValueError(
+            f"layers: none has a gradient and a {SMALLEST_MAP}x{SMALLEST_MAP} map (with loss=None, "
+            "call loss.backward() first)"
+        )
 
 
 def unwrap(module: nn.Module) -> nn.Module:

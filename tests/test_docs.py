@@ -56,10 +56,13 @@ def names() -> dict[str, object]:
     """What examples take as given; the one of `GradMix` comes before the others."""
     torch.manual_seed(0)
     x0, x1, x2 = torch.rand(3, 4, 3, 64, 64)
+    colors = torch.rand(32, 3, 1, 1)
+    view0, view1 = colors + 0.1 * torch.rand(2, 32, 3, 64, 64)
     given = {
         **{"GradMix": GradMix, "Adaptive": Adaptive, "encoder": tiny_encoder()},
         **{"torch": torch, "head": nn.Identity(), "criterion": nn.functional.mse_loss},
         **{"x0": x0, "x1": x1, "x2": x2, "plain": x2},
+        **{"view0": view0, "view1": view1},
         **{"bootstrap_interval": bootstrap_interval, "auroc": auroc},
         **{"scores": np.array([0.1, 0.4, 0.3, 0.8]), "is_known": np.array([False, True] * 2)},
     }

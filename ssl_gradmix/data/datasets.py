@@ -404,9 +404,10 @@ def _split_folders(root: Path) -> dict[str, Path]:
 def _folder_of_split(root: Path, folders: dict[str, Path], split: str) -> Path:
     """The folder of one split; raises if it does not exist or if the splits' classes differ."""
     if split not in folders:
+        (only,) = folders.values()
         raise FileNotFoundError(
-            f"data.root {str(root)!r} has no {split}/: add it, or move the class folders up to "
-            "data.root, where data.test_fraction of each is held out"
+            f"data.root {str(root)!r} has no {split}/: add it, or give {str(only)!r} as data.root, "
+            "of which data.test_fraction is held out"
         )
     classes = [set(image_files.subfolders(folder)) for folder in folders.values()]
     if all(classes) and classes[0] != classes[-1]:

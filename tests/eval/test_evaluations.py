@@ -31,7 +31,8 @@ def test_help_lists_options_of_signatures(script, capsys):
 INVALID = [
     ("linear_probe", "", "encoder"),
     ("linear_probe", "{run}/nowhere", "nowhere"),
-    ("linear_probe", "local-dir:{run}/backbone", "out"),
+    ("linear_probe", "local-dir:{run}/backbone --out {run}/y", "data.name"),
+    ("linear_probe", "local-dir:{run}/backbone --data.name digits", "out"),
     ("linear_probe", "{run} --lables 3", "lables"),
     ("linear_probe", "{run} --seed -1", "seed"),
     ("linear_probe", "{run} --batch_size 0", "batch_size"),
