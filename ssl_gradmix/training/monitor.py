@@ -25,9 +25,6 @@ SMALLEST = 10
 WATCHED = 128
 """Images in which reliance is measured."""
 
-WIDEST = 0.5
-"""Reliance whose 95% interval is wider is noise and left out (untrained encoders)."""
-
 COLLAPSED_RANK = 2.0
 """Below this effective rank the encoder counts as collapsed. Healthy ones have more than 10."""
 
@@ -100,19 +97,17 @@ class Monitor:
         pairs = (pair for pair, _ in two_views(self.watched, self.views, WATCHED, 0))
         try:
             (found,) = measure(backbone, pairs, default_layers(backbone, self.views.size) or None)
-        except ValueError as error:  # for instance features of different images that are equal
+        except ValueError as error:  # for instance the encoder is untrained, and two views differ
             logger.info("reliance is not read: %s", error)
             return {}
-        share = found.share("attributed")
-        if share.high - share.low >= WIDEST:
-            return {}
-        if share.value >= RELIES:
+        share = found.by_image("attributed").mean().item()
+        if share >= RELIES:
             logger.warning(
                 "warning: a tenth of the image carries %.0f%% of the encoder's agreement; it may "
                 "rely on a shortcut, see eval/reliance.py",
-                100 * min(share.value, 1),
+                100 * min(share, 1),
             )
-        return {"reliance": float(share.value)}
+        return {"reliance": share}
 
     @torch.inference_mode()
     def _features(self, backbone: nn.Module, pixels: Tensor, device: torch.device) -> Tensor:
