@@ -2,12 +2,11 @@
 
     python examples/find_a_shortcut.py
 
-Every digit bears a stamp, nine black and white cells that tell it from all other digits. SimCLR is
+Every digit bears a stamp, nine black and white pixels that tell it from all other digits. SimCLR is
 trained with a plain third view, and again with the adaptive one. For both it prints how much of the
 agreement between two views hangs on a tenth of the image, and the accuracy of a linear probe on
-digits without stamps. What each encoder looks at is drawn to shortcut.png. It takes four minutes of
-a core: the probe rises from about 74% to 80%, and the loss falls from all to four fifths, as a
-digit is a small thing itself.
+digits without stamps. What each encoder looks at is drawn to shortcut.png. In about a minute of a
+core, the probe rises from 79% to 83%, and the tenth carries 45% of the agreement in place of 70%.
 """
 
 from __future__ import annotations
@@ -32,17 +31,16 @@ PROBED = 1200  # images that the probe is trained on; the others test it
 
 gray, labels = load_digits().images, load_digits().target
 small = torch.from_numpy(gray * 255 / 16).to(torch.uint8)[:, None].expand(-1, 3, -1, -1)
-images = small.repeat_interleave(4, 2).repeat_interleave(4, 3)  # (1797, 3, 32, 32)
-make_views = Views(Augmentation(flip=0), 32, mean=[0.5] * 3, std=[0.5] * 3)
+images = small.repeat_interleave(2, 2).repeat_interleave(2, 3)  # (1797, 3, 16, 16)
+make_views = Views(Augmentation(flip=0), 16, mean=[0.5] * 3, std=[0.5] * 3)
 
 
 def draw_stamps() -> Tensor:
-    """(N, 1, 32, 32): a code of 3x3 cells at a place of the image's own, NaN elsewhere."""
-    stamps = torch.full((len(images), 1, 32, 32), torch.nan)
+    """(N, 1, 16, 16): a code of 3x3 pixels at a place of the image's own, NaN elsewhere."""
+    stamps = torch.full((len(images), 1, 16, 16), torch.nan)
     for stamp in stamps[:, 0]:
-        y, x = torch.randint(32 - 6, (2,)).tolist()
-        cells = torch.randint(2, (3, 3)) * 2.0 - 1
-        stamp[y : y + 6, x : x + 6] = cells.repeat_interleave(2, 0).repeat_interleave(2, 1)
+        y, x = torch.randint(16 - 3, (2,)).tolist()
+        stamp[y : y + 3, x : x + 3] = torch.randint(2, (3, 3)) * 2.0 - 1
     return stamps
 
 

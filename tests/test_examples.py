@@ -84,7 +84,7 @@ def test_example_mixes_at_its_layer(
 @pytest.mark.slow
 def test_shortcut_is_found_and_drawn(example: Any, capsys: pytest.CaptureFixture[str]) -> None:
     """What plain training loses with the box is more than with a random one."""
-    example("find_a_shortcut").main(epochs=3)
+    example("find_a_shortcut").main(epochs=6)
     plain, adaptive = capsys.readouterr().out.splitlines()
     assert (plain[:5], adaptive[:8]) == ("plain", "adaptive")
     _, lost, at_random = (float(each) for each in re.findall(r"([\d.]+)%", plain))
