@@ -32,7 +32,7 @@ def main(folder: Path = rows.RESULTS) -> None:
             path = folder / f"evidence-{grid}-{method}.png"
             figures.forest(compared, in_order(part.variant)).savefig(path, dpi=120)
     plots.write(folder / "shortcuts.png", figures.accuracy_by_bits(stamps[stamps.grid == "cpu"]))
-    third = third_views(stamps[stamps.grid == "long"])
+    third = third_views(stamps)
     stamps = stamps.query("grid == 'cpu' and method == 'simclr' and data == 'stamps-9'")
     tables = [*third, "", *headline(stamps), "", *summary(evidence[evidence.grid == "cpu"])]
     print("\n".join(tables))
@@ -94,20 +94,27 @@ def recovered(part: pd.DataFrame) -> Iterator[str]:
         yield f"\nGradMix has {mean:.0%} {ends} of what the oracle gains over plain views."
 
 
-def third_views(part: pd.DataFrame) -> list[str]:
-    """The first table of EVIDENCE.md: the primary measure by third view and data."""
-    part = part[part.measure == PRIMARY]
-    values = part.groupby(["variant", "data"]).value.agg(["mean", "count"])
-    cells = {
-        key: f"{number(PRIMARY, row['mean'])} ({row['count']:.0f})"
-        for key, row in values.iterrows()
+def third_views(stamps: pd.DataFrame) -> list[str]:
+    """The first table of EVIDENCE.md: the primary measure, and what the adaptive view has more."""
+    places = {
+        "natural": ("long", "stamps-0"),
+        "stamp in one corner": ("long", "stamps-9-corner"),
+        "stamp anywhere, 8 epochs": ("anywhere", "stamps-9"),
     }
-    columns = {"stamps-0": "natural", "stamps-9-corner": "stamp in one corner"}
+    cells = {}
+    for column, (grid, data) in places.items():
+        part = stamps[(stamps.grid == grid) & (stamps.data == data) & (stamps.measure == PRIMARY)]
+        for name, values in part.groupby("variant").value:
+            text = f"{number(PRIMARY, values.mean())} ({len(values)})"
+            more = rows.differences(part, name)
+            if (PRIMARY, "adaptive") in more.index:
+                text += f"; {interval(PRIMARY, more.loc[PRIMARY, 'adaptive'])}"
+            cells[name, column] = text
     lines = [
-        [name, *(cells.get((name, data), "") for data in columns)]
-        for name in in_order(part.variant)
+        [name, *(cells.get((name, column), "") for column in places)]
+        for name in in_order({name for name, _ in cells})
     ]
-    return table(["third view", *columns.values()], lines)
+    return table(["third view", *places], lines)
 
 
 def headline(part: pd.DataFrame) -> list[str]:

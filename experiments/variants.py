@@ -68,6 +68,7 @@ VARIANTS: dict[str, dict[str, str]] = {
     "center-box": {**_GRADMIX, "gradmix.region": "center"},
     "gradmix": _GRADMIX,
     "adaptive": {**_GRADMIX, "extra_view": "adaptive"},
+    "adaptive-1.3": {**_GRADMIX, "extra_view": "adaptive"},  # rows only: past thresholds
     "gradmix-loss": {**_GRADMIX, "gradmix.target": "loss"},
     "oracle": _GRADMIX,
     "gradmix-noise": {**_GRADMIX, "gradmix.fill": "noise"},

@@ -49,7 +49,7 @@ class Adaptive(nn.Module):
     reading: Tensor
 
     def __init__(
-        self, low: float = 1.3, high: float = 2.0, floor: float = 0.1, momentum: float = 0.9
+        self, low: float = 1.6, high: float = 2.0, floor: float = 0.05, momentum: float = 0.9
     ) -> None:
         super().__init__()
         if not (low < high and 0 < floor <= 1 and 0 <= momentum < 1):
