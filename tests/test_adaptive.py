@@ -64,7 +64,7 @@ def test_third_views_are_mixed_with_the_probability() -> None:
 
 
 def test_reading_is_a_moving_average_that_starts_with_mixing_all() -> None:
-    adaptive = Adaptive(low=1.0, high=2.0, momentum=0.9)
+    adaptive = Adaptive(low=1.0, high=2.0, floor=0.1, momentum=0.9)
     assert adaptive.probability == 1
     mixed, plain = mixed_views()
     z = torch.eye(64)
