@@ -245,7 +245,7 @@ def test_a_cell_leaves_its_rows_and_is_not_run_again(variant, kind, tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(path)
     folders = [f"--{name}={tmp_path / name}" for name in ("data", "cache", "results")]
-    options = f"--images 200 --epochs 1 --batch 50 --seeds 0 --variants {variant} --kinds {kind}"
+    options = f"--images 200 --epochs 4 --batch 50 --seeds 0 --variants {variant} --kinds {kind}"
     for _ in range(2):
         run.main([*folders, *options.split(), "--", "--augmentation.min_scale=1"])
     found = rows.read(tmp_path / "results" / "shortcuts.jsonl").set_index("measure").value
