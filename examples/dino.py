@@ -27,7 +27,7 @@ from ssl_gradmix import GradMix
 
 def main(epochs: int = 4) -> None:
     torch.manual_seed(0)
-    np.random.seed(0)  # of lightly's solarization
+    np.random.seed(0)  # lightly's solarization draws from NumPy
     transform = DINOTransform(
         global_crop_size=32,
         global_crop_scale=(0.5, 1),

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Literal, get_args
 
 import torch
@@ -152,8 +153,7 @@ class GradMix:
         for name in names:
             if name not in modules:
                 close = difflib.get_close_matches(name, modules, 5, 0.3) or list(modules)[1:6]
-                near = ", ".join(close)
-                raise KeyError(f"layers: no {name!r} in the encoder; close: {near}; None chooses")
+                raise KeyError(f"layers: the encoder has no {name!r}; close are {', '.join(close)}")
 
         def record(name: str, output: object) -> None:
             output = output[0] if isinstance(output, tuple) and output else output
@@ -269,6 +269,8 @@ class GradMix:
         self, loss: Tensor | None, activations: Activations, size: Sequence[int]
     ) -> list[str]:
         """The given layers, or one that is chosen, once they are seen to have a gradient."""
+        if loss is None and all(each.grad is None for each in chain(*activations.values())):
+            raise ValueError("loss: call loss.backward() first, or pass the loss")
         images = sum(map(len, activations.get("", ())))
         grids = {name: spatial(out[0], size).shape[2:] for name, out in activations.items() if out}
 
@@ -285,8 +287,7 @@ class GradMix:
                 raise ValueError(
                     f"layers: cannot attribute {bad}: it did not run, runs twice per image, has no "
                     "map, or the gradient at its places is zero, as in the last block of a "
-                    "transformer read at its class token (name an earlier block), or before "
-                    "loss.backward() if loss is None"
+                    "transformer read at its class token; name an earlier block"
                 )
             return self.layers
         for name in reversed(grids):
@@ -294,10 +295,7 @@ class GradMix:
             smallest = min((min(grids[each]) for each in around), default=0)
             if smallest >= SMALLEST_MAP and usable(name):
                 return [name]
-        raise ValueError(
-            f"layers: none has a gradient and a {SMALLEST_MAP}x{SMALLEST_MAP} map (with loss=None, "
-            "call loss.backward() first)"
-        )
+        raise ValueError(f"layers: none has a gradient and a {SMALLEST_MAP}x{SMALLEST_MAP} map")
 
 
 def unwrap(module: nn.Module) -> nn.Module:

@@ -381,6 +381,15 @@ def test_layers_none_needs_a_map_and_a_gradient() -> None:
         GradMix()(images, loss, activations)
 
 
+def test_gradients_that_no_backward_pass_left_are_refused() -> None:
+    net, images = Net(), torch.rand(2, 3, 16, 16)
+    for layers in (None, ["stage"]):
+        with GradMix(layers).observe(net) as activations:
+            net(images)
+        with pytest.raises(ValueError, match="loss"):
+            GradMix(layers)(images, None, activations)
+
+
 # Observing
 
 

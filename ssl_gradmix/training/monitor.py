@@ -97,7 +97,7 @@ class Monitor:
         pairs = (pair for pair, _ in two_views(self.watched, self.views, WATCHED, 0))
         try:
             (found,) = measure(backbone, pairs, default_layers(backbone, self.views.size) or None)
-        except ValueError as error:  # for instance the encoder is untrained, and two views differ
+        except ValueError as error:  # for instance of an untrained encoder
             logger.info("reliance is not read: %s", error)
             return {}
         share = found.by_image("attributed").mean().item()
